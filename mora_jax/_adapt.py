@@ -1,0 +1,98 @@
+"""`adapt` and `plan`: the doors to a whole model, whatever framework it is written in."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from flax import linen as nn
+
+from mora_jax import _linen_plan, linen
+from mora_jax._config import MoRAConfig
+from mora_jax._plan import Plan
+from mora_jax._tree import listing
+
+
+def adapt(model: nn.Module, config_or_plan: MoRAConfig | Plan) -> nn.Module:
+    """A model like `model` whose chosen linear layers have MoRA adapters.
+
+    Equivalent to PEFT's `get_peft_model`, but nothing is replaced and nothing is copied: the model
+    is not touched, and its parameters keep their paths. With new adapters (`attach`) its outputs
+    are those of the base model.
+
+    Args:
+      model: a linen module, unbound.
+      config_or_plan: which layers get what. Take a config the first time; take the plan that
+        `merge_and_reset` returns to go on with the next grouping.
+
+    Returns:
+      A linen module with the same fields and methods. It is hashable, a static argument for jit,
+      even where `model` is not; the same arguments give the same object.
+
+    Raises:
+      TypeError: for what is no linen module, or adapted already.
+      ValueError: for a bound module.
+
+    >>> import flax.linen as nn, jax, mora_jax
+    >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
+    >>> jax.tree.map(jax.numpy.shape, params)
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    """
+    if not isinstance(config_or_plan, MoRAConfig | Plan):
+        raise TypeError(f"expected a MoRAConfig or a Plan, got {type(config_or_plan).__name__}.")
+    _check_model(model)
+    return linen.adapt(model, config_or_plan)
+
+
+def plan(
+    model: nn.Module, *inputs: Any, rngs: Any = None, method: Any = None, **kwargs: Any
+) -> Plan:
+    """What was adapted in `model`: static data that the tree functions take.
+
+    The model's `init` is traced on shapes; no array is made and nothing is computed.
+
+    Args:
+      model: a linen module that `adapt` returned, or one that uses `MoRADense`.
+      *inputs: what the model's method takes: arrays, `jax.ShapeDtypeStruct`s, static values.
+      rngs: as for `init`; only needed where the model wants several streams.
+      method: as for `init`.
+      **kwargs: further arguments of the model's method.
+
+    Returns:
+      The plan; `print(plan)` is a table.
+
+    Raises:
+      TypeError: for what is no linen module.
+      ValueError: where a pattern of the config matches nothing, or the model has no adapters.
+
+    Warns:
+      UserWarning: where a square matrix is larger than its layer, so that some entries cannot act.
+
+    >>> import flax.linen as nn, jax, mora_jax
+    >>> model = mora_jax.adapt(nn.Dense(64), mora_jax.MoRAConfig(rank=2, scheme="sharing"))
+    >>> print(mora_jax.plan(model, jax.ShapeDtypeStruct((1, 32), "float32")))
+    layer   kernel   scheme     size  trained
+    -----------------------------------------
+    (root)  32 x 64  Sharing()  14    196
+    1 adapted layers; 196 trained parameters, 9.28% of the base model's 2,112
+    """
+    _check_model(model)
+    found = _linen_plan.plan(model, *inputs, rngs=rngs, method=method, **kwargs)
+    if dead := {path: spec.dead_entries for path, spec in found.items() if spec.dead_entries}:
+        warnings.warn(
+            f"the square matrix is larger than its layer in {len(dead)} layers, so that up to "
+            f"{max(dead.values()):,} entries a matrix cannot act: {listing(dead)}. "
+            "A smaller rank there (MoRAConfig.ranks) trains as much.",
+            stacklevel=2,
+        )
+    return found
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    hint = ""
+    if isinstance(getattr(model, "module", None), nn.Module):
+        hint = " Its attribute `module` is one: pass that, and its parameters."
+    raise TypeError(f"expected a flax.linen.Module, got {type(model).__name__}.{hint}")

@@ -1,0 +1,249 @@
+"""The product of inputs and an adapted kernel, and its gradient: the engine of the library.
+
+The delta can be added in two places, and the choice decides speed, memory and communication:
+
+- in the *kernel*, `x @ (W + delta_kernel(M))`: one product, a pass over `W`. The sum is made in
+  float32 or better and cast back once, as a merge would do.
+- in the *activations*, `x @ W + delta(x)`: the paper's form. Right for few rows.
+
+The kernel form has a gradient rule of its own, because automatic differentiation would form the
+gradient of the whole kernel: `dx` comes from the same sum, made again rather than kept, and `dM`
+from the compressed `x` and `dy`. A rule of one's own has no forward mode; the activation form has.
+
+Shape letters: I input features, O output features, B batch axes, T rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mora_jax._config import Placement
+from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
+from mora_jax._operators import (
+    Adapter,
+    adapter_gradient,
+    check_adapter,
+    delta,
+    to_compressed,
+)
+from mora_jax._schemes import LowRank, Scheme
+
+
+def mora_dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: DotDimensionNumbers,
+    adapter: Adapter,
+    scheme: Scheme,
+    *,
+    placement: Placement = "auto",
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    adapter_lhs: jax.Array | None = None,
+    dot_general: Callable[..., jax.Array] = lax.dot_general,
+) -> jax.Array:
+    """`jax.lax.dot_general` with an adapter on its right-hand side.
+
+    Args:
+      lhs: the inputs, any layout.
+      rhs: the kernel, any layout. Its contracted axes, flattened in the order of
+        `dimension_numbers`, are the I input features; its free axes the O output features.
+      dimension_numbers: as for `jax.lax.dot_general`.
+      adapter: `{"matrix": [B..., R, R]}`, or `{"a": [B..., I, rank], "b": [B..., rank, O]}`; B the
+        batch axes, one matrix for each.
+      scheme: the scheme.
+      placement: "kernel", "activation", or "auto": the kernel for many rows, the activations for
+        few and for `LowRank`. The kernel form differentiates in reverse mode only.
+      precision: as for `jax.lax.dot_general`, for the base product.
+      preferred_element_type: as for `jax.lax.dot_general`, for the base product.
+      adapter_lhs: inputs of the adapter alone, where they differ from `lhs` (dropout); the delta is
+        then in the activations whatever `placement` says.
+      dot_general: the base product, by default `jax.lax.dot_general`.
+
+    Returns:
+      What `dot_general` returns for the kernel plus the delta.
+
+    Raises:
+      TypeError: for a kernel that is not floating.
+      ValueError: where the adapter does not fit the kernel.
+
+    >>> from mora_jax import Sharing
+    >>> x, kernel = jnp.ones((2, 6)), jnp.zeros((6, 4))
+    >>> dims = (((1,), (0,)), ((), ()))
+    >>> mora_dot_general(x, kernel, dims, {"matrix": jnp.eye(2)}, Sharing())
+    Array([[3., 3., 3., 3.],
+           [3., 3., 3., 3.]], dtype=float32)
+    """
+    call = _Call.of(lhs, rhs, dimension_numbers, scheme, precision, preferred_element_type)
+    call = dataclasses.replace(call, dot_general=dot_general)
+    if not jnp.issubdtype(rhs.dtype, jnp.floating):
+        raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
+    batch, in_features, out_features = call.axes.sizes(rhs.shape)
+    if bad := {name: a.shape for name, a in adapter.items() if a.shape[:-2] != batch}:
+        raise ValueError(f"adapter leaves must lead with the batch axes {batch}, got {bad}.")
+    one = {name: jax.ShapeDtypeStruct(a.shape[-2:], a.dtype) for name, a in adapter.items()}
+    check_adapter(one, in_features, out_features, scheme)
+    if placement == "auto":
+        rows = math.prod(lhs.shape) // math.prod((*batch, in_features))
+        placement = best_placement(rows, in_features, out_features, scheme)
+    if placement == "kernel" and adapter_lhs is None:
+        return _dot_in_kernel(lhs, rhs, dict(adapter), call)
+    base = call.product(lhs, rhs)
+    value = call.delta(lhs if adapter_lhs is None else adapter_lhs, adapter, out_features)
+    return base + value.reshape(base.shape).astype(base.dtype)
+
+
+def best_placement(
+    rows: int, in_features: int, out_features: int, scheme: Scheme
+) -> Literal["kernel", "activation"]:
+    """The cheaper placement by the memory that each one passes over, all static.
+
+    In the kernel a step passes over `I O` weights; in the activations over `T (I + O)` inputs and
+    outputs. LoRA's pair is cheaper in the activations, where its product needs no sum.
+
+    >>> from mora_jax import Sharing
+    >>> best_placement(512, 576, 576, Sharing()), best_placement(8, 576, 576, Sharing())
+    ('kernel', 'activation')
+    """
+    if isinstance(scheme, LowRank):
+        return "activation"
+    few = rows * (in_features + out_features) < in_features * out_features
+    return "activation" if few else "kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static part of one product: its layout, scheme and options."""
+
+    dimension_numbers: tuple[tuple[tuple[int, ...], ...], ...]
+    lhs_free: tuple[int, ...]
+    axes: KernelAxes
+    scheme: Scheme
+    precision: Any
+    preferred_element_type: Any
+    dot_general: Callable[..., jax.Array] = lax.dot_general
+
+    @classmethod
+    def of(cls, lhs, rhs, dimension_numbers, scheme, precision, preferred_element_type):
+        (lhs_in, rhs_in), (lhs_batch, rhs_batch) = (
+            tuple(tuple(axes) for axes in pair) for pair in dimension_numbers
+        )
+        return cls(
+            ((lhs_in, rhs_in), (lhs_batch, rhs_batch)),
+            tuple(axis for axis in range(lhs.ndim) if axis not in lhs_in + lhs_batch),
+            kernel_axes(rhs, dimension_numbers),
+            scheme,
+            precision,
+            preferred_element_type,
+        )
+
+    def product(self, lhs, rhs):
+        return self.dot_general(
+            lhs,
+            rhs,
+            self.dimension_numbers,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+
+    def kernel(self, rhs, adapter):
+        return add_delta(rhs, self.axes.delta(adapter, rhs.shape, self.scheme))
+
+    def rows(self, lhs):
+        """[B..., T, I] of the inputs."""
+        (lhs_in, _), (lhs_batch, _) = self.dimension_numbers
+        lead = [lhs.shape[axis] for axis in lhs_batch]
+        features = math.prod(lhs.shape[axis] for axis in lhs_in)
+        return lhs.transpose(lhs_batch + self.lhs_free + lhs_in).reshape(*lead, -1, features)
+
+    def per_batch(self, function):
+        for _ in self.axes.batch:
+            function = jax.vmap(function)
+        return function
+
+    def delta(self, lhs, adapter, out_features):
+        """[B..., T, O] of the delta."""
+
+        def one(x, adapter):
+            return delta(x, adapter, out_features, self.scheme)
+
+        return self.per_batch(one)(self.rows(lhs), dict(adapter))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dot_in_kernel(lhs, rhs, adapter, call):
+    return call.product(lhs, call.kernel(rhs, adapter))
+
+
+def _dot_in_kernel_forward(lhs, rhs, adapter, call):
+    lhs, rhs_trained, rhs = lhs.value, rhs.perturbed, rhs.value
+    adapter = jax.tree.map(lambda leaf: leaf.value, adapter, is_leaf=_is_primal)
+    y = call.product(lhs, call.kernel(rhs, adapter))
+    _, _, out_features = call.axes.sizes(rhs.shape)
+
+    def compressed(x, adapter):
+        return to_compressed(x, adapter, out_features, call.scheme)
+
+    rows = call.rows(lhs)
+    z = jax.eval_shape(call.per_batch(compressed), rows, adapter)
+    # What is kept for the gradient is the smaller of x and f_comp(x), and x where W asks for it.
+    keeps_inputs = rhs_trained or z.size >= rows.size
+    kept = lhs if keeps_inputs else call.per_batch(compressed)(rows, adapter)
+    lhs_like = jax.ShapeDtypeStruct(lhs.shape, lhs.dtype)
+    return y, (kept, rhs, adapter, _Static((keeps_inputs, rhs_trained, lhs_like)))
+
+
+def _dot_in_kernel_backward(call, residuals, dy):
+    kept, rhs, adapter, static = residuals
+    keeps_inputs, rhs_trained, lhs_like = static.value
+    _, _, out_features = call.axes.sizes(rhs.shape)
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    # Without the barrier XLA takes the sum below for the forward's and keeps it alive between the
+    # two, a second copy of every adapted kernel.
+    rhs, adapter, dy = lax.optimization_barrier((rhs, adapter, dy))
+    total, total_transpose = jax.vjp(lambda rhs: call.kernel(rhs, adapter), rhs)
+    _, input_transpose = jax.vjp(lambda lhs: call.product(lhs, total), _zeros_like(lhs_like))
+    (dlhs,) = input_transpose(dy)
+    drhs = None
+    if rhs_trained:
+        _, kernel_transpose = jax.vjp(lambda total: call.product(kept, total), total)
+        (drhs,) = total_transpose(*kernel_transpose(dy))
+
+    def gradient(z, dy, adapter):
+        if keeps_inputs:
+            z = to_compressed(z, adapter, out_features, call.scheme)
+        return adapter_gradient(z, dy, adapter, out_features, call.scheme)
+
+    z = call.rows(kept) if keeps_inputs else kept
+    batch = tuple(rhs.shape[axis] for axis in call.axes.batch)
+    dy = dy.reshape(*batch, -1, out_features)
+    return dlhs, drhs, call.per_batch(gradient)(z, dy, adapter)
+
+
+_dot_in_kernel.defvjp(_dot_in_kernel_forward, _dot_in_kernel_backward, symbolic_zeros=True)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """Carries static values among the residuals of a gradient."""
+
+    value: Any
+
+
+def _is_primal(leaf) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _zeros_like(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A point to linearise a linear function at: its value is never used."""
+    return jnp.zeros(like.shape, like.dtype)  # pyright: ignore

@@ -1,0 +1,263 @@
+"""The paper's equations as pure functions: compress, decompress, and the delta between them.
+
+    h = W0 x + f_decomp(M f_comp(x))        equation (2) of arXiv 2405.12130
+
+`compress` is f_comp and `decompress` is f_decomp: fixed linear maps. Each scheme defines these two
+and nothing else; the delta, its kernel and the gradient of the matrix follow from them, so that
+the forward pass, the merge and the training cannot disagree.
+
+Shape letters: I input features, O output features, R the square size, N blocks of R features;
+`...` any leading axes. The matrix is a JAX kernel, `z @ M`; files of the authors' PyTorch code
+hold its transpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax import _features as features
+from mora_jax._schemes import (
+    Decoupling,
+    LowRank,
+    Rotation,
+    Scheme,
+    Sharing,
+    Truncation,
+    adapter_shapes,
+)
+
+Adapter = Mapping[str, jax.Array]
+
+
+def compress(
+    x: jax.Array, size: int, scheme: Scheme, *, out_features: int | None = None
+) -> jax.Array:
+    """f_comp: brings the features of `x` to the square size.
+
+    Features that do not fill the last block are followed by the first ones, around the end, as in
+    the authors' code.
+
+    Args:
+      x: [..., I], floating.
+      size: R.
+      scheme: any but `LowRank`, whose compression is learned.
+      out_features: O; needed where `scheme.cycle` is set, since the number of blocks depends on it.
+
+    Returns:
+      [..., R] for `Sharing` and `Truncation`, [..., N, R] for `Rotation` and `Decoupling`; the
+      dtype of `x`.
+
+    Raises:
+      TypeError: for `LowRank`.
+      ValueError: for a cycled scheme without `out_features`.
+
+    >>> compress(jnp.arange(5.0), 2, Sharing())  # (0 + 2 + 4, 1 + 3 + the first again)
+    Array([6., 4.], dtype=float32)
+    """
+    match scheme:
+        case Sharing(input="contiguous"):
+            return features.sum_runs(x, size)
+        case Sharing():
+            blocks = features.split_blocks(x, size, -(-x.shape[-1] // size))
+            return features.regroup(blocks, scheme.signs, scheme.shift).sum(-2)
+        case Truncation():
+            return features.resize(x, size, circular=False)
+        case Rotation() | Decoupling():
+            count = -(-x.shape[-1] // size)
+            if scheme.cycle:
+                if out_features is None:
+                    raise ValueError(f"{scheme} needs out_features to know its number of blocks.")
+                # Whole blocks first, so that the further ones repeat them and not the features.
+                x = features.resize(x, count * size, circular=True)
+                count = max(count, -(-out_features // size))
+            blocks = features.split_blocks(x, size, count)
+            return features.rotate(blocks) if isinstance(scheme, Rotation) else blocks
+    raise TypeError(f"{scheme} has no fixed compression; use `delta`.")
+
+
+def decompress(z: jax.Array, out_features: int, scheme: Scheme) -> jax.Array:
+    """f_decomp: brings the square size back to the features of the output.
+
+    Args:
+      z: [..., R] or [..., N, R], as `compress` gives it.
+      out_features: O.
+      scheme: any but `LowRank`.
+
+    Returns:
+      [..., O], the dtype of `z`.
+
+    Raises:
+      TypeError: for `LowRank`.
+
+    >>> decompress(jnp.array([1.0, 2.0]), 5, Sharing("stride", "contiguous"))
+    Array([1., 1., 1., 2., 2.], dtype=float32)
+    """
+    size = z.shape[-1]
+    match scheme:
+        case Sharing(output="contiguous"):
+            return features.repeat_runs(z, out_features)
+        case Sharing():
+            count = -(-out_features // size)
+            blocks = jnp.broadcast_to(z[..., None, :], (*z.shape[:-1], count, size))
+            return features.merge_blocks(
+                features.regroup(blocks, scheme.signs, -scheme.shift), out_features
+            )
+        case Truncation():
+            return features.resize(z, out_features, circular=False)
+        case Rotation(cycle=True) | Decoupling(cycle=True):
+            count = -(-out_features // size)
+            return features.merge_blocks(features.fold_blocks(z, count), out_features)
+        case Rotation() | Decoupling():
+            return features.merge_blocks(z, out_features)
+    raise TypeError(f"{scheme} has no fixed decompression; use `delta`.")
+
+
+def delta(x: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> jax.Array:
+    """What the adapter adds to the layer's output: `f_decomp(M f_comp(x))`, equation (2).
+
+    Equivalent to the authors' `_apply_mora` (without the base layer), and for `LowRank` to the
+    LoRA branch of PEFT.
+
+    Args:
+      x: [..., I], floating.
+      adapter: `{"matrix": [R, R]}`, or `{"a": [I, rank], "b": [rank, O]}` for `LowRank`.
+      out_features: O.
+      scheme: the scheme.
+
+    Returns:
+      [..., O], the dtype of `x`; products are accumulated in float32 or better.
+
+    Raises:
+      ValueError: where the adapter's names or shapes are not the scheme's.
+
+    >>> delta(jnp.arange(5.0), {"matrix": jnp.eye(2)}, 3, Sharing())
+    Array([6., 4., 6.], dtype=float32)
+    """
+    check_adapter(adapter, x.shape[-1], out_features, scheme)
+    z = to_compressed(x, adapter, out_features, scheme)
+    return from_compressed(z, adapter, out_features, scheme)
+
+
+def delta_kernel(
+    adapter: Adapter, in_features: int, out_features: int, scheme: Scheme
+) -> jax.Array:
+    """The kernel of the delta: `x @ delta_kernel == delta(x)`, equation (3).
+
+    It is `delta` of the identity, `C^T M D` for the linear maps C of `compress` and D of
+    `decompress`, written without a product: C is transposed by JAX and applied to the matrix.
+
+    Args:
+      adapter: as for `delta`.
+      in_features: I.
+      out_features: O.
+      scheme: the scheme.
+
+    Returns:
+      [I, O], the adapter's dtype.
+
+    Raises:
+      ValueError: where the adapter's names or shapes are not the scheme's.
+
+    >>> delta_kernel({"matrix": jnp.array([[1.0, 2.0], [3.0, 4.0]])}, 3, 3, Decoupling())
+    Array([[1., 2., 3.],
+           [3., 4., 0.],
+           [0., 0., 1.]], dtype=float32)
+    """
+    check_adapter(adapter, in_features, out_features, scheme)
+    if isinstance(scheme, LowRank):
+        return _scale(adapter, scheme) * (adapter["a"] @ adapter["b"])
+    matrix = adapter["matrix"]
+    size = matrix.shape[0]
+
+    def compress_row(row):
+        return compress(row, size, scheme, out_features=out_features)
+
+    row = jax.ShapeDtypeStruct((in_features,), matrix.dtype)
+    columns = matrix.T
+    if len(blocks := jax.eval_shape(compress_row, row).shape[:-1]):
+        # Block i of the input reaches block i of the output alone: [N, R, N, R].
+        columns = jnp.eye(*blocks, dtype=matrix.dtype)[:, None, :, None] * columns[:, None, :]
+    lead = columns.shape[: -1 - len(blocks)]
+    rows = jax.ShapeDtypeStruct((*lead, in_features), matrix.dtype)
+    (rows,) = jax.linear_transpose(compress_row, rows)(columns)
+    return decompress(jnp.moveaxis(rows, -1, 0), out_features, scheme)
+
+
+def to_compressed(x: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> jax.Array:
+    """All of `x` that the adapter's gradient needs: `compress(x)`, or `x` itself for `LowRank`."""
+    if isinstance(scheme, LowRank):
+        return x
+    return compress(x, adapter["matrix"].shape[0], scheme, out_features=out_features)
+
+
+def from_compressed(z: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> jax.Array:
+    """The delta from `to_compressed(x)`."""
+    if isinstance(scheme, LowRank):
+        y = _product(_product(z, adapter["a"]), adapter["b"])
+        return (_scale(adapter, scheme) * y).astype(z.dtype)
+    return decompress(_product(z, adapter["matrix"]).astype(z.dtype), out_features, scheme)
+
+
+def adapter_gradient(
+    z: jax.Array, dy: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme
+) -> dict[str, jax.Array]:
+    """Gradient of `sum(dy * delta)` by the adapter: the linear transpose of `M -> delta(x, M)`.
+
+    `dM = f_comp(x)^T D^T(dy)` with D^T the transpose of `decompress`: no product is larger than
+    the adapter's own, no `[I, O]` gradient is ever formed.
+
+    Args:
+      z: `to_compressed(x)`, [T, ...] with T rows.
+      dy: [T, O].
+      adapter: as for `delta`.
+      out_features: O.
+      scheme: the scheme.
+
+    Returns:
+      A dict like `adapter`, in its dtypes, accumulated in float32 or better.
+    """
+    if isinstance(scheme, LowRank):
+        hidden, dhidden = _product(z, adapter["a"]), _product(dy, adapter["b"].T)
+        scale = _scale(adapter, scheme)
+        gradient = {"a": scale * _product(z.T, dhidden), "b": scale * _product(hidden.T, dy)}
+    else:
+        compressed = jax.ShapeDtypeStruct(z.shape, dy.dtype)
+        (dz,) = jax.linear_transpose(lambda z: decompress(z, out_features, scheme), compressed)(dy)
+        size = z.shape[-1]
+        gradient = {"matrix": _product(z.reshape(-1, size).T, dz.reshape(-1, size))}
+    return {name: value.astype(adapter[name].dtype) for name, value in gradient.items()}
+
+
+def check_adapter(
+    adapter: Mapping[str, Any], in_features: int, out_features: int, scheme: Scheme
+) -> None:
+    """Raises ValueError unless the adapter has the names and shapes of its scheme."""
+    got = {name: tuple(value.shape) for name, value in adapter.items()}
+    if isinstance(scheme, LowRank):
+        rank = got.get("a", (0, 0))[-1]
+        wanted = adapter_shapes(in_features, out_features, max(rank, 1), scheme)
+    else:
+        # Any square size is a legal matrix; the plan says which one the rank asks for.
+        size = got.get("matrix", (0,))[0]
+        wanted = {"matrix": (size, size)}
+        if isinstance(scheme, Rotation) and size % 2:
+            raise ValueError(f"{scheme} pairs features, so its matrix must be even, got {got}.")
+    if got != wanted:
+        raise ValueError(
+            f"adapter of {scheme} on {in_features} -> {out_features} features must have shapes "
+            f"{wanted}, got {got}."
+        )
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` in a's dtype, accumulated and returned in at least float32."""
+    wide = jnp.promote_types(jnp.float32, a.dtype)
+    return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=wide)
+
+
+def _scale(adapter: Adapter, scheme: LowRank) -> float:
+    return 1.0 if scheme.alpha is None else scheme.alpha / adapter["a"].shape[-1]

@@ -1,0 +1,72 @@
+"""Where adapters live in a tree of parameters: the one place that knows.
+
+A parameter tree is a nested mapping with arrays at its leaves, as Flax makes it. Paths are written
+as in error messages and patterns, with slashes: `"layers/self_attn/q_proj/kernel"`. A layer's
+adapter stands beside its kernel, under one name:
+
+    layers/self_attn/q_proj/kernel         the base, frozen
+    layers/self_attn/q_proj/mora/matrix    the adapter, trained
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+#: The name under which a layer holds its adapter.
+ADAPTER = "mora"
+
+
+def join_path(*parts: str) -> str:
+    """`"a/b/c"` from its parts, leaving out empty ones (the root's own path is empty)."""
+    return "/".join(part for part in parts if part)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by path.
+
+    >>> flatten({"dense": {"kernel": 1, "bias": 2}})
+    {'dense/kernel': 1, 'dense/bias': 2}
+    """
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if "/" in str(name):
+            raise ValueError(f"{join_path(prefix, str(name))!r}: a name in a tree holds no slash.")
+        path = join_path(prefix, str(name))
+        if isinstance(value, Mapping):
+            leaves.update(flatten(value, path))
+        else:
+            leaves[path] = value
+    return leaves
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`.
+
+    >>> unflatten({"dense/kernel": 1, "dense/bias": 2})
+    {'dense': {'kernel': 1, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a leaf's path lies inside an adapter.
+
+    >>> is_adapter("q_proj/mora/matrix"), is_adapter("q_proj/kernel")
+    (True, False)
+    """
+    return ADAPTER in path.split("/")[:-1]
+
+
+def listing(paths: Iterable[str], limit: int = 8) -> str:
+    """Paths for an error message: the first few, and how many more there are."""
+    paths = sorted(paths)
+    more = f", and {len(paths) - limit} more" if len(paths) > limit else ""
+    return ", ".join(repr(path) for path in paths[:limit]) + more
