@@ -13,7 +13,7 @@ from mora_jax._plan import Plan
 from mora_jax._tree import listing
 
 
-def adapt(model: nn.Module, config_or_plan: MoRAConfig | Plan) -> nn.Module:
+def adapt(model: linen.ModuleT, config_or_plan: MoRAConfig | Plan) -> linen.ModuleT:
     """A model like `model` whose chosen linear layers have MoRA adapters.
 
     Equivalent to PEFT's `get_peft_model`, but nothing is replaced and nothing is copied: the model

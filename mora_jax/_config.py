@@ -115,13 +115,8 @@ class MoRAConfig:
         if not self.selects(path):
             return None
         return self._layer(
-            next(
-                (rank for pattern, rank in _pairs(self.ranks) if matches(pattern, path)), self.rank
-            ),
-            next(
-                (item for pattern, item in _pairs(self.schemes) if matches(pattern, path)),
-                self.scheme,
-            ),
+            _first_match(self.ranks, path, self.rank),
+            _first_match(self.schemes, path, self.scheme),
             train_kernel=self.trains(f"{path}/kernel"),
         )
 
@@ -160,6 +155,10 @@ class MoRAConfig:
 def _pairs(value: Any) -> tuple[tuple[Pattern, Any], ...]:
     pairs = value.items() if isinstance(value, Mapping) else value
     return tuple((pattern, item) for pattern, item in pairs)
+
+
+def _first_match(pairs: Any, path: str, default: Any) -> Any:
+    return next((item for pattern, item in _pairs(pairs) if matches(pattern, path)), default)
 
 
 def matches(pattern: Pattern, path: str) -> bool:

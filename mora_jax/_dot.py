@@ -197,21 +197,21 @@ def _dot_in_kernel_forward(lhs, rhs, adapter, call):
     # What is kept for the gradient is the smaller of x and f_comp(x), and x where W asks for it.
     keeps_inputs = rhs_trained or z.size >= rows.size
     kept = lhs if keeps_inputs else call.per_batch(compressed)(rows, adapter)
-    lhs_like = jax.ShapeDtypeStruct(lhs.shape, lhs.dtype)
-    return y, (kept, rhs, adapter, _Static((keeps_inputs, rhs_trained, lhs_like)))
+    return y, (kept, rhs, adapter, _Static((keeps_inputs, rhs_trained, lhs.shape, lhs.dtype)))
 
 
 def _dot_in_kernel_backward(call, residuals, dy):
     kept, rhs, adapter, static = residuals
-    keeps_inputs, rhs_trained, lhs_like = static.value
+    keeps_inputs, rhs_trained, shape, dtype = static.value
     _, _, out_features = call.axes.sizes(rhs.shape)
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
+        dy = jnp.zeros(dy.shape, dy.dtype)  # pyright: ignore
     # Without the barrier XLA takes the sum below for the forward's and keeps it alive between the
     # two, a second copy of every adapted kernel.
     rhs, adapter, dy = lax.optimization_barrier((rhs, adapter, dy))
     total, total_transpose = jax.vjp(lambda rhs: call.kernel(rhs, adapter), rhs)
-    _, input_transpose = jax.vjp(lambda lhs: call.product(lhs, total), _zeros_like(lhs_like))
+    # The product is linear in its inputs: the point to differentiate at is never used.
+    _, input_transpose = jax.vjp(lambda lhs: call.product(lhs, total), jnp.zeros(shape, dtype))
     (dlhs,) = input_transpose(dy)
     drhs = None
     if rhs_trained:
@@ -242,8 +242,3 @@ class _Static:
 
 def _is_primal(leaf) -> bool:
     return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
-
-
-def _zeros_like(like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A point to linearise a linear function at: its value is never used."""
-    return jnp.zeros(like.shape, like.dtype)  # pyright: ignore

@@ -10,6 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def wide_dtype(dtype) -> np.dtype:
+    """The dtype to sum in: float32, or float64 for float64."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def resize(x: jax.Array, width: int, *, circular: bool) -> jax.Array:
     """Cuts the last axis to `width`, or extends it: by its own start if circular, else by zeros.
 
@@ -52,7 +57,7 @@ def regroup(blocks: jax.Array, signs: int, shift: int) -> jax.Array:
     count, size = blocks.shape[-2:]
     if signs:
         walsh = [(-1) ** (signs & block).bit_count() for block in range(count)]
-        blocks = blocks * jnp.asarray(walsh, blocks.dtype)[:, None]
+        blocks = blocks * _expand(np.asarray(walsh)[:, None], blocks)
     if shift:
         rolled = [jnp.roll(blocks[..., b, :], shift * b % size, axis=-1) for b in range(count)]
         blocks = jnp.stack(rolled, axis=-2)
@@ -93,8 +98,12 @@ def rotate(blocks: jax.Array) -> jax.Array:
     count, size = blocks.shape[-2:]
     theta = 10000.0 ** (-2.0 * np.arange(size // 2) / size)
     angles = np.arange(count)[:, None] * theta
-    wide = jnp.promote_types(jnp.float32, blocks.dtype)
-    cos, sin = jnp.asarray(np.cos(angles), wide), jnp.asarray(np.sin(angles), wide)
-    first, second = jnp.split(blocks.astype(wide), 2, axis=-1)
+    first, second = jnp.split(blocks.astype(wide_dtype(blocks.dtype)), 2, axis=-1)
+    cos, sin = _expand(np.cos(angles), first), _expand(np.sin(angles), first)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(blocks.dtype)
+
+
+def _expand(table: np.ndarray, like: jax.Array) -> jax.Array:
+    """A constant of the last axes, in the dtype and with the number of axes of `like`."""
+    return jnp.asarray(table.reshape((1,) * (like.ndim - table.ndim) + table.shape), like.dtype)

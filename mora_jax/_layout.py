@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
+from mora_jax._features import wide_dtype
 from mora_jax._operators import Adapter, delta_kernel
 from mora_jax._schemes import Scheme
 
@@ -60,5 +60,5 @@ def kernel_axes(kernel: jax.Array, dimension_numbers: DotDimensionNumbers) -> Ke
 
 def add_delta(kernel: jax.Array, value: jax.Array) -> jax.Array:
     """`kernel + value`, summed in at least float32, in the kernel's dtype."""
-    wide = jnp.promote_types(jnp.float32, kernel.dtype)
+    wide = wide_dtype(kernel.dtype)
     return (kernel.astype(wide) + value.astype(wide)).astype(kernel.dtype)

@@ -180,7 +180,7 @@ def delta_kernel(
     columns = matrix.T
     if len(blocks := jax.eval_shape(compress_row, row).shape[:-1]):
         # Block i of the input reaches block i of the output alone: [N, R, N, R].
-        columns = jnp.eye(*blocks, dtype=matrix.dtype)[:, None, :, None] * columns[:, None, :]
+        columns = jnp.eye(*blocks, dtype=matrix.dtype)[:, None, :, None] * columns[None, :, None, :]
     lead = columns.shape[: -1 - len(blocks)]
     rows = jax.ShapeDtypeStruct((*lead, in_features), matrix.dtype)
     (rows,) = jax.linear_transpose(compress_row, rows)(columns)
@@ -255,7 +255,7 @@ def check_adapter(
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a @ b` in a's dtype, accumulated and returned in at least float32."""
-    wide = jnp.promote_types(jnp.float32, a.dtype)
+    wide = features.wide_dtype(a.dtype)
     return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=wide)
 
 

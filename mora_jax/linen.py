@@ -16,7 +16,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from mora_jax._tree import ADAPTER, join_path
 
 #: The layers that `adapt` reaches: those that take a `dot_general_cls`.
 LINEAR = (nn.Dense, nn.DenseGeneral)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class MoRA(nn.Module):
@@ -140,7 +142,7 @@ class AdaptedModule(nn.Module):
     mora_chooser: ClassVar[Chooser]
 
 
-def adapt(model: nn.Module, chooser: Chooser) -> nn.Module:
+def adapt(model: ModuleT, chooser: Chooser) -> ModuleT:
     """A model like `model` in which the chosen layers have adapters. See `mora_jax.adapt`.
 
     The result is an instance of a subclass of the model's own class, with the same fields, whose
@@ -156,7 +158,7 @@ def adapt(model: nn.Module, chooser: Chooser) -> nn.Module:
     adapted = _ADAPTED.get(key)
     if adapted is None:
         adapted = _ADAPTED[key] = _make_adapted(model, chooser)
-    return adapted
+    return adapted  # pyright: ignore[reportReturnType]
 
 
 # The value holds its base model, so the id in the key cannot be given to another while it lives.
@@ -168,14 +170,14 @@ _ADAPTED: weakref.WeakValueDictionary[tuple[int, Chooser], nn.Module] = (
 def _make_adapted(model: nn.Module, chooser: Chooser) -> nn.Module:
     cls = type(model)
     namespace = {
-        "mora_base": model,
-        "mora_chooser": chooser,
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
         "__hash__": lambda self: hash(type(self)),
         "__eq__": _same_fields,
     }
     adapted = type(cls.__name__, (cls, AdaptedModule), namespace)  # pyright: ignore
+    # Set afterwards: flax would take a module in the namespace, being callable, for a method.
+    adapted.mora_base, adapted.mora_chooser = model, chooser
     # A name bound before flax's own `apply` and `init` enters the interception for functions given
     # as `method=`; the wrapped methods enter it for bound models and for use as a submodule.
     for name in _method_names(cls):

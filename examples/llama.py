@@ -1,0 +1,273 @@
+"""A plain Flax linen Llama: the model and greedy generation.
+
+There is no MoRA in this file, and that is its point: `mora_jax.adapt` takes the model as it is, and
+`generate` takes the adapted model as it takes the base. Every linear layer is an `nn.Dense` under
+its Hugging Face name, and `nn.scan` stacks the layers, so one compiled layer serves them all.
+
+Shape letters: B batch, T tokens, S slots of the key-value cache (S = T without one), P prompt,
+D features, N query heads, K key-value heads, H features of a head, L layers, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+Params = Mapping[str, Any]
+Cache = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes of a Llama. Hashable, so a model that holds one can be a static argument of jit."""
+
+    vocab_size: int
+    features: int
+    hidden_features: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_features: int
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = False
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads the dict of a Hugging Face config.json; ValueError for what is not implemented."""
+        # transformers 5 writes both rope fields into one dict, there even where nothing is scaled.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope and rope.get("rope_type", rope.get("type")) != "default":
+            raise ValueError(f"config.json: rope_scaling is {rope}, only plain rope is implemented")
+        for key, wanted in {
+            "attention_bias": False,
+            "mlp_bias": False,
+            "hidden_act": "silu",
+        }.items():
+            if config.get(key, wanted) != wanted:
+                raise ValueError(
+                    f"config.json: {key} is {config[key]!r}, only {wanted!r} is implemented"
+                )
+        num_heads = config["num_attention_heads"]
+        return cls(
+            vocab_size=config["vocab_size"],
+            features=config["hidden_size"],
+            hidden_features=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_features=config.get("head_dim") or config["hidden_size"] // num_heads,
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
+            norm_epsilon=config["rms_norm_eps"],
+            tie_embeddings=config.get("tie_word_embeddings", False),
+        )
+
+
+def rotary_angles(positions: Array, features: int, theta: float) -> Array:
+    """Angles `position * theta ** (-2j / H)`: [B, T] -> [B, T, 1, H/2], the 1 for the heads."""
+    frequencies = theta ** (-np.arange(0, features, 2, dtype=np.float32) / features)
+    return positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None, :]
+
+
+def rotate(x: Array, angles: Array) -> Array:
+    """Rotates feature j with feature j + H/2: [B, T, N, H], [B, T, 1, H/2] -> [B, T, N, H]."""
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class _Block(nn.Module):
+    """What every part of the model holds, and the two kinds of layer it is built from."""
+
+    config: LlamaConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(features, use_bias=False, **self._shared, name=name)
+
+    def _norm(self, name: str) -> nn.RMSNorm:
+        return nn.RMSNorm(self.config.norm_epsilon, **self._shared, name=name)
+
+
+class Attention(_Block):
+    """Grouped-query attention: [B, T, D] -> [B, T, D]."""
+
+    @nn.compact
+    def __call__(self, x: Array, angles: Array, mask: Array, slot: Array) -> Array:
+        """Attends where mask [B, 1, T, S] is True; `slot` is where the T tokens go in the cache."""
+        batch, tokens, features = x.shape
+
+        def project(name: str, heads: int) -> Array:
+            y = self._dense(heads * self.config.head_features, name)(x)
+            return y.reshape(batch, tokens, heads, self.config.head_features)
+
+        query = rotate(project("q_proj", self.config.num_heads), angles)
+        key = rotate(project("k_proj", self.config.num_kv_heads), angles)
+        value = project("v_proj", self.config.num_kv_heads)
+        key, value = self._cached("key", key, slot), self._cached("value", value, slot)
+        # dot_product_attention shares K key-value heads among N query heads by itself.
+        heads = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return self._dense(features, "o_proj")(heads.reshape(batch, tokens, -1))
+
+    def _cached(self, name: str, new: Array, slot: Array) -> Array:
+        """Writes [B, T, K, H] into the cache, if there is one, and gives all [B, S, K, H] of it."""
+        if not self.has_variable("cache", name):
+            return new
+        cached = self.get_variable("cache", name)
+        cached = jax.lax.dynamic_update_slice_in_dim(cached, new, slot, axis=1)
+        self.put_variable("cache", name, cached)
+        return cached
+
+
+class MLP(_Block):
+    """Gated feed-forward: [B, T, D] -> [B, T, D]."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Applies it to each token."""
+        gate = self._dense(self.config.hidden_features, "gate_proj")(x)
+        up = self._dense(self.config.hidden_features, "up_proj")(x)
+        return self._dense(self.config.features, "down_proj")(nn.silu(gate) * up)
+
+
+class Layer(_Block):
+    """One decoder layer, in the form that `nn.scan` wants: [B, T, D] -> ([B, T, D], None)."""
+
+    @nn.compact
+    def __call__(self, x: Array, angles: Array, mask: Array, slot: Array) -> tuple[Array, None]:
+        """Takes the arguments of `Attention`."""
+        attention = Attention(self.config, **self._shared, name="self_attn")
+        mlp = MLP(self.config, **self._shared, name="mlp")
+        x = x + attention(self._norm("input_layernorm")(x), angles, mask, slot)
+        return x + mlp(self._norm("post_attention_layernorm")(x)), None
+
+
+class Llama(_Block):
+    """Tokens to logits.
+
+    Attributes:
+      config: the sizes.
+      dtype: of the computation; norms, rotary angles and softmax are float32 inside.
+      param_dtype: of the parameters that `init` makes.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self, tokens: Array, positions: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        """Gives, at each token, the logits of the token after it.
+
+        If the variables hold a collection "cache" (`empty_cache`), which must then be mutable, the
+        tokens continue those of the cache.
+
+        Args:
+          tokens: [B, T] int.
+          positions: [B, T] int, the rotary positions; by default the number of real tokens before.
+          mask: [B, T] bool, False at padding on either side; by default all tokens are real.
+
+        Returns:
+          [B, T, V] float32; what stands at padding means nothing.
+        """
+        config, shared, length = self.config, self._shared, tokens.shape[1]
+        real = jnp.ones(tokens.shape, bool) if mask is None else mask
+        slot = jnp.zeros((), jnp.int32)
+        if self.has_variable("cache", "real"):
+            slot, cached = self.get_variable("cache", "slot"), self.get_variable("cache", "real")
+            real = jax.lax.dynamic_update_slice_in_dim(cached, real, slot, axis=1)
+            self.put_variable("cache", "slot", slot + length)
+            self.put_variable("cache", "real", real)
+        slots = slot + jnp.arange(length)
+        causal = jnp.arange(real.shape[1])[None, :] <= slots[:, None]
+        attend = causal[None, None] & real[:, None, None, :]
+        if positions is None:
+            positions = (jnp.cumsum(real, axis=1) - 1).clip(0)[:, slots]
+        angles = rotary_angles(positions, config.head_features, config.rope_theta)
+
+        embed = nn.Embed(config.vocab_size, config.features, **shared, name="embed_tokens")
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,  # scan prevents CSE itself
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={True: True},  # all streams, so that each layer draws numbers of its own
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+            length=config.num_layers,
+        )
+        x, _ = layers(config, **shared, name="layers")(embed(tokens), angles, attend, slot)
+        x = self._norm("norm")(x)
+        head = embed.attend if config.tie_embeddings else self._dense(config.vocab_size, "lm_head")
+        return head(x).astype(jnp.float32)
+
+
+def empty_cache(config: LlamaConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
+    """The collection "cache" before the first token: room for `slots` tokens in each sequence."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_features)
+    return {
+        "slot": jnp.zeros((), jnp.int32),  # the next to write, the same in every sequence
+        "real": jnp.zeros((batch, slots), bool),
+        "layers": {"self_attn": {name: jnp.zeros(shape, dtype) for name in ("key", "value")}},
+    }
+
+
+def generate(
+    model: Llama,
+    params: Params,
+    prompts: Array | np.ndarray,
+    prompt_mask: Array | np.ndarray,
+    max_new_tokens: int,
+    *,
+    end_token: int | None = None,
+) -> Array:
+    """Continues each prompt greedily; compiles once per model, shape and number of tokens.
+
+    Args:
+      model: a `Llama`, or a wrapped one that is called alike; hashable, as it is static under jit.
+      params: its parameters.
+      prompts: [B, P] int, padded on the left, so that each prompt ends where its answer begins.
+      prompt_mask: [B, P] bool, False at the padding.
+      max_new_tokens: how many tokens to give.
+      end_token: a sequence that has produced it repeats it to the end.
+
+    Returns:
+      [B, max_new_tokens] int32.
+
+    Raises:
+      ValueError: a prompt is padded on the right.
+    """
+    if not np.asarray(prompt_mask)[:, -1].all():
+        raise ValueError("prompt_mask is False in its last column: pad the prompts on the left")
+    return _generate(model, params, prompts, prompt_mask, max_new_tokens, end_token)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_token"))
+def _generate(model, params, prompts, prompt_mask, max_new_tokens, end_token) -> Array:
+    def advance(cache: Cache, tokens: Array, mask: Array | None) -> tuple[Cache, Array]:
+        variables = {"params": params, "cache": cache}
+        logits, updated = model.apply(variables, tokens, mask=mask, mutable=["cache"])
+        return updated["cache"], logits[:, -1].argmax(-1).astype(jnp.int32)
+
+    def step(carry: tuple[Cache, Array], _: None) -> tuple[tuple[Cache, Array], Array]:
+        cache, last = carry
+        cache, token = advance(cache, last[:, None], None)
+        if end_token is not None:
+            token = jnp.where(last == end_token, end_token, token)
+        return (cache, token), token
+
+    batch, length = prompts.shape
+    cache = empty_cache(model.config, batch, length + max_new_tokens, model.dtype)
+    cache, first = advance(cache, prompts, prompt_mask)
+    _, rest = jax.lax.scan(step, (cache, first), length=max_new_tokens - 1)
+    return jnp.concatenate([first[:, None], rest.T], axis=1)

@@ -1,0 +1,125 @@
+"""Settings of the whole suite, and the fixtures that several files share."""
+
+import json
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import mora_jax
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+SCHEMES = [
+    mora_jax.Sharing(),
+    mora_jax.Sharing("contiguous", "contiguous"),
+    mora_jax.Sharing("contiguous", "stride"),
+    mora_jax.Sharing("stride", "contiguous"),
+    mora_jax.Sharing(shift=3),
+    mora_jax.Sharing(signs=3),
+    mora_jax.Sharing(shift=1, signs=2),
+    mora_jax.Rotation(),
+    mora_jax.Rotation(cycle=True),
+    mora_jax.Decoupling(),
+    mora_jax.Decoupling(cycle=True),
+    mora_jax.Truncation(),
+]
+ALL_SCHEMES = [*SCHEMES, mora_jax.LowRank(alpha=3.0)]
+
+
+@pytest.fixture
+def float64():
+    """Double precision inside a test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict():
+    """No implicit promotion of dtypes or ranks inside a test."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def golden_operators():
+    """The cases of golden/operators.npz, as pytest params of (case, arrays)."""
+    with np.load(GOLDEN / "operators.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    params = []
+    for case in json.loads(str(arrays["index"])):
+        prefix = case["name"] + "/"
+        own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+        params.append(pytest.param(case, own, id=case["name"]))
+    return params
+
+
+def random_adapter(in_features, out_features, rank, scheme, seed=0, dtype="float32", batch=()):
+    """An adapter of normal random numbers."""
+    rng = np.random.default_rng(seed)
+    shapes = mora_jax._schemes.adapter_shapes(in_features, out_features, rank, scheme)
+    return {
+        name: jnp.asarray(rng.standard_normal((*batch, *shape)), dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def perturb(tree, seed=0, scale=0.1):
+    """The tree with normal random numbers added to its leaves."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype), tree
+    )
+
+
+def assert_same_bits(first, second):
+    """Equal structures, dtypes and bits: -0.0 is not 0.0, and a NaN equals itself."""
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+class Block(nn.Module):
+    """Two layers of different width, and a residual."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.gelu(nn.Dense(24, name="up", dtype=x.dtype)(x))
+        return x + nn.Dense(x.shape[-1], name="down", dtype=x.dtype)(y), None
+
+
+class Network(nn.Module):
+    """A little of everything: a Dense, stacked layers, attention, a norm."""
+
+    stacked: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16, name="embed", dtype=x.dtype)(x)
+        if self.stacked:
+            layers = nn.scan(
+                nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
+            x, _ = layers(name="layers")(x, None)
+        x = nn.LayerNorm(name="norm", dtype=x.dtype)(x)
+        return nn.MultiHeadDotProductAttention(2, name="attention", dtype=x.dtype)(x, x)
+
+
+@pytest.fixture
+def inputs():
+    return jax.random.normal(jax.random.key(1), (2, 5, 10))
+
+
+def adapted_network(inputs, *, key=None, module=None, **config):
+    """(base model, its params, adapted model, plan, params with new adapters)."""
+    base = module or Network()
+    pretrained = jax.jit(base.init)(jax.random.key(0), inputs)["params"]
+    model = mora_jax.adapt(base, mora_jax.MoRAConfig(**{"rank": 2, **config}))
+    plan = mora_jax.plan(model, inputs)
+    return base, pretrained, model, plan, mora_jax.attach(plan, pretrained, key=key)

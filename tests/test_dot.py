@@ -1,0 +1,175 @@
+"""The adapted product: both placements, any layout, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mora_jax
+from conftest import ALL_SCHEMES, random_adapter
+from mora_jax._dot import best_placement
+
+MATMUL = (((1,), (0,)), ((), ()))
+
+# (lhs, rhs, dimension numbers, input features, output features, batch axes)
+LAYOUTS = {
+    "dense": ((3, 7, 50), (50, 33), (((2,), (0,)), ((), ())), 50, 33, ()),
+    "two axes in, two out": (
+        (3, 7, 5, 6), (5, 6, 11, 2), (((2, 3), (0, 1)), ((), ())), 30, 22, (),
+    ),
+    "axes apart": ((3, 7, 6, 5), (5, 11, 6, 2), (((3, 2), (0, 2)), ((), ())), 30, 22, ()),
+    "axes in another order": ((4, 6, 5), (5, 11, 6), (((1, 2), (2, 0)), ((), ())), 30, 11, ()),
+    "experts": ((7, 4, 30), (4, 30, 17), (((2,), (1,)), ((1,), (0,))), 30, 17, (4,)),
+}  # fmt: skip
+
+
+def products(layout, scheme, rank=2):
+    """The function of (x, kernel, adapter) for a placement, and arguments for it."""
+    lhs, rhs, dims, in_features, out_features, batch = LAYOUTS[layout]
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.standard_normal(lhs)), jnp.asarray(rng.standard_normal(rhs))
+    adapter = random_adapter(in_features, out_features, rank, scheme, 1, "float64", batch)
+
+    def product(placement, x, kernel, adapter):
+        return mora_jax.mora_dot_general(x, kernel, dims, adapter, scheme, placement=placement)
+
+    return product, x, kernel, adapter
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+def test_placements_agree(layout, scheme, float64):
+    product, x, kernel, adapter = products(layout, scheme)
+    weights = np.random.default_rng(2).standard_normal(product("kernel", x, kernel, adapter).shape)
+
+    @jax.jit
+    def everything(x, kernel, adapter):
+        outcomes = []
+        for placement in ("activation", "kernel"):
+
+            def loss(x, kernel, adapter, placement=placement):
+                y = product(placement, x, kernel, adapter)
+                return (y * weights).sum(), y
+
+            # By all three, and by all but the kernel: the second keeps less for the gradient.
+            full, y = jax.grad(loss, (0, 1, 2), has_aux=True)(x, kernel, adapter)
+            frozen, _ = jax.grad(loss, (0, 2), has_aux=True)(x, kernel, adapter)
+            outcomes.append((y, full, (full[0], full[2])))
+            outcomes.append((y, full, frozen))
+        return outcomes
+
+    first, *others = everything(x, kernel, adapter)
+    for other in others:
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_experts_do_not_share_their_matrices(float64):
+    product, x, kernel, adapter = products("experts", mora_jax.Sharing())
+    together = product("kernel", x, kernel, adapter)
+    for expert in range(4):
+        own = {name: leaf[expert] for name, leaf in adapter.items()}
+        alone = mora_jax.mora_dot_general(
+            x[:, expert], kernel[expert], MATMUL, own, mora_jax.Sharing()
+        )
+        np.testing.assert_allclose(together[expert], alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("placement", ["kernel", "activation"])
+@pytest.mark.parametrize("scheme", [mora_jax.Sharing(), mora_jax.Rotation()], ids=str)
+def test_bfloat16_stays_near_double_precision(placement, scheme, strict):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((64, 96)), rng.standard_normal((96, 80)) / 10
+    adapter = {k: v / 30 for k, v in random_adapter(96, 80, 4, scheme).items()}
+
+    def loss(x, kernel, adapter, placement):
+        y = mora_jax.mora_dot_general(x, kernel, MATMUL, adapter, scheme, placement=placement)
+        return jnp.square(y.astype(jnp.float32)).sum()
+
+    low = jax.grad(loss, (0, 2))(
+        jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16), adapter, placement
+    )
+    high = jax.grad(loss, (0, 2))(
+        jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), adapter, "activation"
+    )
+    assert low[0].dtype == jnp.bfloat16
+    assert low[1]["matrix"].dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(low), jax.tree.leaves(high), strict=True):
+        error = np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b)
+        assert error < 2e-2
+
+
+def flops(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def test_the_kernels_gradient_is_never_formed():
+    x, kernel, dy = jnp.ones((512, 256)), jnp.ones((256, 256)), jnp.ones((512, 256))
+    adapter = random_adapter(256, 256, 2, mora_jax.Sharing())
+
+    def step(x, kernel, adapter):
+        y, transpose = jax.vjp(
+            lambda x, adapter: mora_jax.mora_dot_general(
+                x, kernel, MATMUL, adapter, mora_jax.Sharing(), placement="kernel"
+            ),
+            x, adapter,
+        )  # fmt: skip
+        return y, transpose(dy)
+
+    product = 2 * 512 * 256 * 256
+    # Forward and input gradient are two products; the adapter's own arithmetic is small.
+    assert 2 * product <= flops(step, x, kernel, adapter) < 2.3 * product
+
+
+def test_the_activation_form_has_a_forward_mode(float64):
+    product, x, kernel, adapter = products("dense", mora_jax.Rotation())
+    _, tangent = jax.jvp(lambda a: product("activation", x, kernel, a), (adapter,), (adapter,))
+    delta = product("activation", x, kernel, adapter) - product(
+        "activation", x, kernel, jax.tree.map(jnp.zeros_like, adapter)
+    )
+    np.testing.assert_allclose(tangent, delta, rtol=1e-11)
+
+
+def test_vmap_over_adapters():
+    scheme = mora_jax.Sharing()
+    adapters = random_adapter(6, 4, 1, scheme, batch=(3,))
+    x, kernel = jnp.ones((2, 6)), jnp.ones((6, 4))
+
+    def loss(adapter, placement):
+        y = mora_jax.mora_dot_general(x, kernel, MATMUL, adapter, scheme, placement=placement)
+        return jnp.square(y).sum()
+
+    first, second = (
+        jax.vmap(lambda adapter, p=placement: jax.grad(loss)(adapter, p))(adapters)
+        for placement in ("kernel", "activation")
+    )
+    np.testing.assert_allclose(first["matrix"], second["matrix"], rtol=1e-5)
+
+
+def test_auto_takes_the_kernel_for_many_rows_only():
+    assert best_placement(4096, 1024, 1024, mora_jax.Sharing()) == "kernel"
+    assert best_placement(1, 1024, 1024, mora_jax.Rotation()) == "activation"
+    assert best_placement(4096, 1024, 1024, mora_jax.LowRank()) == "activation"
+
+
+def test_dropout_like_inputs_of_the_adapter_alone():
+    scheme, x, kernel = mora_jax.Sharing(), jnp.ones((2, 6)), jnp.ones((6, 4))
+    adapter = random_adapter(6, 4, 1, scheme)
+    y = mora_jax.mora_dot_general(
+        x, kernel, MATMUL, adapter, scheme, placement="kernel", adapter_lhs=jnp.zeros_like(x)
+    )
+    np.testing.assert_array_equal(y, x @ kernel)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "adapter", "error", "message"),
+    [
+        (jnp.ones((6, 4), jnp.int8), {"matrix": jnp.ones((3, 3))}, TypeError, "floating.*int8"),
+        (jnp.ones((6, 4)), {"matrix": jnp.ones((3, 2))}, ValueError, r"got .*\(3, 2\)"),
+        (jnp.ones((6, 4)), {"matrix": jnp.ones((2, 3, 3))}, ValueError, "batch axes"),
+        (jnp.ones((6, 4)), {"a": jnp.ones((6, 1))}, ValueError, "must have shapes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(kernel, adapter, error, message):
+    with pytest.raises(error, match=message):
+        mora_jax.mora_dot_general(jnp.ones((2, 6)), kernel, MATMUL, adapter, mora_jax.Sharing())

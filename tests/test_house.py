@@ -1,0 +1,48 @@
+"""The house: a file imports only from floors below its own."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import mora_jax
+
+PACKAGE = pathlib.Path(mora_jax.__file__).parent
+
+FLOORS = [
+    {"_schemes", "_features", "_tree", "_schedules", "_version"},
+    {"_operators", "_cycles", "_initialize"},
+    {"_layout", "_config"},
+    {"_dot", "_plan"},
+    {"_params", "_freeze", "_optimizer_state", "linen"},
+    {"_linen_plan", "_merge"},
+    {"_adapt", "_remora"},
+    {"checkpoint"},
+    {"__init__"},
+]
+
+
+def imports_of(path):
+    """The modules of the package that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mora_jax"):
+            inner = node.module.removeprefix("mora_jax").lstrip(".")
+            yield from [inner] if inner else [alias.name for alias in node.names]
+
+
+def test_floors_look_down():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set().union(*FLOORS)
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    for path in PACKAGE.glob("*.py"):
+        for imported in imports_of(path):
+            assert floor_of[imported] < floor_of[path.stem], f"{path.stem} imports {imported}"
+
+
+def test_the_facade_opens_no_door():
+    code = "import sys, mora_jax; assert 'mora_jax.checkpoint' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_facade_names_what_it_gives():
+    assert sorted(mora_jax.__all__) == mora_jax.__all__
+    assert all(hasattr(mora_jax, name) for name in mora_jax.__all__)

@@ -1,0 +1,88 @@
+"""An unedited Hugging Face Flax Llama, whose modules do not hash."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mora_jax
+from conftest import assert_same_bits
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """(linen module, pretrained parameters, tokens)."""
+    with warnings.catch_warnings():
+        # transformers 4.52 warns of its own future at import.
+        warnings.simplefilter("ignore")
+        from transformers import FlaxLlamaForCausalLM, LlamaConfig
+
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+        )  # fmt: skip
+        model = FlaxLlamaForCausalLM(config, seed=0, dtype=jnp.float32)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)))
+    inputs = (tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(12), (2, 12)))
+    return model, model.module, model.params, inputs
+
+
+def test_a_pretrained_model_points_to_its_module(llama):
+    with pytest.raises(TypeError, match="Its attribute `module` is one"):
+        mora_jax.adapt(llama[0], mora_jax.MoRAConfig())
+
+
+def test_trains_through_a_cycle_with_one_compilation_per_scheme(llama):
+    _, module, pretrained, inputs = llama
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(module)
+    config = mora_jax.MoRAConfig(rank=2, scheme="sharing", targets=".*_proj", cycle="groupings")
+    model = mora_jax.adapt(module, config)
+    plan = mora_jax.plan(model, *inputs)
+    assert len(plan) == 14
+    params = mora_jax.attach(plan, pretrained)
+    assert_same_bits(
+        jax.jit(functools.partial(module.apply, return_dict=False))(
+            {"params": pretrained}, *inputs
+        )[0],
+        jax.jit(functools.partial(model.apply, return_dict=False))({"params": params}, *inputs)[0],
+    )
+    tx = mora_jax.freeze_base(optax.adam(1e-2), plan)
+    traces = []
+
+    def logits_of(model, params):
+        return model.apply({"params": params}, *inputs, return_dict=False)[0]
+
+    @functools.partial(jax.jit, static_argnames="model")
+    def step(model, params, state):
+        traces.append(model)
+
+        def loss(params):
+            logits, tokens = logits_of(model, params), inputs[0]
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits[:, :-1], tokens[:, 1:]
+            ).mean()
+
+        loss, gradients = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    state, losses = tx.init(params), []
+    for _ in range(8):
+        model = mora_jax.adapt(module, plan)
+        for _ in range(2):
+            params, state, loss = step(model, params, state)
+            losses.append(float(loss))
+        params, state, plan, _ = mora_jax.merge_and_reset(params, state, plan, donate=False)
+    assert len(traces) == 4
+    assert losses[-1] < 0.9 * losses[0]
+    merged = mora_jax.merge(params, plan)
+    np.testing.assert_allclose(
+        logits_of(module, merged), logits_of(mora_jax.adapt(module, plan), params),
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, dict(pretrained))

@@ -1,0 +1,81 @@
+"""Merging and unmerging."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import mora_jax
+from conftest import ALL_SCHEMES, adapted_network, assert_same_bits, perturb
+
+
+def trained(inputs, **config):
+    """A model with adapters that are not zero: (base, model, plan, params)."""
+    base, _, model, plan, params = adapted_network(inputs, key=jax.random.key(3), **config)
+    trainable, frozen = mora_jax.split(params, plan)
+    return base, model, plan, mora_jax.join(perturb(trainable), frozen)
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+def test_merged_outputs_are_the_adapted_ones(inputs, scheme):
+    base, model, plan, params = trained(inputs, scheme=scheme)
+    merged = mora_jax.merge(params, plan)
+    pretrained = jax.tree.map(jnp.shape, base.init(jax.random.key(0), inputs)["params"])
+    assert jax.tree.map(jnp.shape, merged) == pretrained
+    np.testing.assert_allclose(
+        jax.jit(base.apply)({"params": merged}, inputs),
+        jax.jit(model.apply)({"params": params}, inputs),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_unmerge_takes_the_adapters_out_again(inputs):
+    _, _, plan, params = trained(inputs, scheme="sharing")
+    trainable, _ = mora_jax.split(params, plan)
+    restored = mora_jax.unmerge(mora_jax.merge(params, plan), trainable, plan)
+    assert jax.tree.structure(restored) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-7)
+    np.testing.assert_array_equal(
+        restored["layers"]["up"]["mora"]["matrix"], params["layers"]["up"]["mora"]["matrix"]
+    )
+
+
+def test_sums_are_made_in_float32_and_the_dtype_is_kept(inputs):
+    base = nn.Dense(6, param_dtype=jnp.bfloat16)
+    _, _, _, plan, params = adapted_network(inputs, module=base, scheme="sharing")
+    adapter = perturb(params["mora"], scale=1e-3)
+    merged = mora_jax.merge({**params, "mora": adapter}, plan)
+    value = mora_jax.delta_kernel(adapter, 10, 6, mora_jax.Sharing())
+    wanted = (params["kernel"].astype(jnp.float32) + value).astype(jnp.bfloat16)
+    assert_same_bits(merged["kernel"], wanted)
+
+
+def test_only_adapted_kernels_change(inputs):
+    _, _, plan, params = trained(inputs, targets="embed")
+    merged = mora_jax.merge(params, plan)
+    assert merged["layers"]["up"]["kernel"] is params["layers"]["up"]["kernel"]
+    assert (merged["embed"]["kernel"] != params["embed"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_is_not_merged(inputs, value):
+    _, _, plan, params = trained(inputs, scheme="sharing")
+    matrix = params["layers"]["up"]["mora"]["matrix"]
+    params["layers"]["up"]["mora"]["matrix"] = matrix.at[1, 2, 3].set(value)
+    before = jax.tree.map(np.array, params)
+    with pytest.raises(ValueError, match="not finite: 'layers/up/mora/matrix'"):
+        mora_jax.merge(params, plan)
+    assert_same_bits(jax.tree.map(np.array, params), before)
+
+
+def test_merge_needs_adapters_and_works_under_jit(inputs):
+    _, _, plan, params = trained(inputs, scheme="sharing")
+    with pytest.raises(ValueError, match="hold no adapters"):
+        mora_jax.merge(mora_jax.merge(params, plan), plan)
+    jitted = jax.jit(mora_jax.merge, static_argnums=1)(params, plan)
+    for a, b in zip(
+        jax.tree.leaves(jitted), jax.tree.leaves(mora_jax.merge(params, plan)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
