@@ -111,6 +111,26 @@ class Network(nn.Module):
         return nn.MultiHeadDotProductAttention(2, name="attention", dtype=x.dtype)(x, x)
 
 
+class Small(nn.Module):
+    """Two layers and a norm: quick to compile, for what does not depend on the model."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16, name="embed", dtype=x.dtype)(x)
+        x = nn.LayerNorm(name="norm", dtype=x.dtype)(x)
+        return nn.Dense(12, name="head", dtype=x.dtype)(x)
+
+
+#: One scheme of each family, for tests that compile a whole model.
+FAMILIES = [
+    mora_jax.Sharing("contiguous", "stride"),
+    mora_jax.Sharing(shift=1, signs=2),
+    mora_jax.Rotation(cycle=True),
+    mora_jax.Truncation(),
+    mora_jax.LowRank(alpha=3.0),
+]
+
+
 @pytest.fixture
 def inputs():
     return jax.random.normal(jax.random.key(1), (2, 5, 10))

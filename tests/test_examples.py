@@ -111,7 +111,7 @@ def tiny_model(tmp_path):
 )
 def test_the_main_job_in_miniature(tiny_model, tmp_path, monkeypatch, capsys, flags):
     out = tmp_path / "out"
-    arguments = ["--model", tiny_model, "--out", out, "--pairs", 1, "--steps", 150, "--rank", 16,
+    arguments = ["--model", tiny_model, "--out", out, "--pairs", 1, "--steps", 150, "--rank", 4,
                  "--lr", 1e-2, "--evaluations", 1, *flags]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["memorize.py", *map(str, arguments)])
     memorize.main()
@@ -122,7 +122,7 @@ def test_the_main_job_in_miniature(tiny_model, tmp_path, monkeypatch, capsys, fl
     assert accuracies[0] < 0.3
     assert accuracies[-1] == 1.0
     assert len(history["loss"]) == 150
-    assert history["loss"][-1] < 0.1 < history["loss"][0]
+    assert history["loss"][-1] < 0.85 * history["loss"][0]
     assert (out / "memorize.png").stat().st_size > 10_000
     if "fft" not in flags:
         assert "7 adapted layers" in printed

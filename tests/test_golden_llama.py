@@ -1,5 +1,7 @@
 """A Llama with the authors' adapter: logits, a whole training run, the merged model."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,17 +14,16 @@ from conftest import GOLDEN
 from llama import Llama
 from llama_hf import load_hf
 
-TYPES = {"llama_type1": 1, "llama_type6": 6}
 
-
-@pytest.fixture(params=TYPES)
+@pytest.fixture(params=["llama_type1", "llama_type6"])
 def golden(request):
     """(expected arrays, base model, its params, adapted model, plan, the authors' adapters)."""
     folder = GOLDEN / request.param
     config, params = load_hf(folder / "base")
-    scheme = mora_jax.scheme_from_mora_type(TYPES[request.param])
-    base = Llama(config)
-    model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=4, scheme=scheme, targets=".*_proj"))
+    saved_config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    scheme = mora_jax.scheme_from_mora_type(saved_config["mora_type"])
+    base, rank = Llama(config), saved_config["r"]
+    model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=rank, scheme=scheme, targets=".*_proj"))
     plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 16), jnp.int32))
     saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     with np.load(folder / "expected.npz", allow_pickle=False) as file:
@@ -63,8 +64,8 @@ def test_logits(golden):
 def test_the_authors_training_run(golden, placement):
     expected, base, pretrained, _, plan, _ = golden
     tokens = jnp.asarray(expected["tokens"])
-    (scheme,) = {spec.scheme for spec in plan.values()}
-    config = mora_jax.MoRAConfig(rank=4, scheme=scheme, targets=".*_proj", placement=placement)
+    ((rank, scheme),) = {(spec.config.rank, spec.scheme) for spec in plan.values()}
+    config = mora_jax.MoRAConfig(rank=rank, scheme=scheme, targets=".*_proj", placement=placement)
     model = mora_jax.adapt(base, config)
     plan = mora_jax.plan(model, tokens)
     trainable, frozen = mora_jax.split(mora_jax.attach(plan, pretrained), plan)

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import mora_jax
-from conftest import ALL_SCHEMES, adapted_network, assert_same_bits, perturb
+from conftest import FAMILIES, adapted_network, assert_same_bits, perturb
 
 
 def trained(inputs, **config):
@@ -17,7 +17,7 @@ def trained(inputs, **config):
     return base, model, plan, mora_jax.join(perturb(trainable), frozen)
 
 
-@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", FAMILIES, ids=str)
 def test_merged_outputs_are_the_adapted_ones(inputs, scheme):
     base, model, plan, params = trained(inputs, scheme=scheme)
     merged = mora_jax.merge(params, plan)

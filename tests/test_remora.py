@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import mora_jax
-from conftest import ALL_SCHEMES, adapted_network, assert_same_bits
+from conftest import FAMILIES, Network, Small, adapted_network, assert_same_bits
 from mora_jax import _remora
 from mora_jax._tree import flatten
 
@@ -29,7 +29,7 @@ OPTIMIZERS = {
 
 def trained(inputs, make_tx, *, whole=True, steps=4, **config):
     """(base, model, plan, params, tx, opt_state) after some steps."""
-    config = {"scheme": "sharing", "also_train": "norm/.*", **config}
+    config = {"scheme": "sharing", "also_train": "norm/.*", "module": Small(), **config}
     base, _, model, plan, params = adapted_network(inputs, key=jax.random.key(3), **config)
     tx = make_tx(plan, params)
 
@@ -74,8 +74,9 @@ def test_adapters_restart_and_nothing_else(inputs, optimizer, whole):
     fields = {re.sub(r"\w+(\['\w+'\])+$", "", name) for name in moments}
     counts = {name for name in before if name.removesuffix("count") in fields}
     assert len(counts) == (0 if optimizer == "momentum" else 1)
-    assert result.report == (7, len(moments), len(counts))
-    assert all(before[name].any() for name in moments | counts if "v_" not in name)
+    assert result.report == (2, len(moments), len(counts))
+    assert sum(before[name].any() for name in moments) >= 2
+    assert all(before[name] for name in counts)
     for name in before:
         if name in moments | counts:
             assert not after[name].any(), name
@@ -90,10 +91,13 @@ def test_adapters_restart_and_nothing_else(inputs, optimizer, whole):
         assert not (path.endswith("mora/matrix") and leaf.any())
 
 
-@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", FAMILIES, ids=str)
 def test_the_models_output_does_not_change(inputs, scheme):
     base, model, plan, params, _, state = trained(
-        inputs, lambda plan, _: mora_jax.freeze_base(optax.adam(3e-2), plan), scheme=scheme
+        inputs,
+        lambda plan, _: mora_jax.freeze_base(optax.adam(3e-2), plan),
+        scheme=scheme,
+        module=Network(),
     )
     before = jax.jit(model.apply)({"params": params}, inputs)
     params, _, plan, _ = mora_jax.merge_and_reset(params, state, plan, key=jax.random.key(5))
@@ -110,7 +114,7 @@ def test_plain_masked_loop_restarts_too(inputs):
 
     _, _, plan, params, _, state = trained(inputs, make, also_train=None)
     result = mora_jax.merge_and_reset(params, state, plan)
-    assert result.report == (7, 14, 1)
+    assert result.report == (2, 4, 1)
 
 
 def test_training_goes_on_through_a_cycle(inputs):
@@ -139,8 +143,12 @@ def test_training_goes_on_through_a_cycle(inputs):
 
 
 def test_compiles_once_per_scheme_of_the_cycle(inputs):
+    # A rank that no other test uses, so that nothing is compiled yet.
     base, _, plan, params, _, state = trained(
-        inputs, lambda plan, _: mora_jax.freeze_base(optax.adam(1e-2), plan), cycle="groupings"
+        inputs,
+        lambda plan, _: mora_jax.freeze_base(optax.adam(1e-2), plan),
+        cycle="groupings",
+        rank=1,
     )
     traces = []
 

@@ -1,0 +1,54 @@
+"""Runs the tests or an example in an environment of its own: Python 3.11 or newer, nothing else.
+
+    python3 run.py test                      # all tests; further arguments go to pytest
+    python3 run.py memorize                  # examples/memorize.py; further arguments go to it
+
+The first call makes `.venv` beside this file and installs the library there with what the tests and
+examples need. Later calls start at once, until pyproject.toml changes.
+"""
+
+import hashlib
+import os
+import pathlib
+import subprocess
+import sys
+import venv
+
+ROOT = pathlib.Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / ".venv"
+EXTRAS = {"test": "test", "memorize": "examples"}
+
+
+def python_with(extra: str) -> pathlib.Path:
+    """The environment's Python, after installing the library with an extra of pyproject.toml."""
+    folder = "Scripts" if os.name == "nt" else "bin"
+    python = ENVIRONMENT / folder / "python"
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    stamp = ENVIRONMENT / f"installed-{extra}"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    print(f"installing mora_jax[{extra}] into {ENVIRONMENT} ...", flush=True)
+    venv.create(ENVIRONMENT, with_pip=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "--editable", f"{ROOT}[{extra}]"], check=True)
+    stamp.write_text(wanted)
+    return python
+
+
+def main() -> int:
+    """Runs the command and gives its exit status."""
+    if sys.version_info < (3, 11):
+        print(f"mora_jax needs Python 3.11 or newer, this is {sys.version.split()[0]}")
+        return 2
+    if len(sys.argv) < 2 or sys.argv[1] not in EXTRAS:
+        print(__doc__)
+        return 2
+    name, arguments = sys.argv[1], sys.argv[2:]
+    python = python_with(EXTRAS[name])
+    program = ["-m", "pytest"] if name == "test" else [str(ROOT / "examples" / f"{name}.py")]
+    folder = ROOT if name == "test" else None
+    return subprocess.run([python, *program, *arguments], check=False, cwd=folder).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
