@@ -160,7 +160,8 @@ def main() -> None:
             bar.set_postfix(loss=f"{history['loss'][-1]:.4f}")
             if step in measured:
                 measure(step, model, mora_jax.join(state[0], frozen))
-            if plan is not None and args.remora_every and step % args.remora_every == 0:
+            merges = args.remora_every and step % args.remora_every == 0 and step < args.steps
+            if plan is not None and merges:
                 params, opt_state, plan, report = mora_jax.merge_and_reset(
                     mora_jax.join(state[0], frozen), state[1], plan,
                     key=jax.random.fold_in(jax.random.key(args.seed), step), donate=False,
@@ -193,8 +194,10 @@ def check_travel(args, base_model, params, plan, frozen, examples, end_token, ge
         ("loaded into a fresh model", mora_jax.adapt(base_model, loaded_plan), loaded),
         ("merged into the base", base_model, merged),
     ):
-        same = np.array_equal(answers(model, tree, examples, end_token, args.batch), generated)
-        print(f"{name}: generates {'the same' if same else 'SOMETHING ELSE'}")
+        again = answers(model, tree, examples, end_token, args.batch)
+        same = (again == generated).all(axis=1).sum()
+        # What is half learned can tip over under another rounding; what is learned does not.
+        print(f"{name}: generates the same for {same:,} of {len(generated):,} keys")
     print(f"{directory}: {size / 1e6:.1f} MB on disk")
 
 
