@@ -82,8 +82,8 @@ def mora_dot_general(
     Array([[3., 3., 3., 3.],
            [3., 3., 3., 3.]], dtype=float32)
     """
-    call = _Call.of(lhs, rhs, dimension_numbers, scheme, precision, preferred_element_type)
-    call = dataclasses.replace(call, dot_general=dot_general)
+    options = {"precision": precision, "preferred_element_type": preferred_element_type}
+    call = _Call.of(lhs, rhs, dimension_numbers, scheme, dot_general, **options)
     if not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
@@ -127,12 +127,12 @@ class _Call:
     lhs_free: tuple[int, ...]
     axes: KernelAxes
     scheme: Scheme
+    dot_general: Callable[..., jax.Array]
     precision: Any
     preferred_element_type: Any
-    dot_general: Callable[..., jax.Array] = lax.dot_general
 
     @classmethod
-    def of(cls, lhs, rhs, dimension_numbers, scheme, precision, preferred_element_type):
+    def of(cls, lhs, rhs, dimension_numbers, scheme, dot_general, **options):
         (lhs_in, rhs_in), (lhs_batch, rhs_batch) = (
             tuple(tuple(axes) for axes in pair) for pair in dimension_numbers
         )
@@ -141,8 +141,8 @@ class _Call:
             tuple(axis for axis in range(lhs.ndim) if axis not in lhs_in + lhs_batch),
             kernel_axes(rhs, dimension_numbers),
             scheme,
-            precision,
-            preferred_element_type,
+            dot_general,
+            **options,
         )
 
     def product(self, lhs, rhs):

@@ -5,6 +5,7 @@ import re
 
 import jax.numpy as jnp
 import optax
+
 from conftest import GOLDEN
 from llama import Llama
 from llama_hf import load_hf
@@ -17,9 +18,7 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
     config, params = load_hf(GOLDEN / "llama_type1" / "base")
 
     def loss_fn(logits, tokens):
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits[:, :-1], tokens[:, 1:]
-        ).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
     namespace = {
         "base_model": Llama(config),
