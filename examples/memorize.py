@@ -127,11 +127,11 @@ def main() -> None:
         params = mora_jax.attach(plan, pretrained, key=jax.random.key(args.seed))
         trainable, frozen = mora_jax.split(params, plan)
         print(plan)
-    rate = args.lr
+    warmup = min(5, args.steps // 2)
+    rate = optax.linear_schedule(args.lr / (warmup + 1), args.lr, warmup)
     if args.remora_every:
-        rewarm = max(args.remora_every // 10, 1)
         rate = mora_jax.jagged_cosine_schedule(
-            args.lr, args.steps + 1, args.remora_every, rewarm_steps=rewarm
+            args.lr, args.steps + 1, args.remora_every, warmup_steps=warmup, rewarm_steps=5
         )
     optimizer = optax.adamw(rate, weight_decay=0.0)
     state = (trainable, optimizer.init(trainable))

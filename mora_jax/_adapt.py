@@ -75,7 +75,7 @@ def plan(
     layer   kernel   scheme     size  trained
     -----------------------------------------
     (root)  32 x 64  Sharing()  14    196
-    1 adapted layers; 196 trained parameters, 9.28% of the base model's 2,112
+    1 adapters in 1 kernels; 196 trained parameters, 9.28% of the base model's 2,112
     """
     _check_model(model)
     found = _linen_plan.plan(model, *inputs, rngs=rngs, method=method, **kwargs)

@@ -208,10 +208,11 @@ class Plan(Mapping[str, AdapterSpec]):
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         lines.insert(1, "-" * max(map(len, lines)))
+        adapters = sum(math.prod(spec.batch) for _, spec in self.layers)
         share = self.trained_parameters / max(self.base_parameters, 1)
         lines.append(
-            f"{len(self)} adapted layers; {self.trained_parameters:,} trained parameters, "
-            f"{share:.2%} of the base model's {self.base_parameters:,}"
+            f"{adapters:,} adapters in {len(self):,} kernels; {self.trained_parameters:,} trained "
+            f"parameters, {share:.2%} of the base model's {self.base_parameters:,}"
         )
         return "\n".join(lines)
 

@@ -125,7 +125,7 @@ def test_the_main_job_in_miniature(tiny_model, tmp_path, monkeypatch, capsys, fl
     assert history["loss"][-1] < 0.85 * history["loss"][0]
     assert (out / "memorize.png").stat().st_size > 10_000
     if "fft" not in flags:
-        assert "7 adapted layers" in printed
+        assert "14 adapters in 7 kernels" in printed
         assert printed.count("generates the same for 1 of 1 keys") == 2
         assert (out / "adapters").is_dir()
     if "--remora-every" in flags:

@@ -78,7 +78,7 @@ def test_the_printed_table(inputs):
         "dense_* (2x)  10 x 10  Sharing()          6     36",
         "head          10 x 8   Sharing()          6     36",
         "head/bias     8        (trained in full)        8",
-        "3 adapted layers; 116 trained parameters, 37.66% of the base model's 308",
+        "3 adapters in 3 kernels; 116 trained parameters, 37.66% of the base model's 308",
     ]
 
 
