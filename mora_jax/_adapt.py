@@ -64,10 +64,12 @@ def plan(
 
     Raises:
       TypeError: for what is no linen module.
-      ValueError: where a pattern of the config matches nothing, or the model has no adapters.
+      ValueError: where a pattern of the config matches nothing, the model has no adapters, a chosen
+        layer cannot take one, or a cycle does not fit a layer.
 
     Warns:
-      UserWarning: where a square matrix is larger than its layer, so that some entries cannot act.
+      UserWarning: where a square matrix is larger than its layer, so that some entries cannot act;
+        where dropout is asked for in layers that the rng stream `mora` does not reach.
 
     >>> import flax.linen as nn, jax, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(64), mora_jax.MoRAConfig(rank=2, scheme="sharing"))
@@ -79,6 +81,7 @@ def plan(
     """
     _check_model(model)
     found = _linen_plan.plan(model, *inputs, rngs=rngs, method=method, **kwargs)
+    found.advance()  # A cycle that cannot go on is an error now, not at the first merge.
     if dead := {path: spec.dead_entries for path, spec in found.items() if spec.dead_entries}:
         warnings.warn(
             f"the square matrix is larger than its layer in {len(dead)} layers, so that up to "

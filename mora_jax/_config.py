@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mora_jax._cycles import Cycle, check_cycle
 from mora_jax._schemes import Scheme, as_scheme, check_rank
-from mora_jax._tree import listing
+from mora_jax._tree import join_path, listing
 
 Placement = Literal["auto", "kernel", "activation"]
 Pattern = str | Callable[[str], bool]
@@ -117,7 +117,7 @@ class MoRAConfig:
         return self._layer(
             _first_match(self.ranks, path, self.rank),
             _first_match(self.schemes, path, self.scheme),
-            train_kernel=self.trains(f"{path}/kernel"),
+            train_kernel=self.trains(join_path(path, "kernel")),
         )
 
     def selects(self, path: str) -> bool:
@@ -132,7 +132,9 @@ class MoRAConfig:
     def patterns(self) -> dict[str, Pattern]:
         """Every pattern of the config by the field it stands in."""
         patterns: dict[str, Pattern] = {}
-        for name in ("targets", "exclude", "also_train"):
+        if self.targets != "all-linear":
+            patterns["targets"] = self.targets
+        for name in ("exclude", "also_train"):
             if (pattern := getattr(self, name)) is not None:
                 patterns[name] = pattern
         for name in ("ranks", "schemes"):
@@ -181,13 +183,13 @@ def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterabl
       parameters: paths of the parameters, which `also_train` speaks of.
     """
     layers, parameters = list(layers), list(parameters)
+    if not layers:
+        raise ValueError("the model has no linear layer to adapt.")
     for name, pattern in config.patterns().items():
         kind, paths = ("layers", layers)
         if name == "also_train":
             kind, paths = ("parameters", parameters)
-        if pattern == "all-linear" and not paths:
-            raise ValueError("targets='all-linear', but the model has no linear layer to adapt.")
-        if pattern == "all-linear" or any(matches(pattern, path) for path in paths):
+        if any(matches(pattern, path) for path in paths):
             continue
         near = difflib.get_close_matches(str(pattern), paths, n=8, cutoff=0.2) or paths
         raise ValueError(
@@ -202,7 +204,7 @@ def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterabl
 
 
 def _check_pattern(pattern: Pattern) -> None:
-    if callable(pattern) or pattern == "all-linear":
+    if callable(pattern):
         return
     if not isinstance(pattern, str):
         raise TypeError(f"a pattern must be a regular expression or a callable, got {pattern!r}.")

@@ -14,22 +14,24 @@ from mora_jax._schemes import Scheme, Sharing, scheme_from_mora_type
 
 Cycle = str | tuple[Scheme, ...] | None
 
+#: The authors' cycle.
+GROUPINGS = tuple(scheme_from_mora_type(mora_type) for mora_type in (1, 2, 3, 4))
+
 #: Cycles with a name. Only `Sharing` has groupings to change.
 NAMED_CYCLES = ("groupings", "shifts", "signs")
 
 
-def check_cycle(cycle: Cycle) -> Cycle:
-    """Returns a named cycle, a tuple of distinct schemes or None; raises ValueError otherwise."""
-    if cycle is None or cycle in NAMED_CYCLES or cycle == "auto":
-        return cycle
+def check_cycle(cycle: Cycle) -> None:
+    """Raises ValueError unless it is a named cycle, a tuple of distinct schemes or None."""
+    if cycle is None or cycle in (*NAMED_CYCLES, "auto"):
+        return
     if isinstance(cycle, str):
         raise ValueError(f"Unknown cycle {cycle!r}; there are: auto, {', '.join(NAMED_CYCLES)}.")
-    cycle = tuple(cycle)
-    if not cycle or not all(isinstance(scheme, Scheme) for scheme in cycle):
+    is_tuple = isinstance(cycle, tuple) and len(cycle) > 0
+    if not is_tuple or not all(isinstance(scheme, Scheme) for scheme in cycle):
         raise ValueError(f"cycle must be a name, None or a tuple of schemes, got {cycle!r}.")
     if len(set(cycle)) < len(cycle):
         raise ValueError(f"cycle names a scheme twice: {cycle!r}.")
-    return cycle
 
 
 def next_scheme(
@@ -69,6 +71,3 @@ def next_scheme(
     if scheme not in members:
         raise ValueError(f"{scheme} is no element of the cycle {members}.")
     return members[(members.index(scheme) + 1) % len(members)]
-
-
-GROUPINGS = tuple(scheme_from_mora_type(mora_type) for mora_type in (1, 2, 3, 4))

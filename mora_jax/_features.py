@@ -15,6 +15,11 @@ def wide_dtype(dtype) -> np.dtype:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
+def summable(x: jax.Array) -> jax.Array:
+    """`x`, in float32 if it is float16, whose range a group's sum can leave."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x
+
+
 def resize(x: jax.Array, width: int, *, circular: bool) -> jax.Array:
     """Cuts the last axis to `width`, or extends it: by its own start if circular, else by zeros.
 
@@ -96,6 +101,8 @@ def rotate(blocks: jax.Array) -> jax.Array:
     and block 0 stays as it is. Angles are computed in float64 and applied in at least float32.
     """
     count, size = blocks.shape[-2:]
+    if size % 2:
+        raise ValueError(f"a rotation pairs features, so its size must be even, got {size}.")
     theta = 10000.0 ** (-2.0 * np.arange(size // 2) / size)
     angles = np.arange(count)[:, None] * theta
     first, second = jnp.split(blocks.astype(wide_dtype(blocks.dtype)), 2, axis=-1)

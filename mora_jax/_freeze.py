@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import optax
 
 from mora_jax._plan import Plan
-from mora_jax._tree import flatten, unflatten
+from mora_jax._tree import flatten, listing, unflatten
 
 
 def freeze_base(
@@ -19,6 +19,8 @@ def freeze_base(
     the frozen ones, which have none. So no moments are kept for the base, a clip by global norm
     inside `optimizer` sees no base gradient, and `merge_and_reset` can restart the adapters alone.
 
+    `optimizer` runs once for each of the first two, so such a clip takes each norm by itself.
+
     Built on `optax.partition`. It takes whole trees and the trainable half of `split` alike.
 
     Args:
@@ -27,6 +29,9 @@ def freeze_base(
 
     Returns:
       An optax transformation.
+
+    Raises:
+      ValueError: from its `init` and `update`, where the tree lacks what the plan trains.
 
     >>> import flax.linen as nn, jax, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
@@ -37,8 +42,16 @@ def freeze_base(
     [(3, 3)]
     """
 
+    wanted = {*plan.adapter_leaves(), *dict(plan.also_train)}
+
     def labels(params):
-        return unflatten({path: plan.group(path) for path in flatten(params)})
+        leaves = flatten(params)
+        if missing := wanted - leaves.keys():
+            raise ValueError(
+                f"the tree lacks what the plan trains: {listing(missing)}; it has "
+                f"{listing(leaves)}. Give the parameters themselves, with adapters."
+            )
+        return type(params)(unflatten({path: plan.group(path) for path in leaves}))
 
     groups: dict[Hashable, optax.GradientTransformation] = {
         "adapter": optimizer,

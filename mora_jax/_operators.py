@@ -139,7 +139,7 @@ def delta(x: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> 
     """
     check_adapter(adapter, x.shape[-1], out_features, scheme)
     z = to_compressed(x, adapter, out_features, scheme)
-    return from_compressed(z, adapter, out_features, scheme)
+    return from_compressed(z, adapter, out_features, scheme).astype(x.dtype)
 
 
 def delta_kernel(
@@ -191,7 +191,8 @@ def to_compressed(x: jax.Array, adapter: Adapter, out_features: int, scheme: Sch
     """All of `x` that the adapter's gradient needs: `compress(x)`, or `x` itself for `LowRank`."""
     if isinstance(scheme, LowRank):
         return x
-    return compress(x, adapter["matrix"].shape[0], scheme, out_features=out_features)
+    size = adapter["matrix"].shape[0]
+    return compress(features.summable(x), size, scheme, out_features=out_features)
 
 
 def from_compressed(z: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> jax.Array:
@@ -225,6 +226,7 @@ def adapter_gradient(
         scale = _scale(adapter, scheme)
         gradient = {"a": scale * _product(z.T, dhidden), "b": scale * _product(hidden.T, dy)}
     else:
+        dy = features.summable(dy)
         compressed = jax.ShapeDtypeStruct(z.shape, dy.dtype)
         (dz,) = jax.linear_transpose(lambda z: decompress(z, out_features, scheme), compressed)(dy)
         size = z.shape[-1]

@@ -1,12 +1,16 @@
-"""Finds what an optax state holds about adapters, whatever transformations it was built of.
+"""Finds what an optax state holds about adapters, however its transformations are nested.
 
 optax nests named tuples; those that keep moments hold trees shaped like the parameters:
 
     ScaleByAdamState(count, mu={"dense": {"mora": {"matrix": ...}}}, nu={...})
 
-A leaf is an adapter's moment if its path ends, inside such a tree, with the adapter's own path. A
-`count` beside such a tree corrects the moments' bias and belongs to them. Any other count, of a
-schedule or of injected hyperparameters, stands beside no such tree, and is left alone.
+A leaf is an adapter's moment if it stands in such a tree at the adapter's own path. A `count`
+beside the tree corrects the moments' bias and belongs to them. Any other count, of a schedule or of
+injected hyperparameters, stands beside no such tree, and is left alone.
+
+A restart writes zeros, which is where these fields start. What else stands beside an adapter's
+moments is refused by name: zero may be no start for it (the step sizes of Rprop), or it may be a
+number that goes with the moments (the estimates of Prodigy).
 """
 
 from __future__ import annotations
@@ -21,6 +25,16 @@ from jax.core import Tracer
 from mora_jax._tree import listing
 
 KeyPath = tuple[Any, ...]
+
+#: Fields of optax states that are shaped like the parameters and start at zero.
+_MOMENTS = {
+    "mu", "nu", "nu_max", "m1", "m2", "trace", "ema", "e_g", "e_x", "v", "v_row", "v_col",
+    "acc_grads",
+}  # fmt: skip
+#: Step counts of these moments, which start at zero.
+_COUNTS = {"count", "count_m2"}
+#: What may stay as it is: the clock of MultiSteps, the constants of Muon.
+_KEPT = {"mini_step", "gradient_step", "ns_coeffs", "inner_opt_state", "skip_state"}
 
 
 class AdapterState(NamedTuple):
@@ -44,7 +58,8 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
 
     Raises:
       ValueError: where a count is shared with other parameters; where the state holds arrays but
-        none of an adapter; where `optax.MultiSteps` has gradients accumulated.
+        none of an adapter; where a field beside adapters' moments is not known; where
+        `optax.MultiSteps` has gradients accumulated.
     """
     adapters = set(adapters)
     entries = list(enumerate(jax.tree_util.tree_leaves_with_path(opt_state)))
@@ -72,10 +87,27 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
                 f"{jax.tree_util.keystr(keys)} is {leaf}: merging in the middle of an accumulation "
                 "would lose gradients. Merge when optax.MultiSteps has just taken a step."
             )
-        if _name(keys) == "count":
+        if _name(keys) in _COUNTS:
             _check_not_shared(keys, trees, adapters, entries)
             counts.append(index)
+    _check_known(owners, entries)
     return AdapterState(tuple(moments), tuple(counts))
+
+
+def _check_known(owners: set[KeyPath], entries) -> None:
+    """Raises ValueError for a field beside adapters' moments whose restart is not known."""
+    for _, (keys, _) in entries:
+        for owner in owners:
+            if keys[: len(owner)] != owner or len(keys) == len(owner):
+                continue
+            field = _name(keys[: len(owner) + 1])
+            if field not in _MOMENTS | _COUNTS | _KEPT:
+                raise ValueError(
+                    f"opt_state{jax.tree_util.keystr(keys)} goes with the adapters' moments, and "
+                    f"merge_and_reset does not know how to restart the field {field!r}. It knows "
+                    f"{', '.join(sorted(_MOMENTS | _COUNTS))}. Reset that optimizer by its own "
+                    "`init` after `merge`, or take another."
+                )
 
 
 def _check_not_shared(count: KeyPath, trees, adapters, entries) -> None:

@@ -37,6 +37,7 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
     Raises:
       ValueError: where the plan does not fit the parameters, where they have adapters already,
         or where a key is missing.
+      TypeError: where a kernel is not floating, or not an array.
 
     >>> import flax.linen as nn, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
@@ -45,10 +46,7 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
     >>> jax.tree.map(jax.numpy.shape, mora_jax.attach(plan, pretrained))
     {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
     """
-    leaves = flatten(params)
-    if present := [path for path in leaves if is_adapter(path)]:
-        raise ValueError(f"the parameters have adapters already: {listing(present)}.")
-    check_base(plan, leaves)
+    check_unadapted(plan, flatten(params))
     return join(params, unflatten(new_adapters(plan, key)))
 
 
@@ -129,6 +127,13 @@ def trainable_mask(params: Params, plan: Plan) -> dict[str, Any]:
     return unflatten({path: plan.group(path) != "frozen" for path in leaves})
 
 
+def check_unadapted(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the leaves are a base model's, and the plan's."""
+    if present := [path for path in leaves if is_adapter(path)]:
+        raise ValueError(f"the parameters have adapters already: {listing(present)}.")
+    check_base(plan, leaves)
+
+
 def check_base(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError unless the leaves hold the kernels that the plan speaks of."""
     wanted = {join_path(path, spec.kernel_name): spec.kernel_shape for path, spec in plan.items()}
@@ -161,6 +166,11 @@ def _check_shapes(
             f"There are: {listing(leaves)}. Was the plan made for another model?"
         )
     for path, shape in wanted.items():
+        if not hasattr(leaves[path], "shape"):
+            raise TypeError(
+                f"{path!r} is a {type(leaves[path]).__name__}, not an array. "
+                "Take partitioned parameters out of their boxes first: flax.linen.unbox(params)."
+            )
         if tuple(leaves[path].shape) != shape:
             raise ValueError(
                 f"the plan does not fit the {what}: {path!r} has shape "

@@ -95,10 +95,10 @@ class AdapterSpec:
             return 0
         (inputs, outputs), size = self.features, self.size
         # Circular padding feeds every row of the matrix; runs and truncation leave some without.
-        fed = isinstance(self.scheme, Truncation) or (
+        starved = isinstance(self.scheme, Truncation) or (
             isinstance(self.scheme, Sharing) and self.scheme.input == "contiguous"
         )
-        return size**2 - min(size, outputs) * (min(size, inputs) if fed else size)
+        return size**2 - min(size, outputs) * (min(size, inputs) if starved else size)
 
     def delta(self, adapter: Adapter) -> jax.Array:
         """The delta's kernel, laid out like the base kernel."""
@@ -126,7 +126,7 @@ class AdapterSpec:
 
 
 @jax.tree_util.register_static  # pyright: ignore
-@dataclasses.dataclass(frozen=True, eq=True)
+@dataclasses.dataclass(frozen=True)
 class Plan(Mapping[str, AdapterSpec]):
     """What was adapted: a mapping from a layer's path to its `AdapterSpec`.
 

@@ -78,8 +78,9 @@ def merge_and_reset(
     Raises:
       ValueError: where the plan does not fit the parameters; where an adapter is not finite; where
         adapters and other parameters share one step count, so that it cannot be reset for the
-        adapters alone; where the optimizer holds moments but none for the adapters; in the middle
-        of `optax.MultiSteps`' accumulation; where a key is missing.
+        adapters alone; where the optimizer holds moments but none for the adapters, or fields that
+        it does not know how to restart; in the middle of `optax.MultiSteps`' accumulation; where
+        a key is missing; where two of the arrays to donate are one.
 
     >>> import flax.linen as nn, optax, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
@@ -98,6 +99,8 @@ def merge_and_reset(
     changing = {path: leaves[path] for path in (*plan.kernel_paths(), *plan.adapter_leaves())}
     state, structure = jax.tree.flatten(opt_state)
     resetting = {index: state[index] for index in (*found.moments, *found.counts)}
+    if donate:
+        _check_distinct(changing)
     restart = _restart_donating if donate else _restart
     changed, reset = restart(changing, resetting, key, plan)
     for index, leaf in reset.items():
@@ -108,6 +111,17 @@ def merge_and_reset(
         next_plan,
         ResetReport(len(plan), len(found.moments), len(found.counts)),
     )
+
+
+def _check_distinct(leaves: dict[str, Any]) -> None:
+    """Raises ValueError where two paths hold one array, which cannot be given up twice."""
+    seen: dict[int, str] = {}
+    for path, leaf in leaves.items():
+        if (other := seen.setdefault(id(leaf), path)) != path:
+            raise ValueError(
+                f"{other!r} and {path!r} hold one and the same array, which cannot be donated "
+                "twice. Pass donate=False; the two are separate from then on."
+            )
 
 
 def _merge_and_start_anew(leaves, state, key, plan):

@@ -15,7 +15,7 @@ def jagged_cosine_schedule(
     rewarm_steps: int = 50,
     end_value: float = 0.0,
 ) -> optax.Schedule:
-    """Cosine decay that falls to zero at each merge and climbs back in `rewarm_steps`.
+    """Cosine decay that drops at each merge and climbs back within `rewarm_steps`.
 
     ReMoRA (appendix B of arXiv 2405.12130) merges every `merge_every` steps and restarts Adam with
     empty moments; the climb keeps its first, badly estimated steps small. The envelope is

@@ -83,6 +83,11 @@ class Sharing(Scheme):
                 )
 
 
+def _check_cycle_flag(scheme: Scheme, cycle: object) -> None:
+    if not isinstance(cycle, bool):
+        raise ValueError(f"{type(scheme).__name__}: cycle must be a bool, got {cycle!r}.")
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Rotation(Scheme):
     """Blocks of R features share the matrix, block i rotated by the angles `i theta_j`: (9)-(11).
@@ -97,6 +102,9 @@ class Rotation(Scheme):
     kind: ClassVar[str] = "rotation"
     cycle: bool = False
 
+    def __post_init__(self):
+        _check_cycle_flag(self, self.cycle)
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Decoupling(Scheme):
@@ -104,6 +112,9 @@ class Decoupling(Scheme):
 
     kind: ClassVar[str] = "decoupling"
     cycle: bool = False
+
+    def __post_init__(self):
+        _check_cycle_flag(self, self.cycle)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -123,6 +134,10 @@ class LowRank(Scheme):
 
     kind: ClassVar[str] = "low_rank"
     alpha: float | None = None
+
+    def __post_init__(self):
+        if self.alpha is not None and not (isinstance(self.alpha, int | float) and self.alpha > 0):
+            raise ValueError(f"LowRank: alpha must be a positive number, got {self.alpha!r}.")
 
 
 SCHEMES: dict[str, type[Scheme]] = {

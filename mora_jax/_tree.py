@@ -23,16 +23,14 @@ def join_path(*parts: str) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by path.
+    """Leaves by path. A slash within a name is written as in URLs, `%2F`.
 
     >>> flatten({"dense": {"kernel": 1, "bias": 2}})
     {'dense/kernel': 1, 'dense/bias': 2}
     """
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        if "/" in str(name):
-            raise ValueError(f"{join_path(prefix, str(name))!r}: a name in a tree holds no slash.")
-        path = join_path(prefix, str(name))
+        path = join_path(prefix, str(name).replace("%", "%25").replace("/", "%2F"))
         if isinstance(value, Mapping):
             leaves.update(flatten(value, path))
         else:
@@ -48,7 +46,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
-        *parents, name = path.split("/")
+        *parents, name = (part.replace("%2F", "/").replace("%25", "%") for part in path.split("/"))
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from mora_jax._params import Params, check_base, join, split
+from mora_jax._params import Params, check_unadapted, join, split
 from mora_jax._plan import Plan
 from mora_jax._tree import flatten, listing, unflatten
 
@@ -78,7 +78,7 @@ def load_adapters(directory: str | os.PathLike[str], params: Params) -> tuple[di
         raise ValueError(f"{path} is an Orbax checkpoint, but not one of save_adapters: no plan.")
     plan = Plan.from_json(text)
     leaves = flatten(params)
-    check_base(plan, leaves)
+    check_unadapted(plan, leaves)
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in plan.adapter_leaves().items()}
     wanted |= {name: (shape, leaves[name].dtype) for name, shape in plan.also_train}
     _check_saved(path, wanted, flatten(metadata.metadata))

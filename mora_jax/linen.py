@@ -11,6 +11,7 @@ the base parameters keep their paths:
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import freeze
 from jax import lax
 
 from mora_jax._config import LayerConfig, Placement
@@ -32,6 +34,9 @@ from mora_jax._tree import ADAPTER, join_path
 
 #: The layers that `adapt` reaches: those that take a `dot_general_cls`.
 LINEAR = (nn.Dense, nn.DenseGeneral)
+
+#: The number of the trace that a plan is being made by; 0 where none is.
+TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -95,6 +100,8 @@ class MoRA(nn.Module):
 class MoRADense(nn.Dense):
     """`nn.Dense` with an adapter: the same fields and parameters, and `mora/matrix` beside them.
 
+    Its scheme is a field, so ReMoRA keeps it (no cycle); `adapt` on a plain `nn.Dense` walks on.
+
     Attributes:
       rank: the LoRA rank whose number of parameters the adapter has.
       scheme: a `Scheme` or its name.
@@ -115,14 +122,18 @@ class MoRADense(nn.Dense):
     adapter_dtype: Any = "float32"
 
     def __post_init__(self):
+        if self.dot_general_cls is not None and not _uses_mora(self.dot_general_cls):
+            raise ValueError("MoRADense takes a `dot_general`, but no `dot_general_cls`.")
         config = LayerConfig(
             rank=self.rank,
             scheme=as_scheme(self.scheme, self.rank),
+            cycle=None,
             placement=self.placement,
             dropout=self.dropout,
             dtype=jnp.dtype(self.adapter_dtype).name,
         )
-        self.dot_general_cls = functools.partial(MoRA, config, name=ADAPTER)
+        base_dot = self.dot_general or lax.dot_general
+        self.dot_general_cls = functools.partial(MoRA, config, base_dot, name=ADAPTER)
         super().__post_init__()
 
 
@@ -186,21 +197,24 @@ def _make_adapted(model: nn.Module, chooser: Chooser) -> nn.Module:
 
 
 def _method_names(cls: type[nn.Module]) -> list[str]:
-    """The methods that users call on a model: its own public ones, and the entries to them."""
+    """The methods by which a model is entered: its own, and flax's `apply` and `init`."""
     names = {"apply", "init_with_output"}
-    for owner in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+    for owner in set(cls.__mro__) - set(nn.Module.__mro__):
         for name, value in vars(owner).items():
-            public = name == "__call__" or not name.startswith("_")
-            if inspect.isfunction(value) and public and name != "setup":
+            own = name == "__call__" or not name.startswith("__")
+            if inspect.isfunction(value) and own and name != "setup":
                 names.add(name)
     return sorted(names)
 
 
 def _intercepted(method: Callable[..., Any], chooser: Chooser) -> Callable[..., Any]:
+    mark = hash(chooser)
+
     @functools.wraps(method)
     def enter(self, *args, **kwargs):
         root = self.path if self.scope is not None else ()
         intercept = functools.partial(_use_adapter, chooser, len(root))
+        mark_scope(self, mora_adapt=mark, mora_plan=TRACE.get())
         with nn.intercept_methods(intercept):
             return method(self, *args, **kwargs)
 
@@ -224,6 +238,16 @@ def _use_adapter(chooser, depth, next_fun, args, kwargs, context):
         base_dot = layer.dot_general_cls()
     product = functools.partial(MoRA, config, base_dot, name=ADAPTER)
     return layer.clone(parent=layer.scope, dot_general_cls=product)(*args, **kwargs)
+
+
+def mark_scope(module: nn.Module, **marks: int) -> None:
+    """Keeps apart, in the trace cache of `nn.jit`, what differs by interception alone.
+
+    That cache knows nothing of interceptors, but a scope's flags are part of its keys, by hash.
+    Scopes made below this one inherit them.
+    """
+    if module.scope is not None:
+        module.scope.flags = freeze({**module.scope.flags, **marks})
 
 
 def _uses_mora(dot_general_cls: Any) -> bool:

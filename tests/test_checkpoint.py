@@ -55,6 +55,8 @@ def test_what_does_not_fit_is_refused(tmp_path, inputs):
     wide = base.init(jax.random.key(0), jnp.ones((2, 5, 11)))["params"]
     with pytest.raises(ValueError, match=r"'embed/kernel' has shape \(11, 16\).*\(10, 16\)"):
         checkpoint.load_adapters(path, wide)
+    with pytest.raises(ValueError, match="have adapters already"):
+        checkpoint.load_adapters(path, params)
     other = Network(stacked=False).init(jax.random.key(0), inputs)["params"]
     with pytest.raises(ValueError, match=r"no parameter at 'layers/down/kernel'"):
         checkpoint.load_adapters(path, other)

@@ -99,6 +99,21 @@ def test_bfloat16_stays_near_double_precision(placement, scheme, strict):
         assert error < 2e-2
 
 
+@pytest.mark.parametrize("placement", ["kernel", "activation"])
+def test_float16_sums_do_not_leave_its_range(placement):
+    x, kernel = jnp.full((2, 64), 3e4, jnp.float16), jnp.full((64, 64), 1e-3, jnp.float16)
+    adapter = {"matrix": jnp.zeros((16, 16))}
+
+    def output(adapter):
+        return mora_jax.mora_dot_general(
+            x, kernel, MATMUL, adapter, mora_jax.Sharing(), placement=placement
+        )
+
+    np.testing.assert_array_equal(output(adapter), jnp.dot(x, kernel))
+    gradient = jax.grad(lambda adapter: output(adapter).sum().astype(jnp.float32))(adapter)
+    np.testing.assert_allclose(gradient["matrix"], 2 * 4 * 3e4 * 4)
+
+
 def flops(function, *args):
     return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
@@ -119,6 +134,25 @@ def test_the_kernels_gradient_is_never_formed():
     product = 2 * 512 * 256 * 256
     # Forward and input gradient are two products; the adapter's own arithmetic is small.
     assert 2 * product <= flops(step, x, kernel, adapter) < 2.3 * product
+
+
+def test_what_is_kept_for_the_gradient_is_the_compressed_input():
+    x, kernel = jnp.ones((64, 256)), jnp.ones((256, 256))
+
+    def kept(scheme):
+        adapter = random_adapter(256, 256, 2, scheme)
+        _, transpose = jax.vjp(
+            lambda x, adapter: mora_jax.mora_dot_general(
+                x, kernel, MATMUL, adapter, scheme, placement="kernel"
+            ),
+            x, adapter,
+        )  # fmt: skip
+        return {leaf.shape for leaf in jax.tree.leaves(transpose) if hasattr(leaf, "shape")}
+
+    # 32 features instead of 256 for sharing; rotation has no smaller form than the inputs.
+    assert (64, 32) in kept(mora_jax.Sharing())
+    assert (64, 256) not in kept(mora_jax.Sharing())
+    assert (64, 256) in kept(mora_jax.Rotation())
 
 
 def test_the_activation_form_has_a_forward_mode(float64):

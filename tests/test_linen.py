@@ -219,7 +219,9 @@ def test_the_adapted_kernel_is_frozen_unless_asked(inputs):
 
 
 def test_dropout_needs_its_own_stream(inputs):
-    *_, model, _, params = adapted_network(inputs, scheme="sharing", dropout=0.5)
+    *_, model, _, params = adapted_network(
+        inputs, scheme="sharing", dropout=0.5, targets="embed|attention/.*"
+    )
     params = perturb(params)
     quiet = apply(model, params, inputs)
     np.testing.assert_array_equal(quiet, apply(model, params, inputs))
@@ -272,3 +274,112 @@ def test_what_cannot_be_adapted_is_refused(inputs):
         mora_jax.adapt(base, 8)
     with pytest.raises(ValueError, match="no adapters\\. Adapt it first"):
         mora_jax.plan(base, inputs)
+
+
+class _Jitted(nn.Module):
+    """A model with a trace cache of its own."""
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(6, name="dense")(x)
+
+
+def test_a_models_own_jit_does_not_mix_up_groupings(inputs):
+    base = _Jitted()
+    pretrained = base.init(jax.random.key(0), inputs)["params"]
+    model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=2, scheme="sharing"))
+    plan = mora_jax.plan(model, inputs)
+    assert jax.tree.map(jnp.shape, base.init(jax.random.key(0), inputs)["params"]) == (
+        jax.tree.map(jnp.shape, pretrained)
+    )
+    params = perturb(mora_jax.attach(plan, pretrained))
+    assert mora_jax.plan(model, inputs) == plan
+    for _ in range(3):
+        np.testing.assert_allclose(
+            mora_jax.adapt(base, plan).apply({"params": params}, inputs),
+            base.apply({"params": mora_jax.merge(params, plan)}, inputs),
+            rtol=1e-4, atol=1e-5,
+        )  # fmt: skip
+        plan = plan.advance()
+
+
+def test_mixins_and_private_methods_are_adapted_too(inputs):
+    class Mixin:
+        def __call__(self, x):
+            return self._encode(x)
+
+    class Mixed(nn.Module, Mixin):
+        def setup(self):
+            self.dense = nn.Dense(6)
+
+        def _encode(self, x):
+            return self.dense(x)
+
+    model = mora_jax.adapt(Mixed(), mora_jax.MoRAConfig(rank=2, scheme="sharing"))
+    params = model.init(jax.random.key(0), inputs)["params"]
+    plan = mora_jax.plan(model, inputs)
+    params = perturb(params)
+    wanted = Mixed().apply({"params": mora_jax.merge(params, plan)}, inputs)
+    bound = model.bind({"params": params})
+    np.testing.assert_allclose(bound(inputs), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(bound._encode(inputs), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_the_named_rate():
+    x = jnp.ones((20_000, 4))
+    layer = mora_jax.MoRADense(4, rank=2, scheme="sharing", dropout=0.25, use_bias=False)
+    params = {"kernel": jnp.zeros((4, 4)), "mora": {"matrix": jnp.eye(4)}}
+    y = layer.apply({"params": params}, x, rngs={"mora": jax.random.key(0)})
+    np.testing.assert_allclose(y.mean(), 1.0, atol=0.02)
+    np.testing.assert_allclose((y == 0).mean(), 0.25, atol=0.02)
+    np.testing.assert_allclose(y[y != 0], 4 / 3, rtol=1e-6)
+
+
+def test_dropout_that_reaches_no_layer_warns(inputs):
+    model = mora_jax.adapt(Network(), mora_jax.MoRAConfig(rank=2, scheme="sharing", dropout=0.5))
+    with pytest.warns(UserWarning, match="dropout has no effect in 'layers/down', 'layers/up'"):
+        mora_jax.plan(model, inputs)
+
+
+def test_layers_that_no_adapter_reaches_are_named(inputs):
+    class Own(nn.Dense):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("kernel", nn.initializers.ones, (x.shape[-1], self.features))
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(6, name="plain")(Own(6, name="own")(x))
+
+    model = mora_jax.adapt(Model(), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    with pytest.raises(ValueError, match=r"no use of `dot_general_cls`.*'own'"):
+        mora_jax.plan(model, inputs)
+    other = mora_jax.plan(
+        mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing")), inputs
+    )
+    with pytest.raises(ValueError, match=r"layers at '', where the model has none.*'own'"):
+        mora_jax.plan(mora_jax.adapt(Model(), other), inputs)
+
+
+def test_mora_dense_uses_the_product_it_is_given(inputs):
+    calls = []
+
+    def product(*args, **kwargs):
+        calls.append(args)
+        return jax.lax.dot_general(*args, **kwargs)
+
+    layer = mora_jax.MoRADense(6, rank=2, scheme="sharing", dot_general=product)
+    layer.init(jax.random.key(0), inputs)
+    assert calls
+    with pytest.raises(ValueError, match="but no `dot_general_cls`"):
+        mora_jax.MoRADense(6, dot_general_cls=lambda: product)
+
+
+def test_the_root_kernel_may_be_trained_too(inputs):
+    config = mora_jax.MoRAConfig(rank=2, scheme="sharing", also_train="kernel")
+    model = mora_jax.adapt(nn.Dense(6), config)
+    params = perturb(model.init(jax.random.key(0), inputs)["params"])
+    gradient = jax.grad(lambda p: model.apply({"params": p}, inputs).sum())(params)
+    assert gradient["kernel"].any()

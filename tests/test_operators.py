@@ -52,10 +52,12 @@ def test_the_authors_numbers(case, arrays, float64):
         return kernel, delta, *transpose(dy)
 
     kernel, delta, dx, gradient = everything(x, dy, adapter)
-    output = x @ arrays["weight"].T + arrays["bias"] + delta
-
     np.testing.assert_allclose(delta, arrays["delta"], **tolerance)
-    np.testing.assert_allclose(output, arrays["y"], **tolerance)
+    for placement in ("kernel", "activation"):
+        dims = (((1,), (0,)), ((), ()))
+        weight = jnp.asarray(arrays["weight"].T)
+        output = mora_jax.mora_dot_general(x, weight, dims, adapter, scheme, placement=placement)
+        np.testing.assert_allclose(output + arrays["bias"], arrays["y"], **tolerance)
     np.testing.assert_allclose(gradient["matrix"].T, arrays["dM"], **tolerance)
     np.testing.assert_allclose(dx, arrays["dx_delta"], **tolerance)
     # Ours must hold where their merge crashes, too.

@@ -42,9 +42,12 @@ def test_flatten_and_unflatten_are_inverse(tree):
     assert unflatten(flatten(tree)) == tree
 
 
-def test_a_slash_in_a_name_is_refused():
-    with pytest.raises(ValueError, match="'a/b/c': a name in a tree holds no slash"):
-        flatten({"a": {"b/c": 1}})
+def test_names_may_hold_slashes():
+    tree = {"WeightNorm_0": {"a/kernel/scale": 1, "100%": 2, "%2F": 3}}
+    assert list(flatten(tree)) == [
+        "WeightNorm_0/a%2Fkernel%2Fscale", "WeightNorm_0/100%25", "WeightNorm_0/%252F",
+    ]  # fmt: skip
+    assert unflatten(flatten(tree)) == tree
 
 
 def test_attach_split_join_mask(tiny):
@@ -78,6 +81,22 @@ def test_new_low_rank_adapters_are_drawn_from_the_key(tiny):
     assert not first["b"].any()
     assert jnp.abs(first["a"]).max() <= 0.5
     with pytest.raises(ValueError, match=r"key is missing: LowRank\(\) draws .*'dense'"):
+        mora_jax.attach(plan, pretrained)
+
+
+def test_equal_layers_draw_different_numbers(inputs):
+    *_, params = adapted_network(inputs, scheme="low_rank", key=jax.random.key(0))
+    query, key = (params["attention"][name]["mora"]["a"] for name in ("query", "key"))
+    assert query.shape == key.shape
+    assert (query != key).all()
+    first, second, _ = params["layers"]["up"]["mora"]["a"]
+    assert (first != second).all()
+
+
+def test_boxed_parameters_are_named(tiny):
+    plan, pretrained = tiny()
+    pretrained["dense"]["kernel"] = nn.Partitioned(pretrained["dense"]["kernel"], (None, None))
+    with pytest.raises(TypeError, match=r"'dense/kernel' is a Partitioned.*unbox\(params\)"):
         mora_jax.attach(plan, pretrained)
 
 

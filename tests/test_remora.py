@@ -154,7 +154,7 @@ def test_compiles_once_per_scheme_of_the_cycle(inputs):
 
     @functools.partial(jax.jit, static_argnames="model")
     def forward(model, params):
-        traces.append(model)
+        traces.append(1)  # not the model: nothing here may keep it alive
         return model.apply({"params": params}, inputs)
 
     merges = _remora._restart_donating._cache_size()
@@ -230,3 +230,41 @@ def test_low_rank_is_relora(inputs):
     assert not result.params["embed"]["mora"]["b"].any()
     assert (np.asarray(result.params["embed"]["mora"]["a"]) != old).all()
     assert result.plan == plan
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "field"),
+    [
+        (lambda: optax.rprop(1e-2), "step_sizes"),
+        (lambda: optax.adagrad(1e-2), "sum_of_squares"),
+        (lambda: optax.contrib.prodigy(), "exp_avg"),
+        (lambda: optax.contrib.schedule_free_adamw(1e-2), "weight_sum"),
+    ],
+)
+def test_a_state_of_unknown_start_is_named(inputs, optimizer, field):
+    _, _, _, plan, params = adapted_network(inputs, scheme="sharing", module=Small())
+    state = mora_jax.freeze_base(optimizer(), plan).init(params)
+    with pytest.raises(ValueError, match=r"does not know how to restart the field '\w+'"):
+        mora_jax.merge_and_reset(params, state, plan)
+    assert any(field in name for name in leaves_by_name(state))
+
+
+def test_one_array_at_two_paths_is_not_donated_twice(inputs):
+    _, _, _, plan, params = adapted_network(inputs, scheme="sharing")
+    params["attention"]["key"]["kernel"] = params["attention"]["query"]["kernel"]
+    with pytest.raises(ValueError, match="hold one and the same array"):
+        mora_jax.merge_and_reset(params, (), plan)
+    assert not params["attention"]["key"]["kernel"].is_deleted()
+    mora_jax.merge_and_reset(params, (), plan, donate=False)
+
+
+def test_mora_dense_keeps_its_scheme_through_merges(inputs):
+    layer = mora_jax.MoRADense(6, rank=2, scheme="sharing")
+    params = layer.init(jax.random.key(0), inputs)["params"]
+    plan = mora_jax.plan(layer, inputs)
+    for _ in range(2):
+        params["mora"] = {"matrix": params["mora"]["matrix"] + 0.1}
+        before = layer.apply({"params": params}, inputs)
+        params, _, plan, _ = mora_jax.merge_and_reset(params, (), plan)
+        after = layer.apply({"params": params}, inputs)
+        np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)

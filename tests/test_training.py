@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
 
 import mora_jax
 from conftest import adapted_network, assert_same_bits
@@ -128,6 +129,16 @@ def test_also_train_is_trained_with_a_state_of_its_own(inputs):
     assert len(groups["adapter"]) == 2 * 7 + 1
     assert len(groups["also_train"]) == 2 * 3 + 1
     assert groups["frozen"] == []
+
+
+def test_freeze_base_wants_the_parameters_themselves(inputs):
+    *_, plan, params = adapted_network(inputs, also_train="norm/.*", **CONFIG)
+    tx = mora_jax.freeze_base(optax.adam(1e-2), plan)
+    with pytest.raises(ValueError, match=r"the tree lacks what the plan trains.*'norm/bias'"):
+        tx.init({"params": params})
+    with pytest.raises(ValueError, match="the tree lacks what the plan trains"):
+        tx.init(mora_jax.merge(params, plan))
+    assert jax.tree.leaves(tx.init(freeze(params)))
 
 
 def test_the_jagged_schedule():
