@@ -104,7 +104,7 @@ def tiny_model(tmp_path):
     [
         ["--method", "mora", "--scheme", "rotation", "--remat"],
         ["--method", "mora", "--remora-every", "100"],
-        ["--method", "lora"],
+        ["--method", "lora", "--lr", "3e-2"],
         ["--method", "fft"],
     ],
     ids=lambda flags: " ".join(flags[1:]),
