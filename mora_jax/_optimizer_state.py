@@ -90,18 +90,21 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
         if _name(keys) in _COUNTS:
             _check_not_shared(keys, trees, adapters, entries)
             counts.append(index)
-    _check_known(owners, entries)
+    _check_known(owners, trees, entries)
     return AdapterState(tuple(moments), tuple(counts))
 
 
-def _check_known(owners: set[KeyPath], entries) -> None:
+def _check_known(owners: set[KeyPath], trees: set[KeyPath], entries) -> None:
     """Raises ValueError for a field beside adapters' moments whose restart is not known."""
     for _, (keys, _) in entries:
         for owner in owners:
             if keys[: len(owner)] != owner or len(keys) == len(owner):
                 continue
-            field = _name(keys[: len(owner) + 1])
-            if field not in _MOMENTS | _COUNTS | _KEPT:
+            tree = keys[: len(owner) + 1]
+            field = _name(tree)
+            # Moments in another form than the parameters' (SM3's, an array for each axis) are
+            # found at no adapter's path, and are as unknown as a field of another name.
+            if field not in _COUNTS | _KEPT and (field not in _MOMENTS or tree not in trees):
                 raise ValueError(
                     f"opt_state{jax.tree_util.keystr(keys)} goes with the adapters' moments, and "
                     f"merge_and_reset does not know how to restart the field {field!r}. It knows "

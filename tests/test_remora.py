@@ -237,6 +237,7 @@ def test_low_rank_is_relora(inputs):
     [
         (lambda: optax.rprop(1e-2), "step_sizes"),
         (lambda: optax.adagrad(1e-2), "sum_of_squares"),
+        (lambda: optax.sm3(1e-2), "nu"),
         (lambda: optax.contrib.prodigy(), "exp_avg"),
         (lambda: optax.contrib.schedule_free_adamw(1e-2), "weight_sum"),
     ],
