@@ -123,7 +123,7 @@ def test_the_main_job_in_miniature(tiny_model, tmp_path, monkeypatch, capsys, fl
     # LoRA of this rank does not get there in a model this small; that it learns is shown below.
     assert accuracies[-1] == 1.0 or "lora" in flags
     assert len(history["loss"]) == 150
-    assert history["loss"][-1] < 0.85 * history["loss"][0]
+    assert history["loss"][-1] < 0.9 * history["loss"][0]
     assert (out / "memorize.png").stat().st_size > 10_000
     if "fft" not in flags:
         assert "14 adapters in 7 kernels" in printed
