@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._tree import listing
+from mora_jax._tree import escape, listing
 
 KeyPath = tuple[Any, ...]
 
@@ -134,7 +134,7 @@ def _parameter_path(keys: KeyPath) -> str:
     for key in reversed(keys):
         if not isinstance(key, jax.tree_util.DictKey):
             break
-        names.append(str(key.key))
+        names.append(escape(str(key.key)))
     return "/".join(reversed(names))
 
 

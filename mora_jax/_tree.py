@@ -22,15 +22,20 @@ def join_path(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
+def escape(name: str) -> str:
+    """A name as a part of a path: a slash within it is written as in URLs, `%2F`."""
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by path. A slash within a name is written as in URLs, `%2F`.
+    """Leaves by path, names escaped.
 
     >>> flatten({"dense": {"kernel": 1, "bias": 2}})
     {'dense/kernel': 1, 'dense/bias': 2}
     """
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        path = join_path(prefix, str(name).replace("%", "%25").replace("/", "%2F"))
+        path = join_path(prefix, escape(str(name)))
         if isinstance(value, Mapping):
             leaves.update(flatten(value, path))
         else:

@@ -1,5 +1,6 @@
 """The adapted product: both placements, any layout, values and gradients."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,9 +60,7 @@ def test_placements_agree(layout, scheme, float64):
         return outcomes
 
     first, *others = everything(x, kernel, adapter)
-    for other in others:
-        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    chex.assert_trees_all_close(first, *others, rtol=1e-11, atol=1e-11)
 
 
 def test_experts_do_not_share_their_matrices(float64):

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,8 +46,7 @@ def test_remat_changes_nothing():
         loss = lambda p: jnp.square(model.apply({"params": p}, tokens)).mean()
         return jax.jit(jax.grad(loss))(params)
 
-    for a, b in zip(*map(jax.tree.leaves, map(gradient, (False, True))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(gradient(False), gradient(True), rtol=1e-4, atol=1e-6)
 
 
 def test_sharded_checkpoints(tmp_path):

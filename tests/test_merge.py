@@ -1,5 +1,6 @@
 """Merging and unmerging."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,9 +35,7 @@ def test_unmerge_takes_the_adapters_out_again(inputs):
     _, _, plan, params = trained(inputs, scheme="sharing")
     trainable, _ = mora_jax.split(params, plan)
     restored = mora_jax.unmerge(mora_jax.merge(params, plan), trainable, plan)
-    assert jax.tree.structure(restored) == jax.tree.structure(params)
-    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-7)
+    chex.assert_trees_all_close(restored, params, rtol=0, atol=2e-7)
     np.testing.assert_array_equal(
         restored["layers"]["up"]["mora"]["matrix"], params["layers"]["up"]["mora"]["matrix"]
     )
@@ -75,7 +74,4 @@ def test_merge_needs_adapters_and_works_under_jit(inputs):
     with pytest.raises(ValueError, match="hold no adapters"):
         mora_jax.merge(mora_jax.merge(params, plan), plan)
     jitted = jax.jit(mora_jax.merge, static_argnums=1)(params, plan)
-    for a, b in zip(
-        jax.tree.leaves(jitted), jax.tree.leaves(mora_jax.merge(params, plan)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+    chex.assert_trees_all_close(jitted, mora_jax.merge(params, plan), rtol=1e-6)
