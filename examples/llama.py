@@ -105,8 +105,11 @@ class Attention(_Block):
     """Grouped-query attention: [B, T, D] -> [B, T, D]."""
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, mask: Array, slot: Array) -> Array:
-        """Attends where mask [B, 1, T, S] is True; `slot` is where the T tokens go in the cache."""
+    def __call__(self, x: Array, angles: Array, mask: Array | None, slot: Array) -> Array:
+        """Attends where mask [B, 1, T, S] is True; `slot` is where the T tokens go in the cache.
+
+        Without a mask each token attends to those before it, by flash attention where there is one.
+        """
         batch, tokens, features = x.shape
 
         def project(name: str, heads: int) -> Array:
@@ -118,7 +121,10 @@ class Attention(_Block):
         value = project("v_proj", self.config.num_kv_heads)
         key, value = self._cached("key", key, slot), self._cached("value", value, slot)
         # dot_product_attention shares K key-value heads among N query heads by itself.
-        heads = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        flash = "cudnn" if mask is None and _has_flash_attention(query.dtype) else None
+        heads = jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=mask is None, implementation=flash
+        )
         return self._dense(features, "o_proj")(heads.reshape(batch, tokens, -1))
 
     def _cached(self, name: str, new: Array, slot: Array) -> Array:
@@ -129,6 +135,10 @@ class Attention(_Block):
         cached = jax.lax.dynamic_update_slice_in_dim(cached, new, slot, axis=1)
         self.put_variable("cache", name, cached)
         return cached
+
+
+def _has_flash_attention(dtype: DTypeLike) -> bool:
+    return jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2
 
 
 class MLP(_Block):
@@ -146,7 +156,9 @@ class Layer(_Block):
     """One decoder layer, in the form that `nn.scan` wants: [B, T, D] -> ([B, T, D], None)."""
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, mask: Array, slot: Array) -> tuple[Array, None]:
+    def __call__(
+        self, x: Array, angles: Array, mask: Array | None, slot: Array
+    ) -> tuple[Array, None]:
         """Takes the arguments of `Attention`."""
         attention = Attention(self.config, **self._shared, name="self_attn")
         mlp = MLP(self.config, **self._shared, name="mlp")

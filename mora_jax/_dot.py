@@ -6,9 +6,11 @@ The delta can be added in two places, and the choice decides speed, memory and c
   float32 or better and cast back once, as a merge would do.
 - in the *activations*, `x @ W + delta(x)`: the paper's form. Right for few rows.
 
-The kernel form has a gradient rule of its own, because automatic differentiation would form the
-gradient of the whole kernel: `dx` comes from the same sum, made again rather than kept, and `dM`
-from the compressed `x` and `dy`. A rule of one's own has no forward mode; the activation form has.
+Left to automatic differentiation the kernel form would form the gradient of the whole kernel, and
+either form would get transposes that compilers run slowly. So the product has a gradient rule of
+its own: `dM` from the compressed `x` and `dy`, and `dx` from whichever form is cheaper, which need
+not be the forward's; the kernel's sum is then made again rather than kept. A rule of one's own has
+no forward mode, so `placement="activation"` does without.
 
 Shape letters: I input features, O output features, B batch axes, T rows.
 """
@@ -19,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +34,10 @@ from mora_jax._operators import (
     adapter_gradient,
     check_adapter,
     delta,
+    delta_transpose,
     to_compressed,
 )
+from mora_jax._placement import best_places
 from mora_jax._schemes import LowRank, Scheme
 
 
@@ -60,8 +64,9 @@ def mora_dot_general(
       adapter: `{"matrix": [B..., R, R]}`, or `{"a": [B..., I, rank], "b": [B..., rank, O]}`; B the
         batch axes, one matrix for each.
       scheme: the scheme.
-      placement: "kernel", "activation", or "auto": the kernel for many rows, the activations for
-        few and for `LowRank`. The kernel form differentiates in reverse mode only.
+      placement: "kernel", "activation", or "auto": the cheaper one by static shapes, the kernel for
+        many rows, the activations for few and for `LowRank`. "activation" alone differentiates in
+        forward mode as well.
       precision: as for `jax.lax.dot_general`, for the base product.
       preferred_element_type: as for `jax.lax.dot_general`, for the base product.
       adapter_lhs: inputs of the adapter alone, where they differ from `lhs` (dropout); the delta is
@@ -91,32 +96,10 @@ def mora_dot_general(
         raise ValueError(f"adapter leaves must lead with the batch axes {batch}, got {bad}.")
     one = {name: jax.ShapeDtypeStruct(a.shape[-2:], a.dtype) for name, a in adapter.items()}
     check_adapter(one, in_features, out_features, scheme)
-    if placement == "auto":
-        rows = math.prod(lhs.shape) // math.prod((*batch, in_features))
-        placement = best_placement(rows, in_features, out_features, scheme)
-    if placement == "kernel" and adapter_lhs is None:
-        return _dot_in_kernel(lhs, rhs, dict(adapter), call)
-    base = call.product(lhs, rhs)
-    value = call.delta(lhs if adapter_lhs is None else adapter_lhs, adapter, out_features)
-    return base + value.reshape(base.shape).astype(base.dtype)
-
-
-def best_placement(
-    rows: int, in_features: int, out_features: int, scheme: Scheme
-) -> Literal["kernel", "activation"]:
-    """The cheaper placement by the memory that each one passes over, all static.
-
-    In the kernel a step passes over `I O` weights; in the activations over `T (I + O)` inputs and
-    outputs. LoRA's pair is cheaper in the activations, where its product needs no sum.
-
-    >>> from mora_jax import Sharing
-    >>> best_placement(512, 576, 576, Sharing()), best_placement(8, 576, 576, Sharing())
-    ('kernel', 'activation')
-    """
-    if isinstance(scheme, LowRank):
-        return "activation"
-    few = rows * (in_features + out_features) < in_features * out_features
-    return "activation" if few else "kernel"
+    plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
+    if plain or adapter_lhs is not None:
+        return call.in_activations(lhs, lhs if adapter_lhs is None else adapter_lhs, rhs, adapter)
+    return _dot(lhs, rhs, dict(adapter), dataclasses.replace(call, placement=placement))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +113,7 @@ class _Call:
     dot_general: Callable[..., jax.Array]
     precision: Any
     preferred_element_type: Any
+    placement: Placement = "activation"
 
     @classmethod
     def of(cls, lhs, rhs, dimension_numbers, scheme, dot_general, **options):
@@ -164,6 +148,13 @@ class _Call:
         features = math.prod(lhs.shape[axis] for axis in lhs_in)
         return lhs.transpose(lhs_batch + self.lhs_free + lhs_in).reshape(*lead, -1, features)
 
+    def from_rows(self, rows, shape):
+        """The inverse of `rows`: [B..., T, I] to the layout of the inputs."""
+        (lhs_in, _), (lhs_batch, _) = self.dimension_numbers
+        order = lhs_batch + self.lhs_free + lhs_in
+        value = rows.reshape([shape[axis] for axis in order])
+        return value.transpose([order.index(axis) for axis in range(len(shape))])
+
     def per_batch(self, function):
         for _ in self.axes.batch:
             function = jax.vmap(function)
@@ -177,20 +168,39 @@ class _Call:
 
         return self.per_batch(one)(self.rows(lhs), dict(adapter))
 
+    def in_activations(self, lhs, adapter_lhs, rhs, adapter):
+        base = self.product(lhs, rhs)
+        _, _, out_features = self.axes.sizes(rhs.shape)
+        value = self.delta(adapter_lhs, adapter, out_features)
+        return base + value.reshape(base.shape).astype(base.dtype)
+
+    def places(self, lhs, rhs, adapter):
+        """Where the forward and the backward pass have the delta."""
+        batch, in_features, out_features = self.axes.sizes(rhs.shape)
+        rows = math.prod(lhs.shape) // math.prod((*batch, in_features))
+        size = next(iter(adapter.values())).shape[-1]
+        forward, backward = best_places(rows, in_features, out_features, size, self.scheme)
+        return (forward if self.placement == "auto" else self.placement), backward
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dot_in_kernel(lhs, rhs, adapter, call):
+def _dot(lhs, rhs, adapter, call):
+    forward, _ = call.places(lhs, rhs, adapter)
+    if forward == "activation":
+        return call.in_activations(lhs, lhs, rhs, adapter)
+    # The barrier holds the sum back until the inputs are there. It needs the weights alone, so a
+    # scheduler would make those of all layers first, a second copy of the model.
+    lhs, rhs, adapter = lax.optimization_barrier((lhs, rhs, adapter))
     return call.product(lhs, call.kernel(rhs, adapter))
 
 
-def _dot_in_kernel_forward(lhs, rhs, adapter, call):
+def _dot_forward(lhs, rhs, adapter, call):
     lhs, rhs_trained, rhs = lhs.value, rhs.perturbed, rhs.value
     adapter = jax.tree.map(lambda leaf: leaf.value, adapter, is_leaf=_is_primal)
-    y = call.product(lhs, call.kernel(rhs, adapter))
-    _, _, out_features = call.axes.sizes(rhs.shape)
+    y = _dot(lhs, rhs, adapter, call)
 
     def compressed(x, adapter):
-        return to_compressed(x, adapter, out_features, call.scheme)
+        return to_compressed(x, adapter, call.scheme)
 
     rows = call.rows(lhs)
     z = jax.eval_shape(call.per_batch(compressed), rows, adapter)
@@ -200,36 +210,47 @@ def _dot_in_kernel_forward(lhs, rhs, adapter, call):
     return y, (kept, rhs, adapter, _Static((keeps_inputs, rhs_trained, lhs.shape, lhs.dtype)))
 
 
-def _dot_in_kernel_backward(call, residuals, dy):
+def _dot_backward(call, residuals, dy):
     kept, rhs, adapter, static = residuals
     keeps_inputs, rhs_trained, shape, dtype = static.value
-    _, _, out_features = call.axes.sizes(rhs.shape)
+    batch, in_features, out_features = call.axes.sizes(rhs.shape)
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)  # pyright: ignore
-    # Without the barrier XLA takes the sum below for the forward's and keeps it alive between the
-    # two, a second copy of every adapted kernel.
-    rhs, adapter, dy = lax.optimization_barrier((rhs, adapter, dy))
-    total, total_transpose = jax.vjp(lambda rhs: call.kernel(rhs, adapter), rhs)
-    # The product is linear in its inputs: the point to differentiate at is never used.
-    _, input_transpose = jax.vjp(lambda lhs: call.product(lhs, total), jnp.zeros(shape, dtype))
-    (dlhs,) = input_transpose(dy)
-    drhs = None
-    if rhs_trained:
-        _, kernel_transpose = jax.vjp(lambda total: call.product(kept, total), total)
-        (drhs,) = total_transpose(*kernel_transpose(dy))
+    dy_rows = dy.reshape(*batch, -1, out_features)
+
+    def input_gradient(dy, kernel):
+        # The product is linear in its inputs: the point to differentiate at is never used.
+        _, transpose = jax.vjp(lambda lhs: call.product(lhs, kernel), jnp.zeros(shape, dtype))
+        return transpose(dy)[0]
 
     def gradient(z, dy, adapter):
         if keeps_inputs:
-            z = to_compressed(z, adapter, out_features, call.scheme)
-        return adapter_gradient(z, dy, adapter, out_features, call.scheme)
+            z = to_compressed(z, adapter, call.scheme)
+        return adapter_gradient(z, dy, adapter, in_features, call.scheme)
 
+    _, backward = call.places(jax.ShapeDtypeStruct(shape, dtype), rhs, adapter)
+    if backward == "activation":
+
+        def delta_gradient(dy, adapter):
+            return delta_transpose(dy, adapter, in_features, call.scheme)
+
+        extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), shape)
+        dlhs = input_gradient(dy, rhs) + extra.astype(dtype)
+    else:
+        # Without the barrier XLA takes this sum for the forward's and keeps it alive between the
+        # two, a second copy of every adapted kernel.
+        late = lax.optimization_barrier((dy, rhs, adapter))
+        dlhs = input_gradient(late[0], call.kernel(*late[1:]))
+    drhs = None
+    if rhs_trained:
+        total, total_transpose = jax.vjp(lambda rhs: call.kernel(rhs, adapter), rhs)
+        _, kernel_transpose = jax.vjp(lambda total: call.product(kept, total), total)
+        (drhs,) = total_transpose(*kernel_transpose(dy))
     z = call.rows(kept) if keeps_inputs else kept
-    batch = tuple(rhs.shape[axis] for axis in call.axes.batch)
-    dy = dy.reshape(*batch, -1, out_features)
-    return dlhs, drhs, call.per_batch(gradient)(z, dy, adapter)
+    return dlhs, drhs, call.per_batch(gradient)(z, dy_rows, adapter)
 
 
-_dot_in_kernel.defvjp(_dot_in_kernel_forward, _dot_in_kernel_backward, symbolic_zeros=True)
+_dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
 
 
 @jax.tree_util.register_static

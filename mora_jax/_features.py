@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 def wide_dtype(dtype) -> np.dtype:
@@ -20,18 +21,21 @@ def summable(x: jax.Array) -> jax.Array:
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
-def resize(x: jax.Array, width: int, *, circular: bool) -> jax.Array:
-    """Cuts the last axis to `width`, or extends it: by its own start if circular, else by zeros.
+def resize(x: jax.Array, width: int, *, circular: bool, axis: int = -1) -> jax.Array:
+    """Cuts an axis to `width`, or extends it: by its own start if circular, else by zeros.
 
     >>> resize(jnp.arange(3), 5, circular=True)
     Array([0, 1, 2, 0, 1], dtype=int32)
     """
-    missing = width - x.shape[-1]
-    if missing <= 0:
-        return x[..., :width]
+    length = x.shape[axis]
+    if width <= length:
+        return lax.slice_in_dim(x, 0, width, axis=axis)
     if circular:
-        return jnp.concatenate([x] * -(-width // x.shape[-1]), axis=-1)[..., :width]
-    return jnp.concatenate([x, jnp.zeros((*x.shape[:-1], missing), x.dtype)], axis=-1)
+        copies = jnp.concatenate([x] * -(-width // length), axis=axis)
+        return lax.slice_in_dim(copies, 0, width, axis=axis)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, width - length)
+    return jnp.pad(x, padding)
 
 
 def split_blocks(x: jax.Array, size: int, count: int) -> jax.Array:
@@ -57,16 +61,83 @@ def fold_blocks(blocks: jax.Array, count: int) -> jax.Array:
     return jnp.concatenate([total[..., :rest, :] + last, total[..., rest:, :]], axis=-2)
 
 
-def regroup(blocks: jax.Array, signs: int, shift: int) -> jax.Array:
-    """Multiplies block b of [..., N, R] by its Walsh sign and rolls it by `shift * b`."""
-    count, size = blocks.shape[-2:]
+def sum_strides(
+    x: jax.Array, size: int, *, signs: int = 0, shift: int = 0, circular: bool = False
+) -> jax.Array:
+    """[..., I] -> [..., size]: sums the blocks of `size` features, added in float32 or better.
+
+    Block b is multiplied by its Walsh sign and rolled by `shift * b`. The last block is filled by
+    zeros, or by the first features if circular.
+
+    Blocks are slices, added one by one, and not the rows of a reshape: compilers fuse that into one
+    read of `x`, where a reshape is copied (TPU) or summed by another, slower kernel (GPU).
+
+    >>> sum_strides(jnp.arange(5), 2), sum_strides(jnp.arange(5), 2, circular=True)
+    (Array([6, 4], dtype=int32), Array([6, 4], dtype=int32))
+    """
+    total = None
+    for block, start in enumerate(range(0, x.shape[-1], size)):
+        piece = x[..., start : start + size]
+        if missing := size - piece.shape[-1]:
+            fill = resize(x if circular else jnp.zeros_like(x), missing, circular=True)
+            piece = jnp.concatenate([piece, fill], axis=-1)
+        if step := shift * block % size:
+            piece = jnp.roll(piece, step, axis=-1)
+        piece = _widen(piece)
+        if total is None:
+            total = piece
+        else:
+            total = total - piece if _walsh(signs, block) < 0 else total + piece
+    assert total is not None
+    return total.astype(x.dtype)
+
+
+def tile_strides(
+    z: jax.Array, width: int, *, signs: int = 0, shift: int = 0, circular: bool = False
+) -> jax.Array:
+    """[..., R] -> [..., width]: the transpose of `sum_strides`, copies of `z` side by side.
+
+    >>> tile_strides(jnp.arange(2), 3), tile_strides(jnp.arange(2), 3, circular=True)
+    (Array([0, 1, 0], dtype=int32), Array([1, 1, 0], dtype=int32))
+    """
+    lead, size = z.shape[:-1], z.shape[-1]
+    count = -(-width // size)
+    # Rolls by a step that grows: the rows of a tiling that is cut a step later each time.
+    step = shift % size
+    row = size + step
+    copies = -(-count * row // size)
+    tiled = jnp.broadcast_to(z[..., None, :], (*lead, copies, size)).reshape(*lead, -1)
+    if step:
+        tiled = tiled[..., : count * row].reshape(*lead, count, row)[..., :size]
+        tiled = tiled.reshape(*lead, -1)
     if signs:
-        walsh = [(-1) ** (signs & block).bit_count() for block in range(count)]
-        blocks = blocks * _expand(np.asarray(walsh)[:, None], blocks)
-    if shift:
-        rolled = [jnp.roll(blocks[..., b, :], shift * b % size, axis=-1) for b in range(count)]
-        blocks = jnp.stack(rolled, axis=-2)
-    return blocks
+        table = np.repeat([_walsh(signs, block) for block in range(count)], size)
+        tiled = tiled * _expand(table, tiled)
+    return fold(tiled, width) if circular else tiled[..., :width]
+
+
+def fold(x: jax.Array, width: int, *, axis: int = -1) -> jax.Array:
+    """[..., W] -> [..., width], W >= width: what stands beyond the end is added to the start.
+
+    The transpose of `resize(circular=True)`.
+
+    >>> fold(jnp.arange(5), 3)
+    Array([3, 5, 2], dtype=int32)
+    """
+    chunks = []
+    for start in range(0, length := x.shape[axis], width):
+        chunk = lax.slice_in_dim(x, start, min(start + width, length), axis=axis)
+        chunks.append(resize(chunk, width, circular=False, axis=axis))
+    return sum(chunks[1:], chunks[0])
+
+
+def _walsh(signs: int, block: int) -> int:
+    """The Walsh function of index `signs` at `block`: 1 or -1."""
+    return (-1) ** (signs & block).bit_count()
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(wide_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def sum_runs(x: jax.Array, size: int) -> jax.Array:
@@ -100,15 +171,44 @@ def rotate(blocks: jax.Array) -> jax.Array:
     Feature j is paired with j + R/2 (the paper pairs neighbours), `theta_j = 10000^(-2 j / R)`,
     and block 0 stays as it is. Angles are computed in float64 and applied in at least float32.
     """
-    count, size = blocks.shape[-2:]
+    tables = _rotation(*blocks.shape[-2:])
+    first, second = jnp.split(blocks.astype(wide_dtype(blocks.dtype)), 2, axis=-1)
+    cos, sin = (_expand(table, first) for table in tables)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(blocks.dtype)
+
+
+def rotate_rows(matrix: jax.Array, count: int) -> jax.Array:
+    """[R, C] -> [N, R, C]: the matrices for which `rotate(x)[i] @ matrix == x[i] @ rows[i]`."""
+    size = matrix.shape[0]
+    tables = _rotation(count, size)
+    first, second = (half.astype(wide_dtype(matrix.dtype))[None] for half in jnp.split(matrix, 2))
+    cos, sin = (_expand(table[..., None], first) for table in tables)
+    rotated = [first * cos + second * sin, second * cos - first * sin]
+    return jnp.concatenate(rotated, axis=1).astype(matrix.dtype)
+
+
+def rotate_rows_transpose(rows: jax.Array) -> jax.Array:
+    """[N, R, C] -> [R, C]: the transpose of `rotate_rows`.
+
+    Written on whole rows, not on halves: tables of the same shape as there would be shared with the
+    forward's by the compiler, and then have a layout that suits only one of the two.
+    """
+    cos, sin = _rotation(*rows.shape[:2])
+    cos, sin = np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
+    wide = _widen(rows)
+    turned = jnp.roll(wide, rows.shape[1] // 2, axis=1)
+    cos, sin = (_expand(table[..., None], wide) for table in (cos, sin))
+    return (wide * cos + turned * sin).sum(0).astype(rows.dtype)
+
+
+def _rotation(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of `i theta_j`: [N, R/2] each."""
     if size % 2:
         raise ValueError(f"a rotation pairs features, so its size must be even, got {size}.")
     theta = 10000.0 ** (-2.0 * np.arange(size // 2) / size)
     angles = np.arange(count)[:, None] * theta
-    first, second = jnp.split(blocks.astype(wide_dtype(blocks.dtype)), 2, axis=-1)
-    cos, sin = _expand(np.cos(angles), first), _expand(np.sin(angles), first)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(blocks.dtype)
+    return np.cos(angles), np.sin(angles)
 
 
 def _expand(table: np.ndarray, like: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ hold its transpose.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax import _features as features
+from mora_jax._blocks import BlockGrid, block_matrices, block_matrices_transpose
 from mora_jax._schemes import (
     Decoupling,
     LowRank,
@@ -61,9 +63,8 @@ def compress(
     match scheme:
         case Sharing(input="contiguous"):
             return features.sum_runs(x, size)
-        case Sharing():
-            blocks = features.split_blocks(x, size, -(-x.shape[-1] // size))
-            return features.regroup(blocks, scheme.signs, scheme.shift).sum(-2)
+        case Sharing(signs=signs, shift=shift):
+            return features.sum_strides(x, size, signs=signs, shift=shift, circular=True)
         case Truncation():
             return features.resize(x, size, circular=False)
         case Rotation() | Decoupling():
@@ -100,12 +101,8 @@ def decompress(z: jax.Array, out_features: int, scheme: Scheme) -> jax.Array:
     match scheme:
         case Sharing(output="contiguous"):
             return features.repeat_runs(z, out_features)
-        case Sharing():
-            count = -(-out_features // size)
-            blocks = jnp.broadcast_to(z[..., None, :], (*z.shape[:-1], count, size))
-            return features.merge_blocks(
-                features.regroup(blocks, scheme.signs, -scheme.shift), out_features
-            )
+        case Sharing(signs=signs, shift=shift):
+            return features.tile_strides(z, out_features, signs=signs, shift=shift)
         case Truncation():
             return features.resize(z, out_features, circular=False)
         case Rotation(cycle=True) | Decoupling(cycle=True):
@@ -114,6 +111,30 @@ def decompress(z: jax.Array, out_features: int, scheme: Scheme) -> jax.Array:
         case Rotation() | Decoupling():
             return features.merge_blocks(z, out_features)
     raise TypeError(f"{scheme} has no fixed decompression; use `delta`.")
+
+
+def compress_transpose(z: jax.Array, in_features: int, scheme: Scheme) -> jax.Array:
+    """The transpose of `compress` for schemes without blocks: [..., R] -> [..., I]."""
+    match scheme:
+        case Sharing(input="contiguous"):
+            return features.repeat_runs(z, in_features)
+        case Sharing(signs=signs, shift=shift):
+            return features.tile_strides(z, in_features, signs=signs, shift=shift, circular=True)
+        case Truncation():
+            return features.resize(z, in_features, circular=False)
+    raise TypeError(f"{scheme} has no compression to a single block.")
+
+
+def decompress_transpose(y: jax.Array, size: int, scheme: Scheme) -> jax.Array:
+    """The transpose of `decompress` for schemes without blocks: [..., O] -> [..., R]."""
+    match scheme:
+        case Sharing(output="contiguous"):
+            return features.sum_runs(y, size)
+        case Sharing(signs=signs, shift=shift):
+            return features.sum_strides(y, size, signs=signs, shift=shift)
+        case Truncation():
+            return features.resize(y, size, circular=False)
+    raise TypeError(f"{scheme} has no decompression from a single block.")
 
 
 def delta(x: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> jax.Array:
@@ -137,9 +158,21 @@ def delta(x: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> 
     >>> delta(jnp.arange(5.0), {"matrix": jnp.eye(2)}, 3, Sharing())
     Array([6., 4., 6.], dtype=float32)
     """
-    check_adapter(adapter, x.shape[-1], out_features, scheme)
-    z = to_compressed(x, adapter, out_features, scheme)
-    return from_compressed(z, adapter, out_features, scheme).astype(x.dtype)
+    in_features, rows = x.shape[-1], math.prod(x.shape[:-1])
+    check_adapter(adapter, in_features, out_features, scheme)
+    if isinstance(scheme, LowRank):
+        hidden = (_scale(adapter, scheme) * _product(x, adapter["a"])).astype(x.dtype)
+        return hidden @ adapter["b"].astype(x.dtype)
+    matrix = adapter["matrix"]
+    size = matrix.shape[0]
+    if isinstance(scheme, Rotation | Decoupling) and rows > size:
+        # One matrix a block is then less than the blocks of all rows.
+        grid = BlockGrid(in_features, out_features, size, scheme.cycle)
+        matrices = block_matrices(matrix, grid.count, scheme)
+        return grid.product(x.reshape(rows, -1), matrices).reshape(*x.shape[:-1], out_features)
+    z = compress(features.summable(x), size, scheme, out_features=out_features)
+    z = _product(z, matrix).astype(z.dtype)
+    return decompress(z, out_features, scheme).astype(x.dtype)
 
 
 def delta_kernel(
@@ -172,39 +205,22 @@ def delta_kernel(
         return _scale(adapter, scheme) * (adapter["a"] @ adapter["b"])
     matrix = adapter["matrix"]
     size = matrix.shape[0]
-
-    def compress_row(row):
-        return compress(row, size, scheme, out_features=out_features)
-
-    row = jax.ShapeDtypeStruct((in_features,), matrix.dtype)
-    columns = matrix.T
-    if len(blocks := jax.eval_shape(compress_row, row).shape[:-1]):
-        # Block i of the input reaches block i of the output alone: [N, R, N, R].
-        columns = jnp.eye(*blocks, dtype=matrix.dtype)[:, None, :, None] * columns[None, :, None, :]
-    lead = columns.shape[: -1 - len(blocks)]
-    rows = jax.ShapeDtypeStruct((*lead, in_features), matrix.dtype)
-    (rows,) = jax.linear_transpose(compress_row, rows)(columns)
-    return decompress(jnp.moveaxis(rows, -1, 0), out_features, scheme)
+    if isinstance(scheme, Rotation | Decoupling):
+        grid = BlockGrid(in_features, out_features, size, scheme.cycle)
+        return grid.kernel(block_matrices(matrix, grid.count, scheme))
+    rows = compress_transpose(matrix.T, in_features, scheme).T
+    return decompress(rows, out_features, scheme)
 
 
-def to_compressed(x: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> jax.Array:
-    """All of `x` that the adapter's gradient needs: `compress(x)`, or `x` itself for `LowRank`."""
-    if isinstance(scheme, LowRank):
+def to_compressed(x: jax.Array, adapter: Adapter, scheme: Scheme) -> jax.Array:
+    """All of `x` that the adapter's gradient needs: [T, R] where one block is, else `x` itself."""
+    if not isinstance(scheme, Sharing | Truncation):
         return x
-    size = adapter["matrix"].shape[0]
-    return compress(features.summable(x), size, scheme, out_features=out_features)
-
-
-def from_compressed(z: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> jax.Array:
-    """The delta from `to_compressed(x)`."""
-    if isinstance(scheme, LowRank):
-        y = _product(_product(z, adapter["a"]), adapter["b"])
-        return (_scale(adapter, scheme) * y).astype(z.dtype)
-    return decompress(_product(z, adapter["matrix"]).astype(z.dtype), out_features, scheme)
+    return compress(features.summable(x), adapter["matrix"].shape[0], scheme)
 
 
 def adapter_gradient(
-    z: jax.Array, dy: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme
+    z: jax.Array, dy: jax.Array, adapter: Adapter, in_features: int, scheme: Scheme
 ) -> dict[str, jax.Array]:
     """Gradient of `sum(dy * delta)` by the adapter: the linear transpose of `M -> delta(x, M)`.
 
@@ -215,23 +231,53 @@ def adapter_gradient(
       z: `to_compressed(x)`, [T, ...] with T rows.
       dy: [T, O].
       adapter: as for `delta`.
-      out_features: O.
+      in_features: I.
       scheme: the scheme.
 
     Returns:
       A dict like `adapter`, in its dtypes, accumulated in float32 or better.
     """
     if isinstance(scheme, LowRank):
-        hidden, dhidden = _product(z, adapter["a"]), _product(dy, adapter["b"].T)
         scale = _scale(adapter, scheme)
-        gradient = {"a": scale * _product(z.T, dhidden), "b": scale * _product(hidden.T, dy)}
+        hidden, dhidden = _product(z, adapter["a"]), _product(dy, adapter["b"].T)
+        hidden, dhidden = (scale * hidden).astype(dy.dtype), (scale * dhidden).astype(z.dtype)
+        gradient = {"a": _product(z.T, dhidden), "b": _product(hidden.T, dy)}
+    elif isinstance(scheme, Rotation | Decoupling):
+        size = adapter["matrix"].shape[0]
+        grid = BlockGrid(in_features, dy.shape[-1], size, scheme.cycle)
+        gradient = {"matrix": block_matrices_transpose(grid.gradient(z, dy), scheme)}
     else:
-        dy = features.summable(dy)
-        compressed = jax.ShapeDtypeStruct(z.shape, dy.dtype)
-        (dz,) = jax.linear_transpose(lambda z: decompress(z, out_features, scheme), compressed)(dy)
-        size = z.shape[-1]
-        gradient = {"matrix": _product(z.reshape(-1, size).T, dz.reshape(-1, size))}
+        dz = decompress_transpose(features.summable(dy), z.shape[-1], scheme)
+        gradient = {"matrix": _product(z.T, dz)}
     return {name: value.astype(adapter[name].dtype) for name, value in gradient.items()}
+
+
+def delta_transpose(
+    dy: jax.Array, adapter: Adapter, in_features: int, scheme: Scheme
+) -> jax.Array:
+    """What the adapter adds to the inputs' gradient: the linear transpose of `x -> delta(x)`.
+
+    Args:
+      dy: [T, O].
+      adapter: as for `delta`.
+      in_features: I.
+      scheme: the scheme.
+
+    Returns:
+      [T, I], the dtype of `dy`.
+    """
+    if isinstance(scheme, LowRank):
+        hidden = (_scale(adapter, scheme) * _product(dy, adapter["b"].T)).astype(dy.dtype)
+        return hidden @ adapter["a"].T.astype(dy.dtype)
+    matrix = adapter["matrix"]
+    if isinstance(scheme, Rotation | Decoupling):
+        grid = BlockGrid(in_features, dy.shape[-1], matrix.shape[0], scheme.cycle)
+        matrices = block_matrices(matrix, grid.count, scheme)
+        x = jax.ShapeDtypeStruct((dy.shape[0], in_features), dy.dtype)
+        return jax.linear_transpose(lambda x: grid.product(x, matrices), x)(dy)[0]
+    dz = decompress_transpose(features.summable(dy), matrix.shape[0], scheme)
+    dz = _product(dz, matrix.T).astype(dz.dtype)
+    return compress_transpose(dz, in_features, scheme).astype(dy.dtype)
 
 
 def check_adapter(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import mora_jax
-from conftest import ALL_SCHEMES, random_adapter
-from mora_jax._dot import best_placement
+from conftest import ALL_SCHEMES, SCHEMES, random_adapter
+from mora_jax import _dot
+from mora_jax._placement import best_places
 
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -179,10 +180,40 @@ def test_vmap_over_adapters():
     np.testing.assert_allclose(first["matrix"], second["matrix"], rtol=1e-5)
 
 
-def test_auto_takes_the_kernel_for_many_rows_only():
-    assert best_placement(4096, 1024, 1024, mora_jax.Sharing()) == "kernel"
-    assert best_placement(1, 1024, 1024, mora_jax.Rotation()) == "activation"
-    assert best_placement(4096, 1024, 1024, mora_jax.LowRank()) == "activation"
+def places(rows, in_features, out_features, scheme, machine, rank=8):
+    size = mora_jax.square_rank(in_features, out_features, rank, scheme)
+    return best_places(rows, in_features, out_features, size, scheme, machine)
+
+
+@pytest.mark.parametrize("machine", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_auto_takes_the_kernel_for_many_rows(machine, scheme):
+    assert places(10**6, 4096, 4096, scheme, machine) == ("kernel", "kernel")
+    assert places(1, 4096, 4096, scheme, machine) == ("activation", "activation")
+    assert places(10**6, 4096, 4096, mora_jax.LowRank(), machine)[0] == "activation"
+
+
+def test_auto_may_split_the_passes():
+    # A wide layer has many outputs to add to, and few inputs.
+    assert places(5000, 4096, 14336, mora_jax.Sharing(), "gpu") == ("kernel", "activation")
+    assert places(5000, 14336, 4096, mora_jax.Sharing(), "gpu") == ("activation", "kernel")
+
+
+@pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
+@pytest.mark.parametrize("forward", ["kernel", "activation"])
+@pytest.mark.parametrize("backward", ["kernel", "activation"])
+def test_passes_split_at_will(scheme, forward, backward, float64, monkeypatch):
+    product, x, kernel, adapter = products("axes in another order", scheme)
+
+    def gradients(placement):
+        def loss(x, kernel, adapter):
+            return jnp.square(product(placement, x, kernel, adapter)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, kernel, adapter)
+
+    plain = gradients("activation")
+    monkeypatch.setattr(_dot, "best_places", lambda *_: (forward, backward))
+    chex.assert_trees_all_close(gradients("auto"), plain, rtol=1e-11, atol=1e-11)
 
 
 def test_dropout_like_inputs_of_the_adapter_alone():

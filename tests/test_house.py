@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(mora_jax.__file__).parent
 
 FLOORS = [
     {"_schemes", "_features", "_tree", "_schedules", "_version"},
-    {"_operators", "_cycles", "_initialize"},
+    {"_blocks", "_cycles", "_initialize"},
+    {"_operators", "_placement"},
     {"_layout", "_config"},
     {"_dot", "_plan"},
     {"_params", "_freeze", "_optimizer_state", "linen"},

@@ -89,8 +89,8 @@ def test_the_formula_at_any_size(scheme, in_features, out_features, rank, seed):
             delta, transpose = jax.vjp(
                 lambda x, a: mora_jax.delta(x, a, out_features, scheme), x, adapter
             )
-            z = to_compressed(x, adapter, out_features, scheme)
-            rule = adapter_gradient(z, dy, adapter, out_features, scheme)
+            z = to_compressed(x, adapter, scheme)
+            rule = adapter_gradient(z, dy, adapter, in_features, scheme)
             return kernel, delta, *transpose(dy), rule
 
         kernel, delta, dx, gradient, rule = everything(x, dy, adapter)

@@ -1,0 +1,199 @@
+"""Times the whole training step of Llama-3-8B-shaped layers, adapted, over its frozen floor.
+
+    python3 run.py step                                  # a few minutes on a large GPU
+    python3 run.py step --tokens 4096 --rank 8 --no-remat --schemes sharing lora
+    python3 run.py step --tiny                           # any machine, seconds: does it run?
+
+*Floor* is the same step with the base frozen and no adapter: forward and input gradients, which
+every method that trains through a frozen model pays. All variants of a row run in one process on
+the same weights, in turns, and each figure is the median over the turns.
+
+Columns: ms a step; its ratio to the floor of the same turn (median, lowest and highest); temp
+memory of the compiled step in GB; seconds to compile it.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import pathlib
+import platform
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from layers import Layers, Variant, make_layers, make_params, make_step
+from tqdm import tqdm
+
+import mora_jax
+
+SCHEMES = {
+    "lora": mora_jax.LowRank(),
+    "sharing": mora_jax.Sharing(),
+    "shift": mora_jax.Sharing(shift=1),
+    "rotation": mora_jax.Rotation(),
+    "cycled": mora_jax.Rotation(cycle=True),
+}
+PLACEMENTS = ("kernel", "activation", "auto")
+LONGEST_SEQUENCE = 4096
+
+
+def machine() -> dict[str, str]:
+    """What a figure depends on besides the code."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "mora_jax": mora_jax.__version__,
+    }
+
+
+class Run:
+    """One compiled variant with its own adapters and optimizer state."""
+
+    def __init__(self, base: Layers, variant: Variant, params: Any, x: jax.Array):
+        """Compiles the step; `params` are shared with the other variants and never donated."""
+        step, plan, optimizer = make_step(base, variant, x)
+        self.frozen, trainable = params, {"params": {}}
+        if plan is not None:
+            full = mora_jax.attach(plan, params, key=jax.random.key(1))
+            trainable["params"], self.frozen = mora_jax.split(full, plan)
+        self.name, self.x = variant.name, x
+        self.state = (trainable, optimizer.init(trainable))
+        lowered = step.lower(*self.state, self.frozen, x)
+        start = time.perf_counter()
+        self.step = lowered.compile()
+        self.compile_s = time.perf_counter() - start
+        self.temp_gb = self.step.memory_analysis().temp_size_in_bytes / 1e9
+        self.seconds(1)
+
+    def seconds(self, steps: int) -> float:
+        """Mean seconds a step over some steps in a row."""
+        start = time.perf_counter()
+        value = None
+        for _ in range(steps):
+            *self.state, value, _ = self.step(*self.state, self.frozen, self.x)
+        jax.block_until_ready((self.state, value))
+        return (time.perf_counter() - start) / steps
+
+
+def variants(args: argparse.Namespace, rank: int) -> list[Variant]:
+    """The floor first, then every scheme in every placement."""
+    found = [Variant("floor", None)]
+    for scheme, placement in itertools.product(args.schemes, args.placements):
+        config = mora_jax.MoRAConfig(
+            rank=rank, scheme=SCHEMES[scheme], placement=placement, targets=".*_proj"
+        )
+        found.append(Variant(f"{scheme} {placement}", config))
+    return found
+
+
+def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> list[dict[str, Any]]:
+    """Rows of the table for one setting."""
+    base = make_layers(args.tiny, remat=remat, scan=args.scan)
+    length = min(tokens, LONGEST_SEQUENCE)
+    shape = (tokens // length, length, base.config.features)
+    params = make_params(base, jax.ShapeDtypeStruct(shape, base.dtype))
+    x = jax.random.normal(jax.random.key(2), shape, base.dtype)
+    title = f"{tokens} tokens, rank {rank}, {'remat' if remat else 'no remat'}"
+    runs = []
+    for variant in tqdm(variants(args, rank), f"{title}: compile", leave=False):
+        if variant.name == "floor":
+            Run(base, variant, params, x)  # once for nothing: the first one tunes the products
+        runs.append(Run(base, variant, params, x))
+    steps = max(1, round(args.turn_seconds / runs[0].seconds(2)))
+    times = collections.defaultdict(list)
+    for _ in tqdm(range(args.turns), f"{title}: time", leave=False):
+        for run in runs:
+            times[run.name].append(run.seconds(steps))
+    rows = []
+    for run in runs:
+        ratios = [a / b for a, b in zip(times[run.name], times["floor"], strict=True)]
+        scheme, _, placement = run.name.partition(" ")
+        row = {
+            "tokens": tokens,
+            "rank": rank,
+            "remat": remat,
+            "scheme": scheme,
+            "placement": placement,
+            "ms": statistics.median(times[run.name]) * 1e3,
+            "ratio": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+            "temp_gb": run.temp_gb,
+            "temp_ratio": run.temp_gb / runs[0].temp_gb,
+            "compile_s": run.compile_s,
+        }
+        rows.append(row)
+    print(f"\n{title}; {args.turns} turns of {steps} steps")
+    print(f"{'':22}{'ms':>9}{'x floor':>9}{'low':>7}{'high':>7}{'temp GB':>9}{'x':>6}{'compile':>9}")
+    for row in rows:
+        print(
+            f"{row['scheme'] + ' ' + row['placement']:22}{row['ms']:9.2f}{row['ratio']:9.3f}"
+            f"{row['low']:7.3f}{row['high']:7.3f}{row['temp_gb']:9.2f}{row['temp_ratio']:6.2f}"
+            f"{row['compile_s']:8.1f}s"
+        )
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    """Bars of time over the floor: a group for each setting, a bar for each scheme in "auto"."""
+    from matplotlib import pyplot as plt
+
+    settings = sorted({(r["tokens"], r["rank"], r["remat"]) for r in rows}, key=str)
+    bars = [r for r in rows if r["placement"] == "auto"]
+    schemes = list(dict.fromkeys(r["scheme"] for r in bars))
+    figure, axes = plt.subplots(figsize=(1.2 + 1.5 * len(settings), 3.6), layout="constrained")
+    width = 0.8 / max(len(schemes), 1)
+    for place, scheme in enumerate(schemes):
+        at = {(r["tokens"], r["rank"], r["remat"]): r for r in bars if r["scheme"] == scheme}
+        chosen = [(i, at[s]) for i, s in enumerate(settings) if s in at]
+        heights = [100 * (r["ratio"] - 1) for _, r in chosen]
+        spread = [
+            [100 * (r["ratio"] - r["low"]) for _, r in chosen],
+            [100 * (r["high"] - r["ratio"]) for _, r in chosen],
+        ]
+        label = "LoRA" if scheme == "lora" else scheme
+        x = [i + (place - (len(schemes) - 1) / 2) * width for i, _ in chosen]
+        axes.bar(x, heights, width * 0.9, yerr=spread, label=label)
+    labels = [f"{t // 1024}k tokens\nrank {r}{', remat' if m else ''}" for t, r, m in settings]
+    axes.set_xticks(range(len(settings)), labels)
+    axes.set_ylabel("% of the frozen step, added")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=len(schemes))
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Reads the flags, measures every setting, prints and writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--rank", type=int, nargs="+", default=[8, 128])
+    parser.add_argument("--remat", action=argparse.BooleanOptionalAction, help="default: both")
+    parser.add_argument("--scan", action="store_true", help="scan over the layers")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
+    parser.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turn-seconds", type=float, default=0.5, help="of each variant")
+    parser.add_argument("--tiny", action="store_true", help="two layers of 64 features")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write all rows")
+    parser.add_argument("--picture", type=pathlib.Path, help="where to draw them")
+    args = parser.parse_args()
+    remats = [False, True] if args.remat is None else [args.remat]
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    rows = []
+    for tokens, rank, remat in itertools.product(args.tokens, args.rank, remats):
+        rows += measure(args, tokens, rank, remat)
+        if args.json:
+            args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    if args.picture:
+        draw(rows, args.picture, f"A training step over its frozen floor, {machine()['device']}")
+
+
+if __name__ == "__main__":
+    main()
