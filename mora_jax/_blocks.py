@@ -14,9 +14,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mora_jax import _features as features
+from mora_jax._mesh import may_be_sharded
 from mora_jax._schemes import Decoupling, Rotation
 
 
@@ -71,33 +73,52 @@ class BlockGrid:
 
         Where the blocks are fewer than the outputs, they are repeated.
         """
-        return features.tile_strides(y.reshape(*y.shape[:-3], -1), self.out_features)
+        return features.tile(y.reshape(*y.shape[:-3], -1), self.out_features)
 
     def write_transpose(self, dy: jax.Array) -> jax.Array:
         """[..., O] -> [..., columns, side, R]."""
-        dy = features.sum_strides(dy, self.columns * self.side * self.size)
+        dy = features.add_blocks(dy, self.columns * self.side * self.size)
         return dy.reshape(*dy.shape[:-1], self.columns, self.side, self.size)
 
     def kernel(self, matrices: jax.Array) -> jax.Array:
-        """[N, R, R] -> [I, O], each matrix in its place.
-
-        Padding and reshaping alone put them there: compilers fuse that into whatever pass over a
-        kernel follows, and read a matrix only where there is one.
-        """
-        width = self.side * self.size
+        """[N, R, R] -> [I, O], each matrix in its place."""
         # Made before the pass, not in it: a matrix of each block is small, the padded one is not.
         matrices = lax.optimization_barrier(matrices)
-        # A row of width + R entries, R of them filled, moves by R each time it is cut at `width`.
+        return self._look_up(matrices) if may_be_sharded() else self._place(matrices)
+
+    def _place(self, matrices: jax.Array) -> jax.Array:
+        # Padding and reshaping alone put them there: compilers fuse that into whatever pass over
+        # a kernel follows, and read a matrix only where there is one. A row of width + R entries,
+        # R of them filled, moves by R each time it is cut at `width`.
+        width = self.side * self.size
         squares = matrices.reshape(-1, self.side, self.size, self.size)
         squares = jnp.pad(squares, ((0, 0), (0, 0), (0, 0), (0, width - self.size)))
         squares = squares.reshape(-1, self.side, self.size * width)
         squares = jnp.pad(squares, ((0, 0), (0, 0), (0, self.size))).reshape(squares.shape[0], -1)
         squares = squares[:, : width * width].reshape(self.rows, self.columns, width, width)
         kernel = squares.swapaxes(1, 2).reshape(self.rows * width, self.columns * width)
-        kernel = features.tile_strides(kernel, self.out_features)
+        kernel = features.tile(kernel, self.out_features)
         filled = self.input_blocks * self.size
         kernel = features.resize(kernel, filled, circular=False, axis=0)
         return features.fold(kernel, self.in_features, axis=0)
+
+    def _look_up(self, matrices: jax.Array) -> jax.Array:
+        # Each entry by its index, so that every device makes its own part of the kernel.
+        width = self.side * self.size
+        column = np.arange(self.out_features) % (self.columns * width)
+        total = jnp.zeros((), matrices.dtype)
+        for start in range(0, filled := self.input_blocks * self.size, self.in_features):
+            row = np.arange(self.in_features) + start
+            live = row < min(filled, self.rows * width)
+            row = np.where(live, row, 0)
+            here = (row % width // self.size)[:, None] == jnp.asarray(column % width // self.size)
+            here &= live[:, None]
+            square = (row // width * self.columns)[:, None] + jnp.asarray(column // width)
+            block = square * self.side + (row % width // self.size)[:, None]
+            index = (jnp.where(here, block, 0), (row % self.size)[:, None], column % self.size)
+            entry = matrices.at[index].get(mode="promise_in_bounds")
+            total = total + jnp.where(here, entry, 0)
+        return total
 
     def product(self, x: jax.Array, matrices: jax.Array) -> jax.Array:
         """`x @ kernel(matrices)` block by block, in the dtype of `x`: [T, I] -> [T, O]."""
@@ -124,9 +145,7 @@ def block_matrices(matrix: jax.Array, count: int, scheme: Rotation | Decoupling)
     return features.rotate_rows(matrix, count)
 
 
-def block_matrices_transpose(
-    gradients: jax.Array, scheme: Rotation | Decoupling
-) -> jax.Array:
+def block_matrices_transpose(gradients: jax.Array, scheme: Rotation | Decoupling) -> jax.Array:
     """[N, R, R] -> [R, R]."""
     if isinstance(scheme, Decoupling):
         return gradients.sum(0)

@@ -21,6 +21,11 @@ def summable(x: jax.Array) -> jax.Array:
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in the dtype to sum in; integers stay as they are."""
+    return x.astype(wide_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
 def resize(x: jax.Array, width: int, *, circular: bool, axis: int = -1) -> jax.Array:
     """Cuts an axis to `width`, or extends it: by its own start if circular, else by zeros.
 
@@ -61,59 +66,38 @@ def fold_blocks(blocks: jax.Array, count: int) -> jax.Array:
     return jnp.concatenate([total[..., :rest, :] + last, total[..., rest:, :]], axis=-2)
 
 
-def sum_strides(
-    x: jax.Array, size: int, *, signs: int = 0, shift: int = 0, circular: bool = False
-) -> jax.Array:
-    """[..., I] -> [..., size]: sums the blocks of `size` features, added in float32 or better.
+def blocks_of(x: jax.Array, size: int, *, circular: bool = False) -> list[jax.Array]:
+    """[..., F] -> blocks [..., size], the last one filled by zeros or by the first features.
 
-    Block b is multiplied by its Walsh sign and rolled by `shift * b`. The last block is filled by
-    zeros, or by the first features if circular.
-
-    Blocks are slices, added one by one, and not the rows of a reshape: compilers fuse that into one
-    read of `x`, where a reshape is copied (TPU) or summed by another, slower kernel (GPU).
-
-    >>> sum_strides(jnp.arange(5), 2), sum_strides(jnp.arange(5), 2, circular=True)
-    (Array([6, 4], dtype=int32), Array([6, 4], dtype=int32))
+    Blocks are slices and not the rows of a reshape: to add them up is then one read of `x`, where a
+    reshape is copied (TPU) or summed by a slower kernel (GPU).
     """
-    total = None
-    for block, start in enumerate(range(0, x.shape[-1], size)):
-        piece = x[..., start : start + size]
-        if missing := size - piece.shape[-1]:
-            fill = resize(x if circular else jnp.zeros_like(x), missing, circular=True)
-            piece = jnp.concatenate([piece, fill], axis=-1)
-        if step := shift * block % size:
-            piece = jnp.roll(piece, step, axis=-1)
-        piece = _widen(piece)
-        if total is None:
-            total = piece
-        else:
-            total = total - piece if _walsh(signs, block) < 0 else total + piece
-    assert total is not None
-    return total.astype(x.dtype)
+    blocks = [x[..., start : start + size] for start in range(0, x.shape[-1], size)]
+    if missing := size - blocks[-1].shape[-1]:
+        fill = resize(x if circular else jnp.zeros_like(x), missing, circular=True)
+        blocks[-1] = jnp.concatenate([blocks[-1], fill], axis=-1)
+    return blocks
 
 
-def tile_strides(
-    z: jax.Array, width: int, *, signs: int = 0, shift: int = 0, circular: bool = False
-) -> jax.Array:
-    """[..., R] -> [..., width]: the transpose of `sum_strides`, copies of `z` side by side.
+def add_blocks(x: jax.Array, size: int) -> jax.Array:
+    """[..., F] -> [..., size]: the sum of its blocks, in float32 or better.
 
-    >>> tile_strides(jnp.arange(2), 3), tile_strides(jnp.arange(2), 3, circular=True)
-    (Array([0, 1, 0], dtype=int32), Array([1, 1, 0], dtype=int32))
+    >>> add_blocks(jnp.arange(5), 2)
+    Array([6, 4], dtype=int32)
     """
-    lead, size = z.shape[:-1], z.shape[-1]
-    count = -(-width // size)
-    # Rolls by a step that grows: the rows of a tiling that is cut a step later each time.
-    step = shift % size
-    row = size + step
-    copies = -(-count * row // size)
-    tiled = jnp.broadcast_to(z[..., None, :], (*lead, copies, size)).reshape(*lead, -1)
-    if step:
-        tiled = tiled[..., : count * row].reshape(*lead, count, row)[..., :size]
-        tiled = tiled.reshape(*lead, -1)
-    if signs:
-        table = np.repeat([_walsh(signs, block) for block in range(count)], size)
-        tiled = tiled * _expand(table, tiled)
-    return fold(tiled, width) if circular else tiled[..., :width]
+    first, *others = (widen(block) for block in blocks_of(x, size))
+    return sum(others, first).astype(x.dtype)
+
+
+def tile(z: jax.Array, width: int) -> jax.Array:
+    """[..., R] -> [..., width]: copies side by side, the transpose of `add_blocks`.
+
+    >>> tile(jnp.arange(2), 5)
+    Array([0, 1, 0, 1, 0], dtype=int32)
+    """
+    copies = -(-width // z.shape[-1])
+    tiled = jnp.broadcast_to(z[..., None, :], (*z.shape[:-1], copies, z.shape[-1]))
+    return tiled.reshape(*z.shape[:-1], -1)[..., :width]
 
 
 def fold(x: jax.Array, width: int, *, axis: int = -1) -> jax.Array:
@@ -129,40 +113,6 @@ def fold(x: jax.Array, width: int, *, axis: int = -1) -> jax.Array:
         chunk = lax.slice_in_dim(x, start, min(start + width, length), axis=axis)
         chunks.append(resize(chunk, width, circular=False, axis=axis))
     return sum(chunks[1:], chunks[0])
-
-
-def _walsh(signs: int, block: int) -> int:
-    """The Walsh function of index `signs` at `block`: 1 or -1."""
-    return (-1) ** (signs & block).bit_count()
-
-
-def _widen(x: jax.Array) -> jax.Array:
-    return x.astype(wide_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-def sum_runs(x: jax.Array, size: int) -> jax.Array:
-    """[..., I] -> [..., size]: sums of neighbours. The first `I mod size` runs are longer by one.
-
-    >>> sum_runs(jnp.arange(5), 2)
-    Array([3, 7], dtype=int32)
-    """
-    length, longer = divmod(x.shape[-1], size)
-    cut, lead = longer * (length + 1), x.shape[:-1]
-    long_runs = x[..., :cut].reshape(*lead, longer, length + 1).sum(-1)
-    short_runs = x[..., cut:].reshape(*lead, size - longer, length).sum(-1)
-    return jnp.concatenate([long_runs, short_runs], axis=-1)
-
-
-def repeat_runs(z: jax.Array, width: int) -> jax.Array:
-    """[..., R] -> [..., width]: the transpose of `sum_runs`.
-
-    >>> repeat_runs(jnp.array([3, 7]), 5)
-    Array([3, 3, 3, 7, 7], dtype=int32)
-    """
-    length, longer = divmod(width, z.shape[-1])
-    long_runs = jnp.repeat(z[..., :longer], length + 1, axis=-1)
-    short_runs = jnp.repeat(z[..., longer:], length, axis=-1)
-    return jnp.concatenate([long_runs, short_runs], axis=-1)
 
 
 def rotate(blocks: jax.Array) -> jax.Array:
@@ -196,7 +146,7 @@ def rotate_rows_transpose(rows: jax.Array) -> jax.Array:
     """
     cos, sin = _rotation(*rows.shape[:2])
     cos, sin = np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
-    wide = _widen(rows)
+    wide = widen(rows)
     turned = jnp.roll(wide, rows.shape[1] // 2, axis=1)
     cos, sin = (_expand(table[..., None], wide) for table in (cos, sin))
     return (wide * cos + turned * sin).sum(0).astype(rows.dtype)

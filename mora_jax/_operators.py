@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from mora_jax import _features as features
 from mora_jax._blocks import BlockGrid, block_matrices, block_matrices_transpose
+from mora_jax._groups import Groups
 from mora_jax._schemes import (
     Decoupling,
     LowRank,
@@ -61,10 +62,8 @@ def compress(
     Array([6., 4.], dtype=float32)
     """
     match scheme:
-        case Sharing(input="contiguous"):
-            return features.sum_runs(x, size)
-        case Sharing(signs=signs, shift=shift):
-            return features.sum_strides(x, size, signs=signs, shift=shift, circular=True)
+        case Sharing():
+            return _input_groups(x.shape[-1], size, scheme).sum(x)
         case Truncation():
             return features.resize(x, size, circular=False)
         case Rotation() | Decoupling():
@@ -99,10 +98,8 @@ def decompress(z: jax.Array, out_features: int, scheme: Scheme) -> jax.Array:
     """
     size = z.shape[-1]
     match scheme:
-        case Sharing(output="contiguous"):
-            return features.repeat_runs(z, out_features)
-        case Sharing(signs=signs, shift=shift):
-            return features.tile_strides(z, out_features, signs=signs, shift=shift)
+        case Sharing():
+            return _output_groups(out_features, size, scheme).spread(z)
         case Truncation():
             return features.resize(z, out_features, circular=False)
         case Rotation(cycle=True) | Decoupling(cycle=True):
@@ -116,10 +113,8 @@ def decompress(z: jax.Array, out_features: int, scheme: Scheme) -> jax.Array:
 def compress_transpose(z: jax.Array, in_features: int, scheme: Scheme) -> jax.Array:
     """The transpose of `compress` for schemes without blocks: [..., R] -> [..., I]."""
     match scheme:
-        case Sharing(input="contiguous"):
-            return features.repeat_runs(z, in_features)
-        case Sharing(signs=signs, shift=shift):
-            return features.tile_strides(z, in_features, signs=signs, shift=shift, circular=True)
+        case Sharing():
+            return _input_groups(in_features, z.shape[-1], scheme).spread(z)
         case Truncation():
             return features.resize(z, in_features, circular=False)
     raise TypeError(f"{scheme} has no compression to a single block.")
@@ -128,10 +123,8 @@ def compress_transpose(z: jax.Array, in_features: int, scheme: Scheme) -> jax.Ar
 def decompress_transpose(y: jax.Array, size: int, scheme: Scheme) -> jax.Array:
     """The transpose of `decompress` for schemes without blocks: [..., O] -> [..., R]."""
     match scheme:
-        case Sharing(output="contiguous"):
-            return features.sum_runs(y, size)
-        case Sharing(signs=signs, shift=shift):
-            return features.sum_strides(y, size, signs=signs, shift=shift)
+        case Sharing():
+            return _output_groups(y.shape[-1], size, scheme).sum(y)
         case Truncation():
             return features.resize(y, size, circular=False)
     raise TypeError(f"{scheme} has no decompression from a single block.")
@@ -252,9 +245,7 @@ def adapter_gradient(
     return {name: value.astype(adapter[name].dtype) for name, value in gradient.items()}
 
 
-def delta_transpose(
-    dy: jax.Array, adapter: Adapter, in_features: int, scheme: Scheme
-) -> jax.Array:
+def delta_transpose(dy: jax.Array, adapter: Adapter, in_features: int, scheme: Scheme) -> jax.Array:
     """What the adapter adds to the inputs' gradient: the linear transpose of `x -> delta(x)`.
 
     Args:
@@ -309,3 +300,11 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _scale(adapter: Adapter, scheme: LowRank) -> float:
     return 1.0 if scheme.alpha is None else scheme.alpha / adapter["a"].shape[-1]
+
+
+def _input_groups(in_features: int, size: int, scheme: Sharing) -> Groups:
+    return Groups(in_features, size, scheme.input, scheme.signs, scheme.shift, circular=True)
+
+
+def _output_groups(out_features: int, size: int, scheme: Sharing) -> Groups:
+    return Groups(out_features, size, scheme.output, scheme.signs, scheme.shift)

@@ -10,8 +10,9 @@ import mora_jax
 PACKAGE = pathlib.Path(mora_jax.__file__).parent
 
 FLOORS = [
-    {"_schemes", "_features", "_tree", "_schedules", "_version"},
-    {"_blocks", "_cycles", "_initialize"},
+    {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_version"},
+    {"_groups", "_cycles", "_initialize"},
+    {"_blocks"},
     {"_operators", "_placement"},
     {"_layout", "_config"},
     {"_dot", "_plan"},
