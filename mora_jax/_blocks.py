@@ -84,7 +84,10 @@ class BlockGrid:
         """[N, R, R] -> [I, O], each matrix in its place."""
         # Made before the pass, not in it: a matrix of each block is small, the padded one is not.
         matrices = lax.optimization_barrier(matrices)
-        return self._look_up(matrices) if may_be_sharded() else self._place(matrices)
+        if not may_be_sharded():
+            return self._place(matrices)
+        # TPUs look up far too slowly; what placing costs them is communication.
+        return lax.platform_dependent(matrices, tpu=self._place, default=self._look_up)
 
     def _place(self, matrices: jax.Array) -> jax.Array:
         # Padding and reshaping alone put them there: compilers fuse that into whatever pass over

@@ -77,14 +77,13 @@ def best_places(
         # Its pair is thin: products with it cost a read of the inputs, and no sum is needed.
         return "activation", "activation"
     kernel = 2 * in_features * out_features
-    entries, moved, launches = size * size, 0, 2
+    entries, moved = size * size, 0
     if isinstance(scheme, Rotation | Decoupling):
         grid = BlockGrid(in_features, out_features, size, scheme.cycle)
-        entries, launches = grid.count * size * size, 3
+        entries = grid.count * size * size
         kernel += 4 * entries  # a matrix for each block, in float32, written and read
-        # Blocks are cut out of the inputs, and put together to outputs.
-        moved = 2 * rows * grid.side * size * (grid.rows + grid.columns)
-    product = 2 * rows * entries / costs.arithmetic + moved + launches * costs.launch
+        moved = 2 * rows * grid.side * size  # the blocks of the result, before they are added
+    product = 2 * rows * entries / costs.arithmetic + moved + 2 * costs.launch
 
     def place(added: int) -> Place:
         return "activation" if product + costs.adding * added < kernel else "kernel"

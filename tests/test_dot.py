@@ -99,6 +99,32 @@ def test_bfloat16_stays_near_double_precision(placement, scheme, strict):
         assert error < 2e-2
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_bfloat16_gradients_are_as_near_to_float64_as_the_plain_formulas(scheme, float64):
+    rng = np.random.default_rng(0)
+    x, kernel, dy = (rng.standard_normal(shape) for shape in ((256, 96), (96, 80), (256, 80)))
+    adapter = {k: v / 30 for k, v in random_adapter(96, 80, 4, scheme).items()}
+
+    def gradient(dtype, placement):
+        def output(adapter):
+            low = (jnp.asarray(jnp.asarray(a, jnp.bfloat16), dtype) for a in (x, kernel))
+            return mora_jax.mora_dot_general(*low, MATMUL, adapter, scheme, placement=placement)
+
+        exact = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(dtype, "float32")), adapter)
+        _, transpose = jax.vjp(output, exact)
+        return np.asarray(
+            transpose(jnp.asarray(jnp.asarray(dy, jnp.bfloat16), dtype))[0]["matrix"], np.float64
+        )
+
+    high = gradient(jnp.float64, "activation")
+    rule, plain = (
+        np.linalg.norm(gradient(jnp.bfloat16, placement) - high) / np.linalg.norm(high)
+        for placement in ("kernel", "activation")
+    )
+    assert rule <= 1.05 * plain
+    assert rule < 5e-3
+
+
 @pytest.mark.parametrize("placement", ["kernel", "activation"])
 def test_float16_sums_do_not_leave_its_range(placement):
     x, kernel = jnp.full((2, 64), 3e4, jnp.float16), jnp.full((64, 64), 1e-3, jnp.float16)

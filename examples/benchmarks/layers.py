@@ -90,7 +90,7 @@ class Variant:
 
 
 def make_layers(tiny: bool, **options: Any) -> Layers:
-    """The stack that is timed: bfloat16, but float32 on a CPU, which has few products in the other."""
+    """The stack that is timed: bfloat16, or float32 on a CPU, which cannot run all of it so."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return Layers(TINY if tiny else LLAMA_3_8B, dtype=dtype, **options)
 
@@ -106,7 +106,8 @@ def make_step(base: Layers, variant: Variant, x: Array | jax.ShapeDtypeStruct):
     def loss(trainable, x, frozen):
         params = trainable["params"]
         params = frozen if plan is None else mora_jax.join(params, frozen)
-        return jnp.square(model.apply({"params": params}, x).astype(jnp.float32)).mean()
+        y = jnp.asarray(model.apply({"params": params}, x), jnp.float32)
+        return jnp.square(y).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(trainable, state, frozen, x):

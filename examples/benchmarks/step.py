@@ -9,11 +9,12 @@ every method that trains through a frozen model pays. All variants of a row run 
 the same weights, in turns, and each figure is the median over the turns.
 
 Columns: ms a step; its ratio to the floor of the same turn (median, lowest and highest); temp
-memory of the compiled step in GB; seconds to compile it.
+memory of the compiled step in GB; seconds to compile it, the tuning of its products included.
 """
 
 import argparse
 import collections
+import concurrent.futures
 import itertools
 import json
 import pathlib
@@ -23,7 +24,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from layers import Layers, Variant, make_layers, make_params, make_step
 from tqdm import tqdm
 
@@ -54,7 +54,7 @@ class Run:
     """One compiled variant with its own adapters and optimizer state."""
 
     def __init__(self, base: Layers, variant: Variant, params: Any, x: jax.Array):
-        """Compiles the step; `params` are shared with the other variants and never donated."""
+        """Traces the step; `params` are shared with the other variants and never donated."""
         step, plan, optimizer = make_step(base, variant, x)
         self.frozen, trainable = params, {"params": {}}
         if plan is not None:
@@ -62,12 +62,16 @@ class Run:
             trainable["params"], self.frozen = mora_jax.split(full, plan)
         self.name, self.x = variant.name, x
         self.state = (trainable, optimizer.init(trainable))
-        lowered = step.lower(*self.state, self.frozen, x)
+        self.lowered = step.lower(*self.state, self.frozen, x)
+
+    def compile(self) -> "Run":
+        """Compiles what was traced."""
         start = time.perf_counter()
-        self.step = lowered.compile()
+        self.step = self.lowered.compile()
         self.compile_s = time.perf_counter() - start
-        self.temp_gb = self.step.memory_analysis().temp_size_in_bytes / 1e9
-        self.seconds(1)
+        memory = self.step.memory_analysis()
+        self.temp_gb = memory.temp_size_in_bytes / 1e9 if memory else float("nan")
+        return self
 
     def seconds(self, steps: int) -> float:
         """Mean seconds a step over some steps in a row."""
@@ -98,14 +102,15 @@ def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> li
     params = make_params(base, jax.ShapeDtypeStruct(shape, base.dtype))
     x = jax.random.normal(jax.random.key(2), shape, base.dtype)
     title = f"{tokens} tokens, rank {rank}, {'remat' if remat else 'no remat'}"
-    runs = []
-    for variant in tqdm(variants(args, rank), f"{title}: compile", leave=False):
-        if variant.name == "floor":
-            Run(base, variant, params, x)  # once for nothing: the first one tunes the products
-        runs.append(Run(base, variant, params, x))
+    runs = [Run(base, v, params, x) for v in tqdm(variants(args, rank), f"{title}: trace")]
+    with concurrent.futures.ThreadPoolExecutor(args.compile_threads) as pool:
+        compiled = pool.map(Run.compile, runs)
+        runs = list(tqdm(compiled, f"{title}: compile", len(runs)))
+    for run in runs:
+        run.seconds(1)
     steps = max(1, round(args.turn_seconds / runs[0].seconds(2)))
     times = collections.defaultdict(list)
-    for _ in tqdm(range(args.turns), f"{title}: time", leave=False):
+    for _ in tqdm(range(args.turns), f"{title}: time"):
         for run in runs:
             times[run.name].append(run.seconds(steps))
     rows = []
@@ -182,6 +187,9 @@ def main() -> None:
     parser.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--turn-seconds", type=float, default=0.5, help="of each variant")
+    parser.add_argument(
+        "--compile-threads", type=int, default=1, help="more is sooner, but tunes products badly"
+    )
     parser.add_argument("--tiny", action="store_true", help="two layers of 64 features")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all rows")
     parser.add_argument("--picture", type=pathlib.Path, help="where to draw them")

@@ -1,0 +1,98 @@
+"""A program for eight devices: counts what a layer sends between them, and checks its numbers.
+
+Run by test_collectives.py in a process of its own, which has as many devices as it starts with.
+Prints, as JSON, the collectives of {floor, adapted} x {forward pass, whole step} for each case.
+"""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import mora_jax
+
+KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+LAYOUTS = {
+    "tokens": (P("d", None), P(None, None)),
+    "column": (P(None, None), P(None, "d")),
+    "row": (P(None, "d"), P("d", None)),
+    "fsdp": (P("d", None), P("d", None)),
+}
+SCHEMES = {
+    "sharing": mora_jax.Sharing(),
+    "shift": mora_jax.Sharing(shift=1, signs=2),
+    "contiguous": mora_jax.Sharing("contiguous", "contiguous"),
+    "rotation": mora_jax.Rotation(),
+    "cycled": mora_jax.Rotation(cycle=True),
+}
+MATMUL = (((1,), (0,)), ((), ()))
+mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+
+def collectives(compiled):
+    text = compiled.as_text()
+    return {k: n for k in KINDS if (n := len(re.findall(rf" {k}(?:-start)?\(", text)))}
+
+
+def measure(in_features, out_features, rank, scheme, layout, check):
+    x_spec, kernel_spec = LAYOUTS[layout]
+    y_spec = P(x_spec[0], kernel_spec[1])
+    place = lambda spec: NamedSharding(mesh, spec)
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    x, dy = array(64, in_features), array(64, out_features)
+    kernel = array(in_features, out_features)
+    adapter = {}
+    if scheme is not None:
+        shapes = mora_jax._schemes.adapter_shapes(in_features, out_features, rank, scheme)
+        adapter = {name: array(*shape) for name, shape in shapes.items()}
+
+    def product(x, kernel, adapter):
+        if scheme is None:
+            return x @ kernel
+        return mora_jax.mora_dot_general(x, kernel, MATMUL, adapter, scheme, placement="kernel")
+
+    def forward(x, kernel, adapter, dy):
+        return product(x, kernel, adapter)
+
+    def step(x, kernel, adapter, dy):
+        y, transpose = jax.vjp(lambda x, adapter: product(x, kernel, adapter), x, adapter)
+        return y, *transpose(dy)
+
+    inputs = (place(x_spec), place(kernel_spec), place(P()), place(y_spec))
+    outputs = (place(y_spec), place(x_spec), place(P()))
+    with jax.set_mesh(mesh):
+        run = jax.jit(step, in_shardings=inputs, out_shardings=outputs)
+        compiled = run.lower(x, kernel, adapter, dy).compile()
+        alone = jax.jit(forward, in_shardings=inputs, out_shardings=outputs[0])
+        counts = collectives(alone.lower(x, kernel, adapter, dy).compile()), collectives(compiled)
+        if check:
+            spread = jax.device_put((x, kernel, adapter, dy), inputs)
+            many = jax.device_get(compiled(*spread))
+    if check:
+        # In a manual region arrays are local: the other spelling, on one device.
+        local = jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        alone = jax.device_get(jax.jit(local)(x, kernel, adapter, dy))
+        for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+    return counts
+
+
+def main():
+    found = {}
+    # R is 39, 39 and 64: what divides no shard, and what divides every one.
+    for in_features, out_features, rank in ((512, 1024, 1), (1024, 512, 1), (512, 512, 4)):
+        for layout in LAYOUTS:
+            floor = measure(in_features, out_features, rank, None, layout, False)
+            for name, scheme in SCHEMES.items():
+                counts = measure(in_features, out_features, rank, scheme, layout, True)
+                found[f"{in_features}x{out_features} {layout} {name}"] = (floor, counts)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What a layer sends between devices, compiled for eight of them: nothing beyond the floor's."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = pathlib.Path(__file__).with_name("eight_devices.py")
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Collectives of the floor and of each case, in the forward pass and in the whole step."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-W", "error", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_the_forward_pass_sends_what_the_floor_sends(found):
+    assert len(found) == 60
+    for case, ((floor, _), (forward, _)) in found.items():
+        assert forward == floor, case
+
+
+def test_sharing_adds_one_sum_of_its_gradient_to_the_step(found):
+    for case, ((_, floor), (_, step)) in found.items():
+        if "rotation" in case or "cycled" in case:
+            continue
+        assert "all-to-all" not in step, case
+        assert "collective-permute" not in step, case
+        assert step.get("all-reduce", 0) <= floor.get("all-reduce", 0) + 1, case
+        # Where the kernel itself is gathered, the backward pass may gather it once more.
+        extra = 1 if "fsdp" in case else 0
+        assert step.get("all-gather", 0) <= floor.get("all-gather", 0) + extra, case
+
+
+def test_rotation_moves_nothing_while_blocks_fill_the_shards(found):
+    for case, (_, (_, step)) in found.items():
+        if case.startswith("512x512") or "tokens" in case:
+            assert "all-to-all" not in step, case
+            assert "collective-permute" not in step, case

@@ -1,0 +1,89 @@
+"""Sums over groups and their transposes, in both spellings, on any sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mora_jax import _blocks, _groups, _mesh
+from mora_jax._blocks import BlockGrid
+from mora_jax._groups import Groups
+from mora_jax._mesh import may_be_sharded
+
+SIDES = [
+    {"grouping": "contiguous"},
+    {"grouping": "stride"},
+    {"grouping": "stride", "circular": True},
+    {"grouping": "stride", "circular": True, "shift": 3},
+    {"grouping": "stride", "circular": True, "signs": 5, "shift": 1},
+    {"grouping": "stride", "signs": 2},
+]
+
+
+@pytest.fixture
+def spread_over_devices(monkeypatch):
+    """Makes the spelling for several devices the one that runs."""
+    for module in (_groups, _blocks):
+        monkeypatch.setattr(module, "may_be_sharded", lambda: True)
+
+
+@pytest.mark.parametrize("side", SIDES, ids=str)
+@given(features=st.integers(1, 40), size=st.integers(1, 24), seed=st.integers(0, 3))
+@settings(max_examples=10, deadline=None)
+def test_both_spellings_say_the_same(side, features, size, seed):
+    groups = Groups(features, size, **side)
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.integers(-9, 9, (2, features)), jnp.float32)
+    z = jnp.asarray(rng.integers(-9, 9, (2, size)), jnp.float32)
+    one_hot = sum(
+        weight[:, None] * (np.arange(size) == group[:, None]) for group, weight in groups.tables()
+    )
+    np.testing.assert_array_equal(groups.sum(x), x @ one_hot)
+    np.testing.assert_array_equal(groups.spread(z), z @ one_hot.T)
+    np.testing.assert_array_equal(groups._sum_by_table(x), groups.sum(x))
+    np.testing.assert_array_equal(groups._spread_by_table(z), groups.spread(z))
+
+
+@pytest.mark.parametrize("side", SIDES, ids=str)
+def test_sum_and_spread_are_transposes(side):
+    groups = Groups(11, 4, **side)
+    eye = jnp.eye(11)
+    np.testing.assert_array_equal(groups.sum(eye).T, groups.spread(jnp.eye(4)))
+
+
+def test_tables_are_taken_where_arrays_may_be_sharded(spread_over_devices):
+    text = str(jax.make_jaxpr(Groups(10, 4).sum)(jnp.ones((3, 10))))
+    assert "dot_general" in text
+    assert "slice" not in text
+
+
+@pytest.mark.parametrize("cycle", [False, True])
+@pytest.mark.parametrize("sizes", [(12, 12), (10, 23), (23, 10), (3, 9), (9, 3), (40, 7)], ids=str)
+def test_blocks_stand_in_their_places(sizes, cycle):
+    grid = BlockGrid(*sizes, size=4, cycle=cycle)
+    rng = np.random.default_rng(0)
+    matrices = jnp.asarray(rng.standard_normal((grid.count, 4, 4)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((5, sizes[0])), jnp.float32)
+    dy = jnp.asarray(rng.standard_normal((5, sizes[1])), jnp.float32)
+    kernel, transpose = jax.vjp(grid.kernel, matrices)
+    np.testing.assert_allclose(grid._look_up(matrices), kernel, rtol=1e-6)
+    np.testing.assert_allclose(grid.product(x, matrices), x @ kernel, rtol=1e-5, atol=1e-5)
+    (gradient,) = transpose(x.T @ dy)
+    np.testing.assert_allclose(grid.gradient(x, dy), gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_one_device_is_not_sharded():
+    assert jax.device_count() == 1
+    assert not may_be_sharded()
+
+
+def test_a_mesh_tells_whether_arrays_are_local(monkeypatch):
+    monkeypatch.setattr(_mesh.jax, "device_count", lambda: 4)
+    assert may_be_sharded()
+    kinds = jax.sharding.AxisType
+    for kind, sharded in ((kinds.Auto, True), (kinds.Explicit, True), (kinds.Manual, False)):
+        mesh = jax.sharding.AbstractMesh((4,), ("d",), axis_types=(kind,))
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert may_be_sharded() == sharded
