@@ -30,7 +30,6 @@ SCHEMES = {
     "cycled": mora_jax.Rotation(cycle=True),
 }
 MATMUL = (((1,), (0,)), ((), ()))
-mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 
 
 def collectives(compiled):
@@ -38,7 +37,7 @@ def collectives(compiled):
     return {k: n for k in KINDS if (n := len(re.findall(rf" {k}(?:-start)?\(", text)))}
 
 
-def measure(in_features, out_features, rank, scheme, layout, check):
+def measure(mesh, in_features, out_features, rank, scheme, layout, check):
     x_spec, kernel_spec = LAYOUTS[layout]
     y_spec = P(x_spec[0], kernel_spec[1])
     place = lambda spec: NamedSharding(mesh, spec)
@@ -83,13 +82,14 @@ def measure(in_features, out_features, rank, scheme, layout, check):
 
 
 def main():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     found = {}
     # R is 39, 39 and 64: what divides no shard, and what divides every one.
     for in_features, out_features, rank in ((512, 1024, 1), (1024, 512, 1), (512, 512, 4)):
         for layout in LAYOUTS:
-            floor = measure(in_features, out_features, rank, None, layout, False)
+            floor = measure(mesh, in_features, out_features, rank, None, layout, False)
             for name, scheme in SCHEMES.items():
-                counts = measure(in_features, out_features, rank, scheme, layout, True)
+                counts = measure(mesh, in_features, out_features, rank, scheme, layout, True)
                 found[f"{in_features}x{out_features} {layout} {name}"] = (floor, counts)
     print(json.dumps(found))
 
