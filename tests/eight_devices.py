@@ -4,6 +4,7 @@ Run by test_collectives.py in a process of its own, which has as many devices as
 Prints, as JSON, the collectives of {floor, adapted} x {forward pass, whole step} for each case.
 """
 
+import itertools
 import json
 import re
 
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mora_jax
+from mora_jax import _dot
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 LAYOUTS = {
@@ -25,7 +27,7 @@ LAYOUTS = {
 SCHEMES = {
     "sharing": mora_jax.Sharing(),
     "shift": mora_jax.Sharing(shift=1, signs=2),
-    "contiguous": mora_jax.Sharing("contiguous", "contiguous"),
+    "contiguous": mora_jax.Sharing("contiguous", "stride"),
     "rotation": mora_jax.Rotation(),
     "cycled": mora_jax.Rotation(cycle=True),
 }
@@ -43,7 +45,7 @@ def measure(mesh, in_features, out_features, rank, scheme, layout, check):
     place = lambda spec: NamedSharding(mesh, spec)
     rng = np.random.default_rng(0)
     array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    x, dy = array(64, in_features), array(64, out_features)
+    x, dy = array(32, in_features), array(32, out_features)
     kernel = array(in_features, out_features)
     adapter = {}
     if scheme is not None:
@@ -88,9 +90,13 @@ def main():
     for in_features, out_features, rank in ((512, 1024, 1), (1024, 512, 1), (512, 512, 4)):
         for layout in LAYOUTS:
             floor = measure(mesh, in_features, out_features, rank, None, layout, False)
-            for name, scheme in SCHEMES.items():
+            # Where tokens are sharded all features are at hand; the backward's place is one matter.
+            places = ("kernel", "activation") if layout in ("row", "column") else ("kernel",)
+            for (name, scheme), place in itertools.product(SCHEMES.items(), places):
+                _dot.best_places = lambda *_, backward=place: ("kernel", backward)
                 counts = measure(mesh, in_features, out_features, rank, scheme, layout, True)
-                found[f"{in_features}x{out_features} {layout} {name}"] = (floor, counts)
+                case = f"{in_features}x{out_features} {layout} {name}, backward in the {place}"
+                found[case] = (floor, counts)
     print(json.dumps(found))
 
 
