@@ -86,8 +86,8 @@ def measure(mesh, in_features, out_features, rank, scheme, layout, check):
 def main():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     found = {}
-    # R is 39, 39 and 64: what divides no shard, and what divides every one.
-    for in_features, out_features, rank in ((512, 1024, 1), (1024, 512, 1), (512, 512, 4)):
+    # R is 39 and 64: what divides no shard, and what divides every one.
+    for in_features, out_features, rank in ((512, 1024, 1), (512, 512, 4)):
         for layout in LAYOUTS:
             floor = measure(mesh, in_features, out_features, rank, None, layout, False)
             # Where tokens are sharded all features are at hand; the backward's place is one matter.

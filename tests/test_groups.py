@@ -31,7 +31,7 @@ def spread_over_devices(monkeypatch):
 
 @pytest.mark.parametrize("side", SIDES, ids=str)
 @given(features=st.integers(1, 40), size=st.integers(1, 24), seed=st.integers(0, 3))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_both_spellings_say_the_same(side, features, size, seed):
     groups = Groups(features, size, **side)
     rng = np.random.default_rng(seed)
