@@ -47,11 +47,8 @@ def main() -> int:
         return 2
     name, arguments = sys.argv[1], sys.argv[2:]
     python = python_with(EXTRAS[name])
-    program = (
-        ["-m", "pytest"]
-        if name == "test"
-        else [str(ROOT / FOLDERS.get(name, "examples") / f"{name}.py")]
-    )
+    script = ROOT / FOLDERS.get(name, "examples") / f"{name}.py"
+    program = ["-m", "pytest"] if name == "test" else [str(script)]
     folder = ROOT if name == "test" else None
     return subprocess.run([python, *program, *arguments], check=False, cwd=folder).returncode
 

@@ -131,12 +131,12 @@ class BlockGrid:
 
     def gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
         """Gradient of `sum(dy * product(x, matrices))` by the matrices: [N, R, R], float32."""
-        wide = features.wide_dtype(x.dtype)
+        x = features.summable(x)
         blocks = jnp.einsum(
             "tiar,tjas->ijars",
             self.read(x),
-            self.write_transpose(dy).astype(x.dtype),
-            preferred_element_type=wide,
+            self.write_transpose(features.summable(dy)).astype(x.dtype),
+            preferred_element_type=features.wide_dtype(x.dtype),
         )
         return blocks.reshape(self.count, self.size, self.size)
 

@@ -50,7 +50,7 @@ def split_blocks(x: jax.Array, size: int, count: int) -> jax.Array:
 
 def merge_blocks(blocks: jax.Array, width: int) -> jax.Array:
     """[..., N, R] -> [..., width], cut or circularly extended."""
-    return resize(blocks.reshape(*blocks.shape[:-2], -1), width, circular=True)
+    return tile(blocks.reshape(*blocks.shape[:-2], -1), width)
 
 
 def fold_blocks(blocks: jax.Array, count: int) -> jax.Array:

@@ -162,7 +162,8 @@ def delta(x: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> 
         # One matrix a block is then less than the blocks of all rows.
         grid = BlockGrid(in_features, out_features, size, scheme.cycle)
         matrices = block_matrices(matrix, grid.count, scheme)
-        return grid.product(x.reshape(rows, -1), matrices).reshape(*x.shape[:-1], out_features)
+        y = grid.product(features.summable(x).reshape(rows, -1), matrices)
+        return y.reshape(*x.shape[:-1], out_features).astype(x.dtype)
     z = compress(features.summable(x), size, scheme, out_features=out_features)
     z = _product(z, matrix).astype(z.dtype)
     return decompress(z, out_features, scheme).astype(x.dtype)
@@ -264,8 +265,11 @@ def delta_transpose(dy: jax.Array, adapter: Adapter, in_features: int, scheme: S
     if isinstance(scheme, Rotation | Decoupling):
         grid = BlockGrid(in_features, dy.shape[-1], matrix.shape[0], scheme.cycle)
         matrices = block_matrices(matrix, grid.count, scheme)
-        x = jax.ShapeDtypeStruct((dy.shape[0], in_features), dy.dtype)
-        return jax.linear_transpose(lambda x: grid.product(x, matrices), x)(dy)[0]
+        wide = features.summable(dy)
+        x = jax.ShapeDtypeStruct((dy.shape[0], in_features), wide.dtype)
+        return jax.linear_transpose(lambda x: grid.product(x, matrices), x)(wide)[0].astype(
+            dy.dtype
+        )
     dz = decompress_transpose(features.summable(dy), matrix.shape[0], scheme)
     dz = _product(dz, matrix.T).astype(dz.dtype)
     return compress_transpose(dz, in_features, scheme).astype(dy.dtype)

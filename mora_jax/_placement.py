@@ -36,8 +36,8 @@ class Machine:
     adding: float = 1.5
 
 
-#: "gpu" was fitted to whole training steps on an H100 (3 TB/s, 5 us a kernel), see
-#: examples/benchmarks/step.py; the others are of the right order.
+#: "gpu" is an H100 (3 TB/s, 5 us a kernel); its constants were set by hand after timing single
+#: kernels and whole steps of examples/benchmarks/step.py. The others are untimed: the right order.
 MACHINES = {
     "gpu": Machine(arithmetic=500, launch=7_500_000),
     "tpu": Machine(arithmetic=500, launch=500_000),

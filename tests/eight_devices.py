@@ -6,6 +6,7 @@ Prints, as JSON, the collectives of {floor, adapted} x {forward pass, whole step
 
 import itertools
 import json
+import math
 import re
 
 import jax
@@ -35,8 +36,15 @@ MATMUL = (((1,), (0,)), ((), ()))
 
 
 def collectives(compiled):
-    text = compiled.as_text()
-    return {k: n for k in KINDS if (n := len(re.findall(rf" {k}(?:-start)?\(", text)))}
+    """How often each kind occurs, and under "numbers" how many numbers are summed in all."""
+    text, found = compiled.as_text(), {}
+    for kind in KINDS:
+        if results := re.findall(rf"= (.*?) {kind}(?:-start)?\(", text):
+            found[kind] = len(results)
+        if kind == "all-reduce":
+            shapes = re.findall(r"\w+\[([\d,]*)\]", " ".join(results))
+            found["numbers"] = sum(math.prod(map(int, s.split(","))) for s in shapes if s)
+    return found
 
 
 def measure(mesh, in_features, out_features, rank, scheme, layout, check):
@@ -58,7 +66,8 @@ def measure(mesh, in_features, out_features, rank, scheme, layout, check):
         return mora_jax.mora_dot_general(x, kernel, MATMUL, adapter, scheme, placement="kernel")
 
     def forward(x, kernel, adapter, dy):
-        return product(x, kernel, adapter)
+        # As training runs it: the transpose holds what is kept for the backward pass.
+        return jax.vjp(lambda x, adapter: product(x, kernel, adapter), x, adapter)
 
     def step(x, kernel, adapter, dy):
         y, transpose = jax.vjp(lambda x, adapter: product(x, kernel, adapter), x, adapter)
@@ -69,7 +78,7 @@ def measure(mesh, in_features, out_features, rank, scheme, layout, check):
     with jax.set_mesh(mesh):
         run = jax.jit(step, in_shardings=inputs, out_shardings=outputs)
         compiled = run.lower(x, kernel, adapter, dy).compile()
-        alone = jax.jit(forward, in_shardings=inputs, out_shardings=outputs[0])
+        alone = jax.jit(forward, in_shardings=inputs, out_shardings=(outputs[0], None))
         counts = collectives(alone.lower(x, kernel, adapter, dy).compile()), collectives(compiled)
         if check:
             spread = jax.device_put((x, kernel, adapter, dy), inputs)

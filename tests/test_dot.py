@@ -140,6 +140,22 @@ def test_float16_sums_do_not_leave_its_range(placement):
     np.testing.assert_allclose(gradient["matrix"], 2 * 4 * 3e4 * 4)
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("placement", ["kernel", "activation"])
+def test_float16_sums_of_repeated_blocks_do_not_leave_its_range(rows, placement):
+    # One block of inputs meets four copies of it in the outputs: 4 * 3e4 is no float16.
+    x, kernel = jnp.ones((rows, 16), jnp.float16), jnp.zeros((16, 64), jnp.float16)
+
+    def total(adapter):
+        y = mora_jax.mora_dot_general(
+            x, kernel, MATMUL, adapter, mora_jax.Decoupling(), placement=placement
+        )
+        return (y * jnp.float16(3e4)).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)({"matrix": jnp.zeros((16, 16))})
+    np.testing.assert_allclose(gradient["matrix"], rows * 4 * 3e4, rtol=1e-3)
+
+
 def flops(function, *args):
     return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 

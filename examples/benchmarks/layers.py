@@ -34,7 +34,7 @@ LLAMA_3_8B = LlamaConfig(
     rope_theta=500000.0,
 )
 
-#: Sizes that any machine runs at once, none of which divides another.
+#: Sizes that any machine runs at once.
 TINY = dataclasses.replace(
     LLAMA_3_8B,
     features=64,
