@@ -149,7 +149,7 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
     """Bars of time over the floor: a group for each setting, a bar for each scheme in "auto"."""
     from matplotlib import pyplot as plt
 
-    settings = sorted({(r["tokens"], r["rank"], r["remat"]) for r in rows}, key=str)
+    settings = sorted({(r["tokens"], r["rank"], r["remat"]) for r in rows})
     bars = [r for r in rows if r["placement"] == "auto"]
     schemes = list(dict.fromkeys(r["scheme"] for r in bars))
     figure, axes = plt.subplots(figsize=(1.2 + 1.5 * len(settings), 3.6), layout="constrained")
