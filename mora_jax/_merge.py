@@ -13,7 +13,7 @@ from jax.core import Tracer
 from mora_jax._layout import add_delta
 from mora_jax._params import Params, check_adapted, check_base, join
 from mora_jax._plan import Plan
-from mora_jax._tree import ADAPTER, flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
 
 
 def merge(params: Params, plan: Plan) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def merged_kernels(leaves: Mapping[str, Any], plan: Plan, sign: int = 1) -> dict
     kernels = {}
     for path, spec in plan.items():
         kernel = join_path(path, spec.kernel_name)
-        adapter = {name: leaves[join_path(path, ADAPTER, name)] for name in spec.shapes}
+        adapter = {name: leaves[leaf] for name, leaf in plan.leaf_paths(path).items()}
         kernels[kernel] = add_delta(leaves[kernel], sign * spec.delta(adapter))
     return kernels
 

@@ -18,7 +18,7 @@ import jax
 
 from mora_jax._initialize import draws_numbers, initialize
 from mora_jax._plan import Plan
-from mora_jax._tree import ADAPTER, flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
 
 Params = Mapping[str, Any]
 
@@ -60,12 +60,11 @@ def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
         )
     leaves = {}
     for path, spec in plan.items():
-        for name, shape in spec.shapes.items():
-            leaf = join_path(path, ADAPTER, name)
+        for name, leaf in plan.leaf_paths(path).items():
             # By the path's checksum, so that a layer's numbers do not depend on the others.
             own = None if key is None else jax.random.fold_in(key, zlib.crc32(leaf.encode()))
             leaves[leaf] = initialize(
-                own, shape, spec.config.dtype, name=name, fan_in=spec.features[0]
+                own, spec.shapes[name], spec.config.dtype, name=name, fan_in=spec.features[0]
             )
     return leaves
 

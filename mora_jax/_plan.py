@@ -29,7 +29,7 @@ from mora_jax._schemes import (
     scheme_from_dict,
     square_rank,
 )
-from mora_jax._tree import ADAPTER, is_adapter, join_path
+from mora_jax._tree import adapter_path, is_adapter, join_path
 
 _FORMAT = 1
 
@@ -43,7 +43,7 @@ class AdapterSpec:
       kernel_shape: full shape of the kernel, the axes of stacked layers included.
       kernel_axes: which of these axes are input, output and batch (stacked layers, experts).
       adapter_batch_axes: where the batch axes stand in the adapter's leaves.
-      kernel_name: name of the kernel within its layer.
+      kernel_name: name of the kernel within its layer; "" where the layer is the kernel.
     """
 
     config: LayerConfig
@@ -102,12 +102,15 @@ class AdapterSpec:
 
     def delta(self, adapter: Adapter) -> jax.Array:
         """The delta's kernel, laid out like the base kernel."""
+        return self.kernel_axes.delta(self.batch_first(adapter), self.kernel_shape, self.scheme)
+
+    def batch_first(self, adapter: Adapter) -> dict[str, jax.Array]:
+        """The adapter's leaves as [B..., rows, columns]."""
         front = tuple(range(len(self.adapter_batch_axes)))
-        adapter = {
+        return {
             name: jnp.moveaxis(leaf, self.adapter_batch_axes, front)
             for name, leaf in adapter.items()
         }
-        return self.kernel_axes.delta(adapter, self.kernel_shape, self.scheme)
 
     def advance(self) -> AdapterSpec:
         """The same layer with the next scheme of its cycle.
@@ -165,10 +168,16 @@ class Plan(Mapping[str, AdapterSpec]):
     def adapter_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Path, shape and dtype of every leaf of every adapter."""
         return {
-            join_path(path, ADAPTER, name): jax.ShapeDtypeStruct(shape, spec.config.dtype)
+            leaf: jax.ShapeDtypeStruct(spec.shapes[name], spec.config.dtype)
             for path, spec in self.layers
-            for name, shape in spec.shapes.items()
+            for name, leaf in self.leaf_paths(path).items()
         }
+
+    def leaf_paths(self, layer: str) -> dict[str, str]:
+        """Name -> path of the leaves of one layer's adapter."""
+        spec = self[layer]
+        prefix = adapter_path(layer, spec.kernel_name)
+        return {name: join_path(prefix, name) for name in spec.shapes}
 
     def kernel_paths(self) -> tuple[str, ...]:
         """Path of every adapted kernel."""

@@ -22,6 +22,18 @@ def join_path(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
+def adapter_path(layer: str, kernel_name: str) -> str:
+    """Where a layer's adapter stands: in the layer, beside its kernel.
+
+    A kernel that shares its dict with others is a layer by itself, with no name of its own in it.
+
+    >>> adapter_path("attention/query", "kernel"), adapter_path("mlp/gate", "")
+    ('attention/query/mora', 'mlp/mora/gate')
+    """
+    parent, _, name = layer.rpartition("/")
+    return join_path(layer, ADAPTER) if kernel_name else join_path(parent, ADAPTER, name)
+
+
 def escape(name: str) -> str:
     """A name as a part of a path: a slash within it is written as in URLs, `%2F`."""
     return name.replace("%", "%25").replace("/", "%2F")

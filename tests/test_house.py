@@ -10,14 +10,14 @@ import mora_jax
 PACKAGE = pathlib.Path(mora_jax.__file__).parent
 
 FLOORS = [
-    {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_version"},
+    {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_version"},
     {"_groups", "_cycles", "_initialize"},
     {"_blocks"},
     {"_operators", "_placement"},
     {"_layout", "_config"},
     {"_dot", "_plan"},
-    {"_params", "_freeze", "_optimizer_state", "linen"},
-    {"_linen_plan", "_merge"},
+    {"_params", "_freeze", "_optimizer_state", "_views", "linen"},
+    {"_linen_plan", "_function", "_merge"},
     {"_adapt", "_remora"},
     {"checkpoint"},
     {"__init__"},
