@@ -73,7 +73,8 @@ class BlockGrid:
 
         Where the blocks are fewer than the outputs, they are repeated.
         """
-        return features.tile(y.reshape(*y.shape[:-3], -1), self.out_features)
+        width = self.columns * self.side * self.size
+        return features.tile(y.reshape(*y.shape[:-3], width), self.out_features)
 
     def write_transpose(self, dy: jax.Array) -> jax.Array:
         """[..., O] -> [..., columns, side, R]."""
@@ -108,7 +109,7 @@ class BlockGrid:
     def _look_up(self, matrices: jax.Array) -> jax.Array:
         # Each entry by its index, so that every device makes its own part of the kernel.
         width = self.side * self.size
-        column = np.arange(self.out_features) % (self.columns * width)
+        column = np.arange(self.out_features)[None] % (self.columns * width)
         total = jnp.zeros((), matrices.dtype)
         for start in range(0, filled := self.input_blocks * self.size, self.in_features):
             row = np.arange(self.in_features) + start
@@ -129,8 +130,17 @@ class BlockGrid:
         blocks, matrices = self.read(x), matrices.astype(x.dtype)
         return self.write(jnp.einsum("tiar,ijars->tjas", blocks, matrices))
 
+    def product_transpose(self, dy: jax.Array, matrices: jax.Array) -> jax.Array:
+        """[T, O] -> [T, I]: the transpose of `x -> product(x, matrices)`."""
+        matrices = matrices.reshape(self.rows, self.columns, self.side, self.size, self.size)
+        blocks = self.write_transpose(dy)
+        x = jnp.einsum("tjas,ijars->tiar", blocks, matrices.astype(dy.dtype))
+        x = x.reshape(dy.shape[0], self.rows * self.side * self.size)
+        x = features.resize(x, self.input_blocks * self.size, circular=False)
+        return features.fold(x, self.in_features)
+
     def gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
-        """Gradient of `sum(dy * product(x, matrices))` by the matrices: [N, R, R], float32."""
+        """Gradient of `sum(dy * product(x, matrices))` by the matrices: [N, R, R], not rounded."""
         x = features.summable(x)
         blocks = jnp.einsum(
             "tiar,tjas->ijars",

@@ -18,7 +18,6 @@ Shape letters: I input features, O output features, B batch axes, T rows.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +28,7 @@ from jax import lax
 
 from mora_jax._config import Placement
 from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
+from mora_jax._mesh import vary_alike
 from mora_jax._operators import (
     Adapter,
     adapter_gradient,
@@ -64,9 +64,10 @@ def mora_dot_general(
       adapter: `{"matrix": [B..., R, R]}`, or `{"a": [B..., I, rank], "b": [B..., rank, O]}`; B the
         batch axes, one matrix for each.
       scheme: the scheme.
-      placement: "kernel", "activation", or "auto": the cheaper one by static shapes, the kernel for
-        many rows, the activations for few and for `LowRank`. "activation" alone differentiates in
-        forward mode as well.
+      placement: where the forward pass has the delta: "kernel", "activation", or "auto": the
+        cheaper one by static shapes, the kernel for many rows, the activations for few and for
+        `LowRank`. The backward pass of "kernel" and "auto" takes the cheaper one. "activation" (and
+        "auto" of `LowRank`) is differentiated by JAX alone, in forward mode as well.
       precision: as for `jax.lax.dot_general`, for the base product.
       preferred_element_type: as for `jax.lax.dot_general`, for the base product.
       adapter_lhs: inputs of the adapter alone, where they differ from `lhs` (dropout); the delta is
@@ -99,7 +100,8 @@ def mora_dot_general(
     plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
     if plain or adapter_lhs is not None:
         return call.in_activations(lhs, lhs if adapter_lhs is None else adapter_lhs, rhs, adapter)
-    return _dot(lhs, rhs, dict(adapter), dataclasses.replace(call, placement=placement))
+    lhs, rhs, adapter = vary_alike((lhs, rhs, dict(adapter)))
+    return _dot(lhs, rhs, adapter, dataclasses.replace(call, placement=placement))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,13 +180,14 @@ class _Call:
         """Where the forward and the backward pass have the delta."""
         batch, in_features, out_features = self.axes.sizes(rhs.shape)
         rows = math.prod(lhs.shape) // math.prod((*batch, in_features))
+        if not isinstance(rows, int):  # a symbol, in a function to export
+            return ("kernel" if self.placement == "auto" else self.placement), "kernel"
         size = next(iter(adapter.values())).shape[-1]
         forward, backward = best_places(rows, in_features, out_features, size, self.scheme)
         return (forward if self.placement == "auto" else self.placement), backward
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dot(lhs, rhs, adapter, call):
+def _value(lhs, rhs, adapter, call):
     forward, _ = call.places(lhs, rhs, adapter)
     if forward == "activation":
         return call.in_activations(lhs, lhs, rhs, adapter)
@@ -194,10 +197,14 @@ def _dot(lhs, rhs, adapter, call):
     return call.product(lhs, call.kernel(rhs, adapter))
 
 
+_dot = jax.custom_vjp(_value, nondiff_argnums=(3,))
+
+
 def _dot_forward(lhs, rhs, adapter, call):
     lhs, rhs_trained, rhs = lhs.value, rhs.perturbed, rhs.value
     adapter = jax.tree.map(lambda leaf: leaf.value, adapter, is_leaf=_is_primal)
-    y = _dot(lhs, rhs, adapter, call)
+    # Not `_dot`: this function is differentiated too, where someone asks for second derivatives.
+    y = _value(lhs, rhs, adapter, call)
 
     def compressed(x, adapter):
         return to_compressed(x, adapter, call.scheme)
@@ -207,12 +214,12 @@ def _dot_forward(lhs, rhs, adapter, call):
     # What is kept for the gradient is the smaller of x and f_comp(x), and x where W asks for it.
     keeps_inputs = rhs_trained or z.size >= rows.size
     kept = lhs if keeps_inputs else call.per_batch(compressed)(rows, adapter)
-    return y, (kept, rhs, adapter, _Static((keeps_inputs, rhs_trained, lhs.shape, lhs.dtype)))
+    return y, (kept, rhs, adapter, _Static((keeps_inputs, rhs_trained, jax.typeof(lhs))))
 
 
 def _dot_backward(call, residuals, dy):
     kept, rhs, adapter, static = residuals
-    keeps_inputs, rhs_trained, shape, dtype = static.value
+    keeps_inputs, rhs_trained, inputs = static.value
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)  # pyright: ignore
@@ -223,23 +230,21 @@ def _dot_backward(call, residuals, dy):
     dy_rows = dy.reshape(*batch, -1, out_features)
 
     def input_gradient(dy, kernel):
-        # The product is linear in its inputs: the point to differentiate at is never used.
-        _, transpose = jax.vjp(lambda lhs: call.product(lhs, kernel), jnp.zeros(shape, dtype))
-        return transpose(dy)[0]
+        return jax.linear_transpose(lambda lhs: call.product(lhs, kernel), inputs)(dy)[0]
 
     def gradient(z, dy, adapter):
         if keeps_inputs:
             z = to_compressed(z, adapter, call.scheme)
         return adapter_gradient(z, dy, adapter, in_features, call.scheme)
 
-    _, backward = call.places(jax.ShapeDtypeStruct(shape, dtype), rhs, adapter)
+    _, backward = call.places(inputs, rhs, adapter)
     if backward == "activation":
 
         def delta_gradient(dy, adapter):
             return delta_transpose(dy, adapter, in_features, call.scheme)
 
-        extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), shape)
-        dlhs = input_gradient(dy, rhs) + extra.astype(dtype)
+        extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), inputs.shape)
+        dlhs = input_gradient(dy, rhs) + extra.astype(inputs.dtype)
     else:
         dlhs = input_gradient(dy, call.kernel(rhs, adapter))
     drhs = None

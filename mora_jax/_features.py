@@ -50,7 +50,8 @@ def split_blocks(x: jax.Array, size: int, count: int) -> jax.Array:
 
 def merge_blocks(blocks: jax.Array, width: int) -> jax.Array:
     """[..., N, R] -> [..., width], cut or circularly extended."""
-    return tile(blocks.reshape(*blocks.shape[:-2], -1), width)
+    *lead, count, size = blocks.shape
+    return tile(blocks.reshape(*lead, count * size), width)
 
 
 def fold_blocks(blocks: jax.Array, count: int) -> jax.Array:
@@ -97,7 +98,7 @@ def tile(z: jax.Array, width: int) -> jax.Array:
     """
     copies = -(-width // z.shape[-1])
     tiled = jnp.broadcast_to(z[..., None, :], (*z.shape[:-1], copies, z.shape[-1]))
-    return tiled.reshape(*z.shape[:-1], -1)[..., :width]
+    return tiled.reshape(*z.shape[:-1], copies * z.shape[-1])[..., :width]
 
 
 def fold(x: jax.Array, width: int, *, axis: int = -1) -> jax.Array:
@@ -123,7 +124,7 @@ def rotate(blocks: jax.Array) -> jax.Array:
     """
     tables = _rotation(*blocks.shape[-2:])
     first, second = jnp.split(blocks.astype(wide_dtype(blocks.dtype)), 2, axis=-1)
-    cos, sin = (_expand(table, first) for table in tables)
+    cos, sin = (expand(table, first) for table in tables)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(blocks.dtype)
 
@@ -133,7 +134,7 @@ def rotate_rows(matrix: jax.Array, count: int) -> jax.Array:
     size = matrix.shape[0]
     tables = _rotation(count, size)
     first, second = (half.astype(wide_dtype(matrix.dtype))[None] for half in jnp.split(matrix, 2))
-    cos, sin = (_expand(table[..., None], first) for table in tables)
+    cos, sin = (expand(table[..., None], first) for table in tables)
     rotated = [first * cos + second * sin, second * cos - first * sin]
     return jnp.concatenate(rotated, axis=1).astype(matrix.dtype)
 
@@ -148,7 +149,7 @@ def rotate_rows_transpose(rows: jax.Array) -> jax.Array:
     cos, sin = np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
     wide = widen(rows)
     turned = jnp.roll(wide, rows.shape[1] // 2, axis=1)
-    cos, sin = (_expand(table[..., None], wide) for table in (cos, sin))
+    cos, sin = (expand(table[..., None], wide) for table in (cos, sin))
     return (wide * cos + turned * sin).sum(0).astype(rows.dtype)
 
 
@@ -161,6 +162,6 @@ def _rotation(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles), np.sin(angles)
 
 
-def _expand(table: np.ndarray, like: jax.Array) -> jax.Array:
+def expand(table: np.ndarray, like: jax.Array) -> jax.Array:
     """A constant of the last axes, in the dtype and with the number of axes of `like`."""
     return jnp.asarray(table.reshape((1,) * (like.ndim - table.ndim) + table.shape), like.dtype)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mora_jax._features import blocks_of, fold, tile, wide_dtype, widen
+from mora_jax._features import blocks_of, expand, fold, tile, wide_dtype, widen
 from mora_jax._mesh import may_be_sharded
 from mora_jax._schemes import Grouping
 
@@ -56,9 +56,15 @@ class Groups:
 
     def spread(self, z: jax.Array) -> jax.Array:
         """[..., R] -> [..., F]."""
+        # In float32, because JAX's transpose of it is a sum.
+        wide = widen(z)
         if may_be_sharded():
-            return self._spread_by_table(z)
-        return self._repeat_runs(z) if self.grouping == "contiguous" else self._tile_strides(z)
+            spread = self._spread_by_table(wide)
+        elif self.grouping == "contiguous":
+            spread = self._repeat_runs(wide)
+        else:
+            spread = self._tile_strides(wide)
+        return spread.astype(z.dtype)
 
     def _sum_strides(self, x: jax.Array) -> jax.Array:
         total = None
@@ -79,11 +85,11 @@ class Groups:
         step = self.shift % self.size
         tiled = tile(z, count * (self.size + step))
         if step:
-            rows = tiled.reshape(*z.shape[:-1], count, -1)
-            tiled = rows[..., : self.size].reshape(*z.shape[:-1], -1)
+            rows = tiled.reshape(*z.shape[:-1], count, self.size + step)
+            tiled = rows[..., : self.size].reshape(*z.shape[:-1], count * self.size)
         if self.signs:
             table = np.repeat([_walsh(self.signs, index) for index in range(count)], self.size)
-            tiled = tiled * _like(table, tiled)
+            tiled = tiled * expand(table, tiled)
         return fold(tiled, self.features) if self.circular else tiled[..., : self.features]
 
     def _sum_runs(self, x: jax.Array) -> jax.Array:
@@ -134,7 +140,7 @@ class Groups:
     def _spread_by_table(self, z: jax.Array) -> jax.Array:
         def look_up(z):
             terms = [
-                jnp.take(z, group, axis=-1, mode="clip") * _like(weight, z)
+                jnp.take(z, group, axis=-1, mode="clip") * expand(weight, z)
                 for group, weight in self.tables()
             ]
             return sum(terms[1:], terms[0])
@@ -160,8 +166,3 @@ def _exact_product(x: jax.Array, one_hot: jax.Array) -> jax.Array:
 def _walsh(signs: int, block: int) -> int:
     """The Walsh function of index `signs` at `block`: 1 or -1."""
     return (-1) ** (signs & block).bit_count()
-
-
-def _like(table: np.ndarray, x: jax.Array) -> jax.Array:
-    """A constant of the last axis, in the dtype and with the number of axes of `x`."""
-    return jnp.asarray(table.reshape((1,) * (x.ndim - 1) + table.shape), x.dtype)

@@ -1,8 +1,11 @@
-"""Whether arrays may be spread over devices, as far as it can be known while tracing."""
+"""How arrays may be spread over devices, as far as it can be known while tracing."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+from jax import lax
 from jax.sharding import AxisType
 
 
@@ -17,3 +20,22 @@ def may_be_sharded() -> bool:
         return jax.device_count() > 1
     axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
     return any(kind != AxisType.Manual and size > 1 for kind, size in axes)
+
+
+def vary_alike(tree: Any) -> Any:
+    """Inside `shard_map`, the arrays as ones that differ between devices where any of them does.
+
+    A gradient rule of one's own must give gradients that vary as its arguments do; the sum over
+    devices of a gradient by what is replicated is then made outside of the rule.
+    """
+    axes = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
+
+    def vary(leaf):
+        missing = tuple(axes - _varying(leaf))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
+
+
+def _varying(leaf: jax.Array) -> frozenset[str]:
+    return jax.typeof(leaf).manual_axis_type.varying

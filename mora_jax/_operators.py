@@ -2,9 +2,9 @@
 
     h = W0 x + f_decomp(M f_comp(x))        equation (2) of arXiv 2405.12130
 
-`compress` is f_comp and `decompress` is f_decomp: fixed linear maps. Each scheme defines these two
-and nothing else; the delta, its kernel and the gradient of the matrix follow from them, so that
-the forward pass, the merge and the training cannot disagree.
+`compress` is f_comp and `decompress` is f_decomp: fixed linear maps. They define a scheme; the
+delta, its kernel and the gradient of the matrix follow from them, written out where that is faster
+and held to them by the tests, so that forward pass, merge and training agree.
 
 Shape letters: I input features, O output features, R the square size, N blocks of R features;
 `...` any leading axes. The matrix is a JAX kernel, `z @ M`; files of the authors' PyTorch code
@@ -154,11 +154,13 @@ def delta(x: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> 
     in_features, rows = x.shape[-1], math.prod(x.shape[:-1])
     check_adapter(adapter, in_features, out_features, scheme)
     if isinstance(scheme, LowRank):
-        hidden = (_scale(adapter, scheme) * _product(x, adapter["a"])).astype(x.dtype)
-        return hidden @ adapter["b"].astype(x.dtype)
+        wide = features.summable(x)
+        hidden = (_scale(adapter, scheme) * _product(wide, adapter["a"])).astype(wide.dtype)
+        return (hidden @ adapter["b"].astype(wide.dtype)).astype(x.dtype)
     matrix = adapter["matrix"]
     size = matrix.shape[0]
-    if isinstance(scheme, Rotation | Decoupling) and rows > size:
+    many = not isinstance(rows, int) or rows > size  # rows of a function to export are a symbol
+    if isinstance(scheme, Rotation | Decoupling) and many:
         # One matrix a block is then less than the blocks of all rows.
         grid = BlockGrid(in_features, out_features, size, scheme.cycle)
         matrices = block_matrices(matrix, grid.count, scheme)
@@ -175,7 +177,7 @@ def delta_kernel(
     """The kernel of the delta: `x @ delta_kernel == delta(x)`, equation (3).
 
     It is `delta` of the identity, `C^T M D` for the linear maps C of `compress` and D of
-    `decompress`, written without a product: C is transposed by JAX and applied to the matrix.
+    `decompress`. But for `LowRank` no product is made: entries of M are put in their places.
 
     Args:
       adapter: as for `delta`.
@@ -232,7 +234,7 @@ def adapter_gradient(
       A dict like `adapter`, in its dtypes, accumulated in float32 or better.
     """
     if isinstance(scheme, LowRank):
-        scale = _scale(adapter, scheme)
+        scale, z, dy = _scale(adapter, scheme), features.summable(z), features.summable(dy)
         hidden, dhidden = _product(z, adapter["a"]), _product(dy, adapter["b"].T)
         hidden, dhidden = (scale * hidden).astype(dy.dtype), (scale * dhidden).astype(z.dtype)
         gradient = {"a": _product(z.T, dhidden), "b": _product(hidden.T, dy)}
@@ -259,17 +261,15 @@ def delta_transpose(dy: jax.Array, adapter: Adapter, in_features: int, scheme: S
       [T, I], the dtype of `dy`.
     """
     if isinstance(scheme, LowRank):
-        hidden = (_scale(adapter, scheme) * _product(dy, adapter["b"].T)).astype(dy.dtype)
-        return hidden @ adapter["a"].T.astype(dy.dtype)
+        wide = features.summable(dy)
+        hidden = (_scale(adapter, scheme) * _product(wide, adapter["b"].T)).astype(wide.dtype)
+        return (hidden @ adapter["a"].T.astype(wide.dtype)).astype(dy.dtype)
     matrix = adapter["matrix"]
     if isinstance(scheme, Rotation | Decoupling):
         grid = BlockGrid(in_features, dy.shape[-1], matrix.shape[0], scheme.cycle)
         matrices = block_matrices(matrix, grid.count, scheme)
         wide = features.summable(dy)
-        x = jax.ShapeDtypeStruct((dy.shape[0], in_features), wide.dtype)
-        return jax.linear_transpose(lambda x: grid.product(x, matrices), x)(wide)[0].astype(
-            dy.dtype
-        )
+        return grid.product_transpose(wide, matrices).astype(dy.dtype)
     dz = decompress_transpose(features.summable(dy), matrix.shape[0], scheme)
     dz = _product(dz, matrix.T).astype(dz.dtype)
     return compress_transpose(dz, in_features, scheme).astype(dy.dtype)

@@ -280,3 +280,80 @@ def test_dropout_like_inputs_of_the_adapter_alone():
 def test_what_does_not_fit_is_refused(kernel, adapter, error, message):
     with pytest.raises(error, match=message):
         mora_jax.mora_dot_general(jnp.ones((2, 6)), kernel, MATMUL, adapter, mora_jax.Sharing())
+
+
+@pytest.fixture(name="call")
+def small_call():
+    """A product of 6 rows as a function of x, an adapter and a placement."""
+    kernel = jnp.asarray(np.random.default_rng(0).standard_normal((16, 24)))
+
+    def call(x, adapter, scheme, placement="kernel"):
+        return mora_jax.mora_dot_general(x, kernel, MATMUL, adapter, scheme, placement=placement)
+
+    return call
+
+
+@pytest.mark.parametrize("scheme", FAMILIES, ids=str)
+def test_second_derivatives(call, scheme, float64):
+    adapter = random_adapter(16, 24, 2, scheme, 1, "float64")
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((6, 16)))
+
+    def hessian_product(placement):
+        gradient = jax.grad(lambda adapter: (call(x, adapter, scheme, placement) ** 3).sum())
+        return jax.jit(lambda a: jax.jvp(gradient, (a,), (a,))[1])(adapter)
+
+    results = hessian_product("kernel"), hessian_product("activation")
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("placement", ["kernel", "activation", "auto"])
+@pytest.mark.parametrize("scheme", FAMILIES, ids=str)
+def test_any_number_of_rows_is_exported_and_none_is_fine(call, scheme, placement):
+    adapter = random_adapter(16, 24, 2, scheme)
+    function = jax.jit(lambda x: call(x, adapter, scheme, placement))
+    (rows,) = jax.export.symbolic_shape("rows")
+    exported = jax.export.export(function)(jax.ShapeDtypeStruct((rows, 16), "float32"))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((6, 16)), "float32")
+    np.testing.assert_allclose(exported.call(x), function(x), atol=1e-4)
+    gradient = jax.grad(lambda x, a: call(x, a, scheme, placement).sum(), (0, 1))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient(x[:0], adapter)))
+
+
+def test_low_ranks_hidden_features_may_leave_float16(call):
+    adapter = {"a": jnp.ones((16, 1)), "b": jnp.full((1, 24), 1e-6)}
+    x, scheme = jnp.full((2, 16), 3e4, "float16"), mora_jax.LowRank()
+    kernel = jnp.zeros((16, 24), "float16")
+    y = mora_jax.mora_dot_general(x, kernel, MATMUL, adapter, scheme)
+    np.testing.assert_allclose(y, 16 * 3e4 * 1e-6, rtol=2e-3)
+
+
+@pytest.mark.parametrize("scheme", [mora_jax.Sharing(), mora_jax.Decoupling()], ids=str)
+def test_long_sums_are_not_made_in_bfloat16(scheme):
+    rng = np.random.default_rng(0)
+    dy = jnp.asarray(rng.standard_normal((8, 8192)), "bfloat16")
+    adapter = {"matrix": jnp.asarray(rng.standard_normal((64, 64)), "float32")}
+    ones = jnp.ones((8, 1024), "bfloat16")
+
+    def gradient(dtype):
+        def total(x):
+            return (mora_jax.delta(x, adapter, 8192, scheme) * dy.astype(dtype)).sum()
+
+        by_jax = jax.grad(total)(ones.astype(dtype))
+        by_rule = mora_jax._operators.delta_transpose(dy.astype(dtype), adapter, 1024, scheme)
+        return [np.asarray(g, "float32") for g in (by_jax, by_rule)]
+
+    # 128 numbers added in bfloat16 would be off by more.
+    for rounded, exact in zip(gradient("bfloat16"), gradient("float32"), strict=True):
+        assert np.linalg.norm(rounded - exact) < 5e-3 * np.linalg.norm(exact)
+
+
+def test_weights_are_held_back_from_sums_of_other_passes(call):
+    # What a compiler would do otherwise shows in a large model's memory alone.
+    def backward(x, adapter):
+        return jax.vjp(lambda x, a: call(x, a, mora_jax.Sharing()), x, adapter)[1](
+            call(x, adapter, mora_jax.Sharing())
+        )
+
+    adapter = random_adapter(16, 24, 2, mora_jax.Sharing())
+    text = str(jax.make_jaxpr(backward)(jnp.ones((6, 16)), adapter))
+    assert text.count("optimization_barrier") == 3

@@ -1,8 +1,10 @@
 """Times the whole training step of Llama-3-8B-shaped layers, adapted, over its frozen floor.
 
-    python3 run.py step                                  # a few minutes on a large GPU
-    python3 run.py step --tokens 4096 --rank 8 --no-remat --schemes sharing lora
-    python3 run.py step --tiny                           # any machine, seconds: does it run?
+    python3 examples/benchmarks/step.py                  # half an hour of compiling on a large GPU
+    python3 examples/benchmarks/step.py --tokens 4096 --rank 8 --no-remat --placements auto
+    python3 run.py step --tiny --tokens 64 --rank 2      # any machine: does it run?
+
+The first two want an environment with JAX for the accelerator; `run.py` makes one for the CPU.
 
 *Floor* is the same step with the base frozen and no adapter: forward and input gradients, which
 every method that trains through a frozen model pays. All variants of a row run in one process on
@@ -194,6 +196,8 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="where to write all rows")
     parser.add_argument("--picture", type=pathlib.Path, help="where to draw them")
     args = parser.parse_args()
+    if any(tokens % min(tokens, LONGEST_SEQUENCE) for tokens in args.tokens):
+        parser.error(f"--tokens: more than {LONGEST_SEQUENCE} are whole sequences of as many")
     remats = [False, True] if args.remat is None else [args.remat]
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     rows = []
