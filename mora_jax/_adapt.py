@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any, overload
 
+import jax
 from flax import linen as nn
+from flax import nnx as flax_nnx
 
-from mora_jax import _function, _linen_plan, linen
+from mora_jax import _function, _linen_plan, linen, nnx
 from mora_jax._config import MoRAConfig
 from mora_jax._function import AdaptedFunction
 from mora_jax._plan import Plan
@@ -20,10 +22,16 @@ def adapt(model: linen.ModuleT, config_or_plan: MoRAConfig | Plan) -> linen.Modu
 
 
 @overload
+def adapt(
+    model: nnx.ModelT, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | None = None
+) -> nnx.ModelT: ...
+
+
+@overload
 def adapt(model: Callable[..., Any], config_or_plan: MoRAConfig | Plan) -> AdaptedFunction: ...
 
 
-def adapt(model: Any, config_or_plan: MoRAConfig | Plan) -> Any:
+def adapt(model: Any, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | None = None) -> Any:
     """A model like `model` whose chosen linear layers have MoRA adapters.
 
     Equivalent to PEFT's `get_peft_model`, but nothing is replaced and nothing is copied: the model
@@ -56,6 +64,10 @@ def adapt(model: Any, config_or_plan: MoRAConfig | Plan) -> Any:
         raise TypeError(f"expected a MoRAConfig or a Plan, got {type(config_or_plan).__name__}.")
     if isinstance(model, AdaptedFunction):
         raise TypeError("the function is adapted already; adapt the base function instead.")
+    if isinstance(model, flax_nnx.Module):
+        return nnx.adapt(model, config_or_plan, key=key)
+    if key is not None:
+        raise TypeError("key is for NNX models; attach(plan, params, key=key) takes it here.")
     if _is_function(model):
         return AdaptedFunction(model, config_or_plan)
     _check_model(model)
@@ -63,7 +75,7 @@ def adapt(model: Any, config_or_plan: MoRAConfig | Plan) -> Any:
 
 
 def plan(
-    model: nn.Module | AdaptedFunction,
+    model: nn.Module | flax_nnx.Module | AdaptedFunction,
     *inputs: Any,
     rngs: Any = None,
     method: Any = None,
@@ -103,6 +115,8 @@ def plan(
     """
     if isinstance(model, AdaptedFunction):
         found = _function.plan(model, *inputs, **kwargs)
+    elif isinstance(model, flax_nnx.Module):
+        found = nnx.plan(model)
     else:
         _check_model(model)
         found = _linen_plan.plan(model, *inputs, rngs=rngs, method=method, **kwargs)

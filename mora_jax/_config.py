@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 
 from mora_jax._cycles import Cycle, check_cycle
+from mora_jax._layout import KernelAxes
 from mora_jax._schemes import Scheme, as_scheme, check_rank
 from mora_jax._tree import join_path, listing
 
@@ -67,6 +68,8 @@ class MoRAConfig:
       exclude: layers to leave alone though `targets` matches them.
       ranks: pattern -> rank, for layers that differ; the first match counts.
       schemes: pattern -> scheme, likewise.
+      kernels: pattern over parameters -> `KernelAxes`, for kernels of NNX layers of another kind
+        than Flax's, whose axes nothing else states.
       cycle: the schemes that ReMoRA walks through, see `merge_and_reset`: "groupings" (the
         authors' types 1 to 4), "shifts", "signs", a tuple of schemes, None, or "auto" ("signs" for
         sharing, None for the rest).
@@ -91,6 +94,7 @@ class MoRAConfig:
     exclude: Pattern | None = None
     ranks: Mapping[str, int] | tuple[tuple[Pattern, int], ...] = ()
     schemes: Mapping[str, Scheme | str] | tuple[tuple[Pattern, Scheme | str], ...] = ()
+    kernels: Mapping[str, KernelAxes] | tuple[tuple[Pattern, KernelAxes], ...] = ()
     cycle: Cycle = "auto"
     also_train: Pattern | None = None
     dropout: float = 0.0
@@ -99,7 +103,7 @@ class MoRAConfig:
 
     def __post_init__(self):
         # Tuples instead of dicts and names instead of dtypes make the config hashable.
-        for name in ("ranks", "schemes"):
+        for name in ("ranks", "schemes", "kernels"):
             object.__setattr__(self, name, _pairs(getattr(self, name)))
         if isinstance(self.cycle, list):
             object.__setattr__(self, "cycle", tuple(self.cycle))
@@ -125,6 +129,10 @@ class MoRAConfig:
         wanted = self.targets == "all-linear" or matches(self.targets, path)
         return wanted and not (self.exclude is not None and matches(self.exclude, path))
 
+    def kernel_axes(self, path: str) -> KernelAxes | None:
+        """What `kernels` says of the parameter at `path`."""
+        return _first_match(self.kernels, path, None)
+
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` is trained in full beside the adapters."""
         return self.also_train is not None and matches(self.also_train, path)
@@ -137,7 +145,7 @@ class MoRAConfig:
         for name in ("exclude", "also_train"):
             if (pattern := getattr(self, name)) is not None:
                 patterns[name] = pattern
-        for name in ("ranks", "schemes"):
+        for name in ("ranks", "schemes", "kernels"):
             patterns |= {f"{name}[{pattern!r}]": pattern for pattern, _ in getattr(self, name)}
         return patterns
 
@@ -179,15 +187,15 @@ def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterabl
 
     Args:
       config: the config.
-      layers: paths of the linear layers, which all patterns but `also_train` speak of.
-      parameters: paths of the parameters, which `also_train` speaks of.
+      layers: paths of the linear layers, which most patterns speak of.
+      parameters: paths of the parameters, which `also_train` and `kernels` speak of.
     """
     layers, parameters = list(layers), list(parameters)
     if not layers:
         raise ValueError("the model has no linear layer to adapt.")
     for name, pattern in config.patterns().items():
         kind, paths = ("layers", layers)
-        if name == "also_train":
+        if name.startswith(("also_train", "kernels")):
             kind, paths = ("parameters", parameters)
         if any(matches(pattern, path) for path in paths):
             continue

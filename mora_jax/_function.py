@@ -94,7 +94,12 @@ class AdaptedFunction:
                 kernel = lax.stop_gradient(kernel)
             order = tuple(range(kernel.ndim))
             arrays[index] = Adapted(
-                kernel, order, kernel.dtype, spec.batch_first(adapter), spec.kernel_axes, spec
+                kernel,
+                order,
+                kernel.dtype,
+                spec.batch_first(adapter),
+                spec.kernel_axes,
+                spec.config,
             )
         return traced.run(arrays)
 

@@ -7,10 +7,10 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
+from mora_jax._config import LayerConfig
 from mora_jax._dot import mora_dot_general
 from mora_jax._layout import KernelAxes, add_delta
 from mora_jax._operators import Adapter, delta_transpose
-from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import View
 
 
@@ -64,15 +64,15 @@ class Adapted(View):
     Attributes:
       adapter: leaves [B..., rows, columns].
       axes: of `value`.
-      spec: scheme and placement.
+      config: scheme and placement.
     """
 
     adapter: Adapter
     axes: KernelAxes
-    spec: AdapterSpec
+    config: LayerConfig
 
     def array(self):
-        delta = self.axes.delta(self.adapter, self.value.shape, self.spec.scheme)
+        delta = self.axes.delta(self.adapter, self.value.shape, self.config.scheme)
         return add_delta(self.value.astype(self.dtype), delta).transpose(self.order)
 
     def open(self, axis=None):
@@ -118,8 +118,8 @@ class Adapted(View):
                 (tuple(batches[axis] for axis in axes.batch), axes.batch),
             ),
             self.adapter,
-            self.spec.scheme,
-            placement=self.spec.config.placement,
+            self.config.scheme,
+            placement=self.config.placement,
             **params,
         )
         # From the order in which the kernel is stored to the one in which it is seen.
@@ -135,7 +135,7 @@ class Adapted(View):
         rows = jnp.moveaxis(lhs, left, -1)
         in_features = self.value.shape[self.axes.inputs[0]]
         extra = delta_transpose(
-            rows.reshape(-1, rows.shape[-1]), self.adapter, in_features, self.spec.scheme
+            rows.reshape(-1, rows.shape[-1]), self.adapter, in_features, self.config.scheme
         )
         return base + extra.reshape(base.shape).astype(base.dtype)
 

@@ -1,0 +1,236 @@
+"""MoRA for NNX: whole models, every kind of layer, training, merges."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import mora_jax
+from mora_jax import nnx as mora_nnx
+from mora_jax._layout import KernelAxes
+
+IDS = jnp.array([[1, 2, 3], [4, 5, 6]])
+
+
+class OwnEinsum(nnx.Module):
+    """A layer with a parameter of its own, as third-party models have."""
+
+    def __init__(self, equation, shape, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), shape))
+        self.equation = equation
+
+    def __call__(self, x):
+        return jnp.einsum(self.equation, x, self.w[...])
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.up = nnx.Linear(8, 12, rngs=rngs)
+        self.down = nnx.Einsum("btf,fd->btd", (12, 8), (8,), rngs=rngs)
+        self.own = OwnEinsum("btd,ndh->btnh", (2, 8, 4), rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(x)
+        return x + self.down(nnx.relu(self.up(x))) + self.own(x).reshape(x.shape)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
+        self.experts = nnx.LinearGeneral(8, 6, batch_axis={0: 3}, rngs=rngs)
+        self.stack = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))(rngs.split(5))
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = nnx.remat(lambda block, x: block(x))(block, x)
+        x = nnx.scan(lambda x, layer: x + jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0),
+                     out_axes=nnx.Carry)(x, self.stack)  # fmt: skip
+        mixed = self.experts(jnp.stack([x] * 3)).sum((0, -1), keepdims=True)[0]
+        return self.embed.attend(self.conv(x)) + mixed
+
+
+KERNELS = {r".*/own/w": KernelAxes((1,), (0, 2))}
+LINEAR = {
+    "experts": (("kernel"), KernelAxes((1,), (2,), (0,))),
+    "stack": ("kernel", KernelAxes((1,), (2,), (0,))),
+} | {
+    f"blocks/{i}/{path}": found
+    for i in range(2)
+    for path, found in {
+        "attention/query": ("kernel", KernelAxes((0,), (1, 2))),
+        "attention/key": ("kernel", KernelAxes((0,), (1, 2))),
+        "attention/value": ("kernel", KernelAxes((0,), (1, 2))),
+        "attention/out": ("kernel", KernelAxes((0, 1), (2,))),
+        "up": ("kernel", KernelAxes((0,), (1,))),
+        "down": ("kernel", KernelAxes((0,), (1,))),
+        "own": ("w", KernelAxes((1,), (0, 2))),
+    }.items()
+}
+OTHERS = {
+    "embed": ("embedding", KernelAxes((0,), (1,))),
+    "conv": ("kernel", KernelAxes((0, 1), (2,))),
+}
+
+
+def adapted(**config):
+    base = Model(nnx.Rngs(0))
+    config = {"rank": 1, "scheme": "sharing", "kernels": KERNELS} | config
+    model = mora_jax.adapt(base, mora_jax.MoRAConfig(**config), key=jax.random.key(1))
+    return base, model, mora_jax.plan(model)
+
+
+def numbers(model, kind=nnx.Param):
+    return nnx.to_pure_dict(nnx.state(model, kind))
+
+
+def draw(model):
+    """Gives every adapter numbers."""
+    state = nnx.state(model, mora_nnx.MoRAParam)
+    leaves, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    drawn = [0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+    nnx.update(model, structure.unflatten(drawn))
+    return model
+
+
+@pytest.mark.parametrize(("targets", "wanted"), [("all-linear", LINEAR), (".*", LINEAR | OTHERS)])
+def test_the_plan_and_the_graph(targets, wanted):
+    base, model, plan = adapted(targets=targets)
+    assert {path: (spec.kernel_name, spec.kernel_axes) for path, spec in plan.items()} == wanted
+    assert plan.base_parameters == sum(a.size for a in jax.tree.leaves(numbers(Model(nnx.Rngs(0)))))
+    without = numbers(model, nnx.All(nnx.Param, nnx.Not(mora_nnx.MoRAParam)))
+    chex.assert_trees_all_equal(without, numbers(base))
+    # The base is untouched: its classes, its variables.
+    assert type(base.blocks[0].up) is nnx.Linear
+    assert model.blocks[0].up.kernel is not base.blocks[0].up.kernel
+    assert isinstance(model.blocks[0].up, nnx.Linear)
+    assert isinstance(model.blocks[0].up.mora.matrix, nnx.LoRAParam)
+    assert mora_jax.Plan.from_json(plan.to_json()) == plan
+    again = mora_jax.plan(mora_jax.adapt(base, plan))
+    assert again == plan
+
+
+@pytest.mark.parametrize("placement", ["kernel", "activation"])
+def test_new_adapters_change_no_bit(placement):
+    base, model, _ = adapted(targets=".*", placement=placement)
+    run = nnx.jit(lambda model: model(IDS))
+    np.testing.assert_array_equal(run(model), run(base))
+
+
+@pytest.mark.parametrize("scheme", ["sharing", mora_jax.Rotation(cycle=True), mora_jax.LowRank()])
+def test_merging_gives_a_base_model_of_the_same_outputs(scheme):
+    base, model, _ = adapted(targets=".*", scheme=scheme)
+    y = draw(model)(IDS)
+    merged = mora_nnx.merge(model)
+    assert nnx.graphdef(merged) == nnx.graphdef(base)
+    assert jnp.abs(y - base(IDS)).max() > 0.05
+    np.testing.assert_allclose(merged(IDS), y, atol=1e-4)
+
+
+def test_gradients_are_the_merged_models():
+    _, model, plan = adapted(targets=".*")
+    graph, adapters, rest = nnx.split(draw(model), mora_nnx.MoRAParam, ...)
+
+    def by_layers(adapters, rest):
+        return (nnx.merge(graph, adapters, rest, copy=True)(IDS) ** 2).sum()
+
+    def by_merging(adapters, rest):
+        full = nnx.merge(graph, adapters, rest, copy=True)
+        return (mora_nnx.merge(full)(IDS) ** 2).sum()
+
+    assert len(plan) == len(LINEAR | OTHERS)
+    ours, theirs = (jax.jit(jax.grad(run))(adapters, rest) for run in (by_layers, by_merging))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def train(model, optimizer, steps):
+    @nnx.jit
+    def step(model, optimizer):
+        diff = nnx.DiffState(0, mora_nnx.MoRAParam)
+        loss, gradients = nnx.value_and_grad(lambda model: (model(IDS) ** 2).mean(), argnums=diff)(
+            model
+        )
+        optimizer.update(model, gradients)
+        return loss
+
+    return [float(step(model, optimizer)) for _ in range(steps)]
+
+
+def test_training_with_nnx_and_restarts():
+    base, model, plan = adapted()
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=mora_nnx.MoRAParam)
+    losses = train(model, optimizer, 20)
+    assert losses[-1] < 0.7 * losses[0]
+    without = numbers(model, nnx.All(nnx.Param, nnx.Not(mora_nnx.MoRAParam)))
+    chex.assert_trees_all_equal(without, numbers(base))
+
+    y, before = model(IDS), numbers(base)
+    report = mora_nnx.merge_and_reset(model, optimizer, donate=False)
+    assert report == (len(plan), 2 * len(plan), 1)
+    np.testing.assert_allclose(model(IDS), y, atol=1e-4)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(numbers(model, mora_nnx.MoRAParam)))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(nnx.state(optimizer.opt_state)))
+    assert mora_jax.plan(model) == plan.advance() != plan
+    chex.assert_trees_all_equal(numbers(base), before)
+    losses = train(model, optimizer, 10)
+    np.testing.assert_allclose(losses[0], (y**2).mean(), rtol=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def test_states_merge_as_trees():
+    _, model, plan = adapted()
+    y = draw(model)(IDS)
+    merged = mora_jax.merge(numbers(model), plan)
+    base = Model(nnx.Rngs(3))
+    nnx.update(base, jax.tree.map(jnp.asarray, numbers(mora_nnx.merge(model))))
+    chex.assert_trees_all_close(merged["embed"], numbers(base)["embed"])
+    chex.assert_trees_all_close(
+        merged["blocks"]["1"]["up"], numbers(base)["blocks"][1]["up"], atol=1e-6
+    )
+    np.testing.assert_allclose(base(IDS), y, atol=1e-4)
+
+
+def test_the_layer_is_a_linear_layer():
+    layer = mora_nnx.MoRALinear(6, 4, rank=1, scheme="sharing", rngs=nnx.Rngs(0))
+    plain, x = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
+    np.testing.assert_array_equal(layer(x), plain(x))
+    y = draw(layer)(x)
+    np.testing.assert_allclose(mora_nnx.merge(layer)(x), y, atol=1e-6)
+    assert not jnp.allclose(y, plain(x))
+
+
+def test_also_train_gives_the_kernel_its_gradient():
+    def kernel_gradient(**config):
+        _, model, _ = adapted(**config)
+        gradients = nnx.grad(lambda model: model(IDS).sum())(model)
+        return gradients["blocks"][0]["up"]["kernel"][...]
+
+    assert not kernel_gradient().any()
+    assert kernel_gradient(also_train=r"blocks/0/up/kernel").any()
+
+
+def test_errors_say_what_is_wrong():
+    base, model, plan = adapted()
+    with pytest.raises(TypeError, match="adapted already"):
+        mora_jax.adapt(model, plan)
+    with pytest.raises(ValueError, match="key is missing"):
+        mora_jax.adapt(base, mora_jax.MoRAConfig(scheme=mora_jax.LowRank(), rank=1))
+    with pytest.raises(ValueError, match=r"matches none of the 16 layers"):
+        mora_jax.adapt(base, mora_jax.MoRAConfig(targets="nothing", rank=1))
+    with pytest.raises(ValueError, match=r"plan has layers at 'blocks/0/.*another model"):
+        mora_jax.adapt(base.blocks[0], plan)
+    with pytest.raises(ValueError, match="no adapters"):
+        mora_jax.plan(base)
+    with pytest.raises(ValueError, match="dropout"):
+        mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, dropout=0.1))
+    square = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))(nnx.Rngs(0).split(4))
+    with pytest.raises(ValueError, match=r"stacked along one of .* cannot be told"):
+        mora_jax.adapt(square, mora_jax.MoRAConfig(rank=1))
