@@ -1,0 +1,80 @@
+"""What every real model must do with adapters, unedited."""
+
+import operator
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mora_jax
+
+#: A line for every model that passed, printed at the end.
+TABLE: list[str] = []
+
+
+def check(name, base, params, inputs, layers, *, steps=20, **config):
+    """Adapts `base(params, *inputs) -> array`, plans, trains, merges and restarts it.
+
+    Args:
+      name: as printed.
+      base: a function, or what `adapt` takes.
+      params: its parameters.
+      inputs: its inputs.
+      layers: pattern with a star for every number -> how many layers must be planned so.
+      steps: of Adam.
+      **config: of the MoRAConfig.
+    """
+    start = time.perf_counter()
+    config = mora_jax.MoRAConfig(**{"rank": 1, "scheme": "sharing"} | config)
+    model = mora_jax.adapt(base, config)
+    plan = mora_jax.plan(model, params, *inputs)
+    assert counted(plan) == layers
+
+    adapted = mora_jax.attach(plan, params)
+    plain = jax.jit(base)(params, *inputs)
+    np.testing.assert_array_equal(jax.jit(model)(adapted, *inputs), plain)
+
+    optimizer = mora_jax.freeze_base(optax.adam(1e-2), plan)
+    state, losses = optimizer.init(adapted), []
+    target = jax.random.normal(jax.random.key(0), plain.shape)
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            y = model(params, *inputs).astype(jnp.float32)
+            return jnp.square(y - target).mean()
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    for _ in range(steps):
+        adapted, state, loss = step(adapted, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    _, frozen = mora_jax.split(adapted, plan)
+    same = jax.tree.map(np.array_equal, frozen, jax.tree.map(operator.pos, dict(params)))
+    assert all(jax.tree.leaves(same))
+
+    y = jax.jit(model)(adapted, *inputs)
+    scale = float(jnp.abs(y).max())
+    merged = jax.jit(base)(mora_jax.merge(adapted, plan), *inputs)
+    np.testing.assert_allclose(merged, y, atol=1e-5 * scale)
+    adapted, state, plan, _ = mora_jax.merge_and_reset(adapted, state, plan, donate=False)
+    restarted = jax.jit(mora_jax.adapt(base, plan))(adapted, *inputs)
+    np.testing.assert_allclose(restarted, y, atol=1e-5 * scale)
+    TABLE.append(
+        f"| {name} | {len(plan)} | {losses[0]:.3f} -> {losses[-1]:.3f} | "
+        f"{float(jnp.abs(merged - y).max()) / scale:.0e} | {time.perf_counter() - start:.0f} s |"
+    )
+
+
+def counted(plan):
+    """Layers by pattern: numbers in their paths replaced by stars."""
+    found = {}
+    for path in plan:
+        pattern = "/".join("*" if part.isdecimal() else part for part in path.split("/"))
+        found[pattern] = found.get(pattern, 0) + 1
+    return found
