@@ -8,6 +8,7 @@ from mora_jax._config import MoRAConfig
 from mora_jax._dot import mora_dot_general
 from mora_jax._freeze import freeze_base
 from mora_jax._function import as_params
+from mora_jax._layout import KernelAxes
 from mora_jax._merge import merge, unmerge
 from mora_jax._operators import compress, decompress, delta, delta_kernel
 from mora_jax._params import attach, join, split, trainable_mask
@@ -31,6 +32,7 @@ from mora_jax.linen import MoRADense
 __all__ = [
     "AdapterSpec",
     "Decoupling",
+    "KernelAxes",
     "LowRank",
     "MoRAConfig",
     "MoRADense",

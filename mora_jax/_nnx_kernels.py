@@ -82,12 +82,14 @@ def kernels(model: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kerne
 
 
 def _stated(path: str, layer: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kernel]]:
-    """Kernels of layers of other kinds, whose axes the config states or the plan knows."""
-    for name, value in vars(layer).items():
-        if not isinstance(value, nnx.Param):
-            continue
+    """Kernels of layers of other kinds: the config, the plan or an equation states their axes."""
+    params = {name: value for name, value in vars(layer).items() if isinstance(value, nnx.Param)}
+    equation = getattr(layer, "einsum_str", None)
+    for name, value in params.items():
         if isinstance(chooser, MoRAConfig):
             axes = chooser.kernel_axes(join_path(path, name))
+            if axes is None and len(params) == 1 and isinstance(equation, str):
+                axes = _einsum_axes(equation)
         else:
             known = path in chooser and chooser[path].kernel_name == name
             axes = chooser[path].kernel_axes if known else None
@@ -112,19 +114,21 @@ def _linear_general(layer):
 
 
 def _einsum(layer):
-    if layer.einsum_str is None:
-        return None  # Its equation comes with every call.
-    operands, result = layer.einsum_str.replace(" ", "").split("->")
-    inputs, kernel = operands.split(",")
-    if "..." in kernel:
+    axes = layer.einsum_str and _einsum_axes(layer.einsum_str)  # else it comes with every call
+    return axes and ("kernel", axes, tuple(layer.kernel_shape))
+
+
+def _einsum_axes(equation: str) -> KernelAxes | None:
+    """The axes of the second operand; None where it is no kernel."""
+    operands, _, result = equation.replace(" ", "").partition("->")
+    inputs, _, kernel = operands.partition(",")
+    if "..." in kernel or "," in kernel:
         return None
     axes = range(len(kernel))
     contracted = tuple(a for a in axes if kernel[a] not in result)
     batch = tuple(a for a in axes if kernel[a] in result and kernel[a] in inputs)
     outputs = tuple(a for a in axes if a not in contracted + batch)
-    if not contracted or not outputs:
-        return None
-    return "kernel", KernelAxes(contracted, outputs, batch), tuple(layer.kernel_shape)
+    return KernelAxes(contracted, outputs, batch) if contracted and outputs else None
 
 
 def _conv(layer):
