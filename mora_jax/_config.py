@@ -129,6 +129,11 @@ class MoRAConfig:
         wanted = self.targets == "all-linear" or matches(self.targets, path)
         return wanted and not (self.exclude is not None and matches(self.exclude, path))
 
+    def reason(self, path: str) -> str:
+        """Why the layer at `path` is not adapted."""
+        excluded = self.exclude is not None and matches(self.exclude, path)
+        return "excluded" if excluded else "not in targets"
+
     def kernel_axes(self, path: str) -> KernelAxes | None:
         """What `kernels` says of the parameter at `path`."""
         return _first_match(self.kernels, path, None)

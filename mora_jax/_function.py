@@ -138,7 +138,12 @@ def _plan(traced: Traced, base: Mapping[str, Any], config: MoRAConfig) -> Plan:
             shape = tuple(base[path].shape)
             specs.append((layer, AdapterSpec(chosen, shape, axes, adapter_batch, name)))
     also_train = tuple((p, tuple(leaf.shape)) for p, leaf in base.items() if config.trains(p))
-    return Plan(tuple(specs), also_train, sum(math.prod(leaf.shape) for leaf in base.values()))
+    kernels = {path for path, _, _ in layers.values()}
+    left = [(layer, config.reason(layer)) for layer in layers if not config.selects(layer)]
+    others = (path for path, leaf in base.items() if leaf.ndim > 1 and path not in kernels)
+    left += [(path, "enters no product") for path in others if not config.trains(path)]
+    total = sum(math.prod(leaf.shape) for leaf in base.values())
+    return Plan(tuple(specs), also_train, total, tuple(sorted(left)))
 
 
 def _layers(kernels: Mapping[str, KernelAxes]) -> dict[str, tuple[str, str, KernelAxes]]:

@@ -103,7 +103,22 @@ def plan(
             "or build it with MoRADense."
         )
     layers = tuple((path, _spec(path, layer, params)) for path, layer in seen.items())
-    return Plan(layers, also_train, sum(math.prod(shape) for shape in base.values()))
+    total = sum(math.prod(shape) for shape in base.values())
+    return Plan(layers, also_train, total, _left(chooser, linear, seen, base))
+
+
+def _left(chooser, linear, seen, base) -> tuple[tuple[str, str], ...]:
+    """(path, why) of what has no adapter: linear layers, and matrices of other layers."""
+    left = []
+    for path in linear.keys() - seen.keys():
+        known = isinstance(chooser, MoRAConfig)
+        left.append((path, chooser.reason(path) if known else "not in the plan"))
+    for path, shape in base.items():
+        layer = path.rpartition("/")[0]
+        trained = chooser is not None and chooser.trains(path)
+        if len(shape) > 1 and layer not in linear and layer not in seen and not trained:
+            left.append((path, "in no linear layer"))
+    return tuple(sorted(left))
 
 
 def _leave_probe(module: nn.Module, name: str, ndim: int) -> None:

@@ -137,11 +137,14 @@ class Plan(Mapping[str, AdapterSpec]):
       layers: (path, spec) of every adapted layer, in the model's order.
       also_train: (path, shape) of every parameter trained in full beside the adapters.
       base_parameters: how many numbers the base model has.
+      left: (path, why) of every other layer, and of other parameters that are matrices; printed,
+        and no part of what the plan is compared by or saves.
     """
 
     layers: tuple[tuple[str, AdapterSpec], ...]
     also_train: tuple[tuple[str, tuple[int, ...]], ...] = ()
     base_parameters: int = 0
+    left: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
 
     def __getitem__(self, path: str) -> AdapterSpec:
         for layer, spec in self.layers:
@@ -163,7 +166,7 @@ class Plan(Mapping[str, AdapterSpec]):
         """ "adapter", "also_train" or "frozen": how the parameter at `path` is treated."""
         if is_adapter(path):
             return "adapter"
-        return "also_train" if any(path == also for also, _ in self.also_train) else "frozen"
+        return "also_train" if self.trains(path) else "frozen"
 
     def adapter_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Path, shape and dtype of every leaf of every adapter."""
@@ -172,6 +175,10 @@ class Plan(Mapping[str, AdapterSpec]):
             for path, spec in self.layers
             for name, leaf in self.leaf_paths(path).items()
         }
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter at `path` is trained in full beside the adapters."""
+        return any(path == also for also, _ in self.also_train)
 
     def leaf_paths(self, layer: str) -> dict[str, str]:
         """Name -> path of the leaves of one layer's adapter."""
@@ -223,6 +230,14 @@ class Plan(Mapping[str, AdapterSpec]):
             f"{adapters:,} adapters in {len(self):,} kernels; {self.trained_parameters:,} trained "
             f"parameters, {share:.2%} of the base model's {self.base_parameters:,}"
         )
+        reasons: dict[str, dict[str, int]] = {}
+        for path, why in self.left:
+            paths = reasons.setdefault(why, {})
+            pattern = re.sub(r"\d+", "*", path) or "(root)"
+            paths[pattern] = paths.get(pattern, 0) + 1
+        for why, paths in reasons.items():
+            names = (f"{path} ({n}x)" if n > 1 else path for path, n in paths.items())
+            lines.append(f"left alone, {why}: {', '.join(names)}")
         return "\n".join(lines)
 
     def to_json(self) -> str:

@@ -84,7 +84,11 @@ def plan(model: nnx.Module) -> Plan:
             "mora_jax.nnx.MoRALinear."
         )
     base = {path: leaf for path, leaf in _parameters(model).items() if not is_adapter(path)}
-    return Plan(tuple(layers), (), sum(math.prod(leaf.shape) for leaf in base.values()))
+    total = sum(math.prod(leaf.shape) for leaf in base.values())
+    found = Plan(tuple(layers), (), total)
+    others = base.keys() - set(found.kernel_paths())
+    left = sorted((path, "not chosen") for path in others if base[path].ndim > 1)
+    return dataclasses.replace(found, left=tuple(left))
 
 
 def merge(model: ModelT) -> ModelT:

@@ -164,3 +164,35 @@ def test_a_cycle_that_cannot_go_on_is_an_error_at_once(inputs):
 def test_an_adapter_is_the_same_however_the_model_is_entered(inputs):
     *_, model, plan, _ = adapted_network(inputs)
     assert mora_jax.plan(model, jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)) == plan
+
+
+def test_the_table_says_what_was_left_alone_and_why():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(11, 8, name="embed")(ids)
+            for index in range(2):
+                x = nn.Dense(8, name=f"dense_{index}")(x)
+            x = nn.Dense(8, name="skipped")(nn.Conv(8, (3,), name="conv")(x))
+            return nn.Dense(4, name="head")(x)
+
+    config = {"rank": 1, "scheme": "sharing", "targets": "(dense|skipped).*", "exclude": "skipped"}
+    ids = jnp.ones((1, 5), int)
+
+    def lines(model, *inputs):
+        plan = mora_jax.plan(mora_jax.adapt(model, mora_jax.MoRAConfig(**config)), *inputs)
+        return [line for line in str(plan).splitlines() if line.startswith("left alone")]
+
+    assert sorted(lines(Model(), ids)) == [
+        "left alone, excluded: skipped",
+        "left alone, in no linear layer: conv/kernel, embed/embedding",
+        "left alone, not in targets: head",
+    ]
+    params = Model().init(jax.random.key(0), ids)["params"]
+    assert sorted(
+        lines(lambda params, ids: Model().apply({"params": params}, ids), params, ids)
+    ) == [
+        "left alone, enters no product: conv/kernel, embed/embedding",
+        "left alone, excluded: skipped",
+        "left alone, not in targets: head",
+    ]

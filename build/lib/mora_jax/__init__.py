@@ -1,0 +1,67 @@
+"""MoRA, high-rank parameter-efficient fine-tuning, for JAX and Flax.
+
+Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv 2405.12130.
+"""
+
+from mora_jax._adapt import adapt, plan
+from mora_jax._config import MoRAConfig
+from mora_jax._dot import mora_dot_general
+from mora_jax._freeze import freeze_base
+from mora_jax._function import as_params
+from mora_jax._layout import KernelAxes
+from mora_jax._merge import merge, unmerge
+from mora_jax._operators import compress, decompress, delta, delta_kernel
+from mora_jax._params import attach, join, split, trainable_mask
+from mora_jax._plan import AdapterSpec, Plan
+from mora_jax._remora import ResetReport, ResetResult, merge_and_reset
+from mora_jax._schedules import jagged_cosine_schedule
+from mora_jax._schemes import (
+    Decoupling,
+    LowRank,
+    Rotation,
+    Scheme,
+    Sharing,
+    Truncation,
+    scheme_from_dict,
+    scheme_from_mora_type,
+    square_rank,
+)
+from mora_jax._version import __version__
+from mora_jax.linen import MoRADense
+
+__all__ = [
+    "AdapterSpec",
+    "Decoupling",
+    "KernelAxes",
+    "LowRank",
+    "MoRAConfig",
+    "MoRADense",
+    "Plan",
+    "ResetReport",
+    "ResetResult",
+    "Rotation",
+    "Scheme",
+    "Sharing",
+    "Truncation",
+    "__version__",
+    "adapt",
+    "as_params",
+    "attach",
+    "compress",
+    "decompress",
+    "delta",
+    "delta_kernel",
+    "freeze_base",
+    "jagged_cosine_schedule",
+    "join",
+    "merge",
+    "merge_and_reset",
+    "mora_dot_general",
+    "plan",
+    "scheme_from_dict",
+    "scheme_from_mora_type",
+    "split",
+    "square_rank",
+    "trainable_mask",
+    "unmerge",
+]

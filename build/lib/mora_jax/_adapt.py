@@ -1,0 +1,153 @@
+"""`adapt` and `plan`: the doors to a whole model, whatever framework it is written in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, overload
+
+import jax
+from flax import linen as nn
+from flax import nnx as flax_nnx
+
+from mora_jax import _function, _linen_plan, linen, nnx
+from mora_jax._config import MoRAConfig
+from mora_jax._function import AdaptedFunction
+from mora_jax._plan import Plan
+from mora_jax._tree import listing
+
+
+@overload
+def adapt(model: linen.ModuleT, config_or_plan: MoRAConfig | Plan) -> linen.ModuleT: ...
+
+
+@overload
+def adapt(
+    model: nnx.ModelT, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | None = None
+) -> nnx.ModelT: ...
+
+
+@overload
+def adapt(model: Callable[..., Any], config_or_plan: MoRAConfig | Plan) -> AdaptedFunction: ...
+
+
+def adapt(model: Any, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | None = None) -> Any:
+    """A model like `model` whose chosen linear layers have MoRA adapters.
+
+    Equivalent to PEFT's `get_peft_model`, but nothing is replaced and nothing is copied: the model
+    is not touched, and its parameters keep their paths. With new adapters (`attach`) its outputs
+    are those of the base model.
+
+    Args:
+      model: a linen module, unbound; or any function `(params, *inputs) -> outputs` of parameters
+        in nested dicts (`as_params` makes them of other trees), whose every parameter that enters a
+        product as a matrix is a linear layer, named by the dict that it stands in.
+      config_or_plan: which layers get what. Take a config the first time; take the plan that
+        `merge_and_reset` returns to go on with the next grouping.
+
+    Returns:
+      A linen module with the same fields and methods. It is hashable, a static argument for jit,
+      even where `model` is not; the same arguments give the same object. Of a function, a function
+      like it, whose parameters have adapters in them.
+
+    Raises:
+      TypeError: for what is neither, or adapted already.
+      ValueError: for a bound module.
+
+    >>> import flax.linen as nn, jax, mora_jax
+    >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
+    >>> jax.tree.map(jax.numpy.shape, params)
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    """
+    if not isinstance(config_or_plan, MoRAConfig | Plan):
+        raise TypeError(f"expected a MoRAConfig or a Plan, got {type(config_or_plan).__name__}.")
+    if isinstance(model, AdaptedFunction):
+        raise TypeError("the function is adapted already; adapt the base function instead.")
+    if isinstance(model, flax_nnx.Module):
+        return nnx.adapt(model, config_or_plan, key=key)
+    if key is not None:
+        raise TypeError("key is for NNX models; attach(plan, params, key=key) takes it here.")
+    if _is_function(model):
+        return AdaptedFunction(model, config_or_plan)
+    _check_model(model)
+    return linen.adapt(model, config_or_plan)
+
+
+def plan(
+    model: nn.Module | flax_nnx.Module | AdaptedFunction,
+    *inputs: Any,
+    rngs: Any = None,
+    method: Any = None,
+    **kwargs: Any,
+) -> Plan:
+    """What was adapted in `model`: static data that the tree functions take.
+
+    The model is traced on shapes; no array is made and nothing is computed.
+
+    Args:
+      model: what `adapt` returned, or a linen module that uses `MoRADense`.
+      *inputs: what the model's method takes: arrays, `jax.ShapeDtypeStruct`s, static values; for a
+        function, its parameters first.
+      rngs: as for `init`; only needed where the model wants several streams.
+      method: as for `init`.
+      **kwargs: further arguments of the model's method.
+
+    Returns:
+      The plan; `print(plan)` is a table.
+
+    Raises:
+      TypeError: for what is no such model.
+      ValueError: where a pattern of the config matches nothing, the model has no adapters, a chosen
+        layer cannot take one, or a cycle does not fit a layer.
+
+    Warns:
+      UserWarning: where a square matrix is larger than its layer, so that some entries cannot act;
+        where dropout is asked for in layers that the rng stream `mora` does not reach.
+
+    >>> import flax.linen as nn, jax, mora_jax
+    >>> model = mora_jax.adapt(nn.Dense(64), mora_jax.MoRAConfig(rank=2, scheme="sharing"))
+    >>> print(mora_jax.plan(model, jax.ShapeDtypeStruct((1, 32), "float32")))
+    layer   kernel   scheme     size  trained
+    -----------------------------------------
+    (root)  32 x 64  Sharing()  14    196
+    1 adapters in 1 kernels; 196 trained parameters, 9.28% of the base model's 2,112
+    """
+    if isinstance(model, AdaptedFunction):
+        found = _function.plan(model, *inputs, **kwargs)
+    elif isinstance(model, flax_nnx.Module):
+        found = nnx.plan(model)
+    else:
+        _check_model(model)
+        found = _linen_plan.plan(model, *inputs, rngs=rngs, method=method, **kwargs)
+    found.advance()  # A cycle that cannot go on is an error now, not at the first merge.
+    if dead := {path: spec.dead_entries for path, spec in found.items() if spec.dead_entries}:
+        warnings.warn(
+            f"the square matrix is larger than its layer in {len(dead)} layers, so that up to "
+            f"{max(dead.values()):,} entries a matrix cannot act: {listing(dead)}. "
+            "A smaller rank there (MoRAConfig.ranks) trains as much.",
+            stacklevel=2,
+        )
+    return found
+
+
+def _is_function(model: Any) -> bool:
+    return callable(model) and not isinstance(model, nn.Module | type) and _inner(model) is None
+
+
+def _inner(model: Any) -> Any:
+    """The linen module within a Hugging Face model."""
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    hint = ""
+    if _inner(model) is not None:
+        hint = " Its attribute `module` is one: pass that, and its parameters."
+    raise TypeError(
+        f"expected a flax.linen.Module or a function of parameters, got {type(model).__name__}."
+        f"{hint}"
+    )

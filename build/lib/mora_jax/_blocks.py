@@ -1,0 +1,165 @@
+"""The block schemes: R features at a time through one R x R matrix, or through one for each block.
+
+`Decoupling` and `Rotation` cut the inputs and the outputs into blocks of R features and send block
+i to block i. Rotating the inputs of block i is rotating the rows of its matrix, `(x R_i) M =
+x (R_i M)`, so both schemes are a product with N matrices, one a block. N matrices of R x R entries
+are far less than the inputs of a training step.
+
+Shape letters: I input features, O output features, R features a block, N blocks, T rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mora_jax import _features as features
+from mora_jax._mesh import may_be_sharded
+from mora_jax._schemes import Decoupling, Rotation
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockGrid:
+    """Which block of the inputs meets which block of the outputs.
+
+    Blocks stand in squares of `side` blocks. Within a square, input block a meets output block a.
+    A cycled scheme on a layer that is wider than high has several squares side by side
+    (`columns`), on one that is higher than wide one below the other (`rows`). N is
+    `rows * columns * side`, counted square by square; what lies outside the layer is zero.
+    """
+
+    in_features: int
+    out_features: int
+    size: int
+    cycle: bool
+
+    @property
+    def input_blocks(self) -> int:
+        """Blocks that the inputs fill, the last one around the end."""
+        return -(-self.in_features // self.size)
+
+    @property
+    def side(self) -> int:
+        """Blocks along a side of a square."""
+        return min(self.input_blocks, -(-self.out_features // self.size))
+
+    @property
+    def rows(self) -> int:
+        """Squares one below the other."""
+        return -(-self.input_blocks // self.side) if self.cycle else 1
+
+    @property
+    def columns(self) -> int:
+        """Squares side by side."""
+        return -(-self.out_features // (self.side * self.size)) if self.cycle else 1
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.rows * self.columns * self.side
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """The inputs in blocks: [..., I] -> [..., rows, side, R]."""
+        x = features.resize(x, self.input_blocks * self.size, circular=True)
+        x = features.resize(x, self.rows * self.side * self.size, circular=False)
+        return x.reshape(*x.shape[:-1], self.rows, self.side, self.size)
+
+    def write(self, y: jax.Array) -> jax.Array:
+        """The outputs out of blocks: [..., columns, side, R] -> [..., O].
+
+        Where the blocks are fewer than the outputs, they are repeated.
+        """
+        width = self.columns * self.side * self.size
+        return features.tile(y.reshape(*y.shape[:-3], width), self.out_features)
+
+    def write_transpose(self, dy: jax.Array) -> jax.Array:
+        """[..., O] -> [..., columns, side, R]."""
+        dy = features.add_blocks(dy, self.columns * self.side * self.size)
+        return dy.reshape(*dy.shape[:-1], self.columns, self.side, self.size)
+
+    def kernel(self, matrices: jax.Array) -> jax.Array:
+        """[N, R, R] -> [I, O], each matrix in its place."""
+        # Made before the pass, not in it: a matrix of each block is small, the padded one is not.
+        matrices = lax.optimization_barrier(matrices)
+        if not may_be_sharded():
+            return self._place(matrices)
+        # TPUs look up far too slowly; what placing costs them is communication.
+        return lax.platform_dependent(matrices, tpu=self._place, default=self._look_up)
+
+    def _place(self, matrices: jax.Array) -> jax.Array:
+        # Padding and reshaping alone put them there: compilers fuse that into whatever pass over
+        # a kernel follows, and read a matrix only where there is one. A row of width + R entries,
+        # R of them filled, moves by R each time it is cut at `width`.
+        width = self.side * self.size
+        squares = matrices.reshape(-1, self.side, self.size, self.size)
+        squares = jnp.pad(squares, ((0, 0), (0, 0), (0, 0), (0, width - self.size)))
+        squares = squares.reshape(-1, self.side, self.size * width)
+        squares = jnp.pad(squares, ((0, 0), (0, 0), (0, self.size))).reshape(squares.shape[0], -1)
+        squares = squares[:, : width * width].reshape(self.rows, self.columns, width, width)
+        kernel = squares.swapaxes(1, 2).reshape(self.rows * width, self.columns * width)
+        kernel = features.tile(kernel, self.out_features)
+        filled = self.input_blocks * self.size
+        kernel = features.resize(kernel, filled, circular=False, axis=0)
+        return features.fold(kernel, self.in_features, axis=0)
+
+    def _look_up(self, matrices: jax.Array) -> jax.Array:
+        # Each entry by its index, so that every device makes its own part of the kernel.
+        width = self.side * self.size
+        column = np.arange(self.out_features)[None] % (self.columns * width)
+        total = jnp.zeros((), matrices.dtype)
+        for start in range(0, filled := self.input_blocks * self.size, self.in_features):
+            row = np.arange(self.in_features) + start
+            live = row < min(filled, self.rows * width)
+            row = np.where(live, row, 0)
+            here = (row % width // self.size)[:, None] == jnp.asarray(column % width // self.size)
+            here &= live[:, None]
+            square = (row // width * self.columns)[:, None] + jnp.asarray(column // width)
+            block = square * self.side + (row % width // self.size)[:, None]
+            index = (jnp.where(here, block, 0), (row % self.size)[:, None], column % self.size)
+            entry = matrices.at[index].get(mode="promise_in_bounds")
+            total = total + jnp.where(here, entry, 0)
+        return total
+
+    def product(self, x: jax.Array, matrices: jax.Array) -> jax.Array:
+        """`x @ kernel(matrices)` block by block, in the dtype of `x`: [T, I] -> [T, O]."""
+        matrices = matrices.reshape(self.rows, self.columns, self.side, self.size, self.size)
+        blocks, matrices = self.read(x), matrices.astype(x.dtype)
+        return self.write(jnp.einsum("tiar,ijars->tjas", blocks, matrices))
+
+    def product_transpose(self, dy: jax.Array, matrices: jax.Array) -> jax.Array:
+        """[T, O] -> [T, I]: the transpose of `x -> product(x, matrices)`."""
+        matrices = matrices.reshape(self.rows, self.columns, self.side, self.size, self.size)
+        blocks = self.write_transpose(dy)
+        x = jnp.einsum("tjas,ijars->tiar", blocks, matrices.astype(dy.dtype))
+        x = x.reshape(dy.shape[0], self.rows * self.side * self.size)
+        x = features.resize(x, self.input_blocks * self.size, circular=False)
+        return features.fold(x, self.in_features)
+
+    def gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
+        """Gradient of `sum(dy * product(x, matrices))` by the matrices: [N, R, R], not rounded."""
+        x = features.summable(x)
+        blocks = jnp.einsum(
+            "tiar,tjas->ijars",
+            self.read(x),
+            self.write_transpose(features.summable(dy)).astype(x.dtype),
+            preferred_element_type=features.wide_dtype(x.dtype),
+        )
+        return blocks.reshape(self.count, self.size, self.size)
+
+
+def block_matrices(matrix: jax.Array, count: int, scheme: Rotation | Decoupling) -> jax.Array:
+    """The matrix of each block: [R, R] -> [N, R, R], turned for `Rotation`, copies otherwise."""
+    if isinstance(scheme, Decoupling):
+        return jnp.broadcast_to(matrix, (count, *matrix.shape))
+    return features.rotate_rows(matrix, count)
+
+
+def block_matrices_transpose(gradients: jax.Array, scheme: Rotation | Decoupling) -> jax.Array:
+    """[N, R, R] -> [R, R]."""
+    if isinstance(scheme, Decoupling):
+        return gradients.sum(0)
+    return features.rotate_rows_transpose(gradients)

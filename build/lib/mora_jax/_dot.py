@@ -1,0 +1,271 @@
+"""The product of inputs and an adapted kernel, and its gradient: the engine of the library.
+
+The delta can be added in two places, and the choice decides speed, memory and communication:
+
+- in the *kernel*, `x @ (W + delta_kernel(M))`: one product, a pass over `W`. The sum is made in
+  float32 or better and cast back once, as a merge would do.
+- in the *activations*, `x @ W + delta(x)`: the paper's form. Right for few rows.
+
+Left to automatic differentiation the kernel form would form the gradient of the whole kernel, and
+either form would get transposes that compilers run slowly. So the product has a gradient rule of
+its own: `dM` from the compressed `x` and `dy`, and `dx` from whichever form is cheaper, which need
+not be the forward's; the kernel's sum is then made again rather than kept. A rule of one's own has
+no forward mode, so `placement="activation"` does without.
+
+Shape letters: I input features, O output features, B batch axes, T rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mora_jax._config import Placement
+from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
+from mora_jax._mesh import vary_alike
+from mora_jax._operators import (
+    Adapter,
+    adapter_gradient,
+    check_adapter,
+    delta,
+    delta_transpose,
+    to_compressed,
+)
+from mora_jax._placement import best_places
+from mora_jax._schemes import LowRank, Scheme
+
+
+def mora_dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: DotDimensionNumbers,
+    adapter: Adapter,
+    scheme: Scheme,
+    *,
+    placement: Placement = "auto",
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    adapter_lhs: jax.Array | None = None,
+    dot_general: Callable[..., jax.Array] = lax.dot_general,
+) -> jax.Array:
+    """`jax.lax.dot_general` with an adapter on its right-hand side.
+
+    Args:
+      lhs: the inputs, any layout.
+      rhs: the kernel, any layout. Its contracted axes, flattened in the order of
+        `dimension_numbers`, are the I input features; its free axes the O output features.
+      dimension_numbers: as for `jax.lax.dot_general`.
+      adapter: `{"matrix": [B..., R, R]}`, or `{"a": [B..., I, rank], "b": [B..., rank, O]}`; B the
+        batch axes, one matrix for each.
+      scheme: the scheme.
+      placement: where the forward pass has the delta: "kernel", "activation", or "auto": the
+        cheaper one by static shapes, the kernel for many rows, the activations for few and for
+        `LowRank`. The backward pass of "kernel" and "auto" takes the cheaper one. "activation" (and
+        "auto" of `LowRank`) is differentiated by JAX alone, in forward mode as well.
+      precision: as for `jax.lax.dot_general`, for the base product.
+      preferred_element_type: as for `jax.lax.dot_general`, for the base product.
+      adapter_lhs: inputs of the adapter alone, where they differ from `lhs` (dropout); the delta is
+        then in the activations whatever `placement` says.
+      dot_general: the base product, by default `jax.lax.dot_general`.
+
+    Returns:
+      What `dot_general` returns for the kernel plus the delta.
+
+    Raises:
+      TypeError: for a kernel that is not floating.
+      ValueError: where the adapter does not fit the kernel.
+
+    >>> from mora_jax import Sharing
+    >>> x, kernel = jnp.ones((2, 6)), jnp.zeros((6, 4))
+    >>> dims = (((1,), (0,)), ((), ()))
+    >>> mora_dot_general(x, kernel, dims, {"matrix": jnp.eye(2)}, Sharing())
+    Array([[3., 3., 3., 3.],
+           [3., 3., 3., 3.]], dtype=float32)
+    """
+    options = {"precision": precision, "preferred_element_type": preferred_element_type}
+    call = _Call.of(lhs, rhs, dimension_numbers, scheme, dot_general, **options)
+    if not jnp.issubdtype(rhs.dtype, jnp.floating):
+        raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
+    batch, in_features, out_features = call.axes.sizes(rhs.shape)
+    if bad := {name: a.shape for name, a in adapter.items() if a.shape[:-2] != batch}:
+        raise ValueError(f"adapter leaves must lead with the batch axes {batch}, got {bad}.")
+    one = {name: jax.ShapeDtypeStruct(a.shape[-2:], a.dtype) for name, a in adapter.items()}
+    check_adapter(one, in_features, out_features, scheme)
+    plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
+    if plain or adapter_lhs is not None:
+        return call.in_activations(lhs, lhs if adapter_lhs is None else adapter_lhs, rhs, adapter)
+    lhs, rhs, adapter = vary_alike((lhs, rhs, dict(adapter)))
+    return _dot(lhs, rhs, adapter, dataclasses.replace(call, placement=placement))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static part of one product: its layout, scheme and options."""
+
+    dimension_numbers: tuple[tuple[tuple[int, ...], ...], ...]
+    lhs_free: tuple[int, ...]
+    axes: KernelAxes
+    scheme: Scheme
+    dot_general: Callable[..., jax.Array]
+    precision: Any
+    preferred_element_type: Any
+    placement: Placement = "activation"
+
+    @classmethod
+    def of(cls, lhs, rhs, dimension_numbers, scheme, dot_general, **options):
+        (lhs_in, rhs_in), (lhs_batch, rhs_batch) = (
+            tuple(tuple(axes) for axes in pair) for pair in dimension_numbers
+        )
+        return cls(
+            ((lhs_in, rhs_in), (lhs_batch, rhs_batch)),
+            tuple(axis for axis in range(lhs.ndim) if axis not in lhs_in + lhs_batch),
+            kernel_axes(rhs, dimension_numbers),
+            scheme,
+            dot_general,
+            **options,
+        )
+
+    def product(self, lhs, rhs):
+        return self.dot_general(
+            lhs,
+            rhs,
+            self.dimension_numbers,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+
+    def kernel(self, rhs, adapter):
+        return add_delta(rhs, self.axes.delta(adapter, rhs.shape, self.scheme))
+
+    def rows(self, lhs):
+        """[B..., T, I] of the inputs."""
+        (lhs_in, _), (lhs_batch, _) = self.dimension_numbers
+        lead = [lhs.shape[axis] for axis in lhs_batch]
+        features = math.prod(lhs.shape[axis] for axis in lhs_in)
+        return lhs.transpose(lhs_batch + self.lhs_free + lhs_in).reshape(*lead, -1, features)
+
+    def from_rows(self, rows, shape):
+        """The inverse of `rows`: [B..., T, I] to the layout of the inputs."""
+        (lhs_in, _), (lhs_batch, _) = self.dimension_numbers
+        order = lhs_batch + self.lhs_free + lhs_in
+        value = rows.reshape([shape[axis] for axis in order])
+        return value.transpose([order.index(axis) for axis in range(len(shape))])
+
+    def per_batch(self, function):
+        for _ in self.axes.batch:
+            function = jax.vmap(function)
+        return function
+
+    def delta(self, lhs, adapter, out_features):
+        """[B..., T, O] of the delta."""
+
+        def one(x, adapter):
+            return delta(x, adapter, out_features, self.scheme)
+
+        return self.per_batch(one)(self.rows(lhs), dict(adapter))
+
+    def in_activations(self, lhs, adapter_lhs, rhs, adapter):
+        base = self.product(lhs, rhs)
+        _, _, out_features = self.axes.sizes(rhs.shape)
+        value = self.delta(adapter_lhs, adapter, out_features)
+        return base + value.reshape(base.shape).astype(base.dtype)
+
+    def places(self, lhs, rhs, adapter):
+        """Where the forward and the backward pass have the delta."""
+        batch, in_features, out_features = self.axes.sizes(rhs.shape)
+        rows = math.prod(lhs.shape) // math.prod((*batch, in_features))
+        if not isinstance(rows, int):  # a symbol, in a function to export
+            return ("kernel" if self.placement == "auto" else self.placement), "kernel"
+        size = next(iter(adapter.values())).shape[-1]
+        forward, backward = best_places(rows, in_features, out_features, size, self.scheme)
+        return (forward if self.placement == "auto" else self.placement), backward
+
+
+def _value(lhs, rhs, adapter, call):
+    forward, _ = call.places(lhs, rhs, adapter)
+    if forward == "activation":
+        return call.in_activations(lhs, lhs, rhs, adapter)
+    # The barrier holds the sum back until the inputs are there. It needs the weights alone, so a
+    # scheduler would make those of all layers first, a second copy of the model.
+    lhs, rhs, adapter = lax.optimization_barrier((lhs, rhs, adapter))
+    return call.product(lhs, call.kernel(rhs, adapter))
+
+
+_dot = jax.custom_vjp(_value, nondiff_argnums=(3,))
+
+
+def _dot_forward(lhs, rhs, adapter, call):
+    lhs, rhs_trained, rhs = lhs.value, rhs.perturbed, rhs.value
+    adapter = jax.tree.map(lambda leaf: leaf.value, adapter, is_leaf=_is_primal)
+    # Not `_dot`: this function is differentiated too, where someone asks for second derivatives.
+    y = _value(lhs, rhs, adapter, call)
+
+    def compressed(x, adapter):
+        return to_compressed(x, adapter, call.scheme)
+
+    rows = call.rows(lhs)
+    z = jax.eval_shape(call.per_batch(compressed), rows, adapter)
+    # What is kept for the gradient is the smaller of x and f_comp(x), and x where W asks for it.
+    keeps_inputs = rhs_trained or z.size >= rows.size
+    kept = lhs if keeps_inputs else call.per_batch(compressed)(rows, adapter)
+    return y, (kept, rhs, adapter, _Static((keeps_inputs, rhs_trained, jax.typeof(lhs))))
+
+
+def _dot_backward(call, residuals, dy):
+    kept, rhs, adapter, static = residuals
+    keeps_inputs, rhs_trained, inputs = static.value
+    batch, in_features, out_features = call.axes.sizes(rhs.shape)
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)  # pyright: ignore
+    # Without the barrier XLA takes the kernel's sum for the forward's and keeps it alive between
+    # the two, a second copy of every adapted kernel. And it may compute dy anew inside the sum over
+    # its groups: with rolled groups behind a rotary embedding that took ten milliseconds.
+    dy, rhs, adapter = lax.optimization_barrier((dy, rhs, adapter))
+    dy_rows = dy.reshape(*batch, -1, out_features)
+
+    def input_gradient(dy, kernel):
+        return jax.linear_transpose(lambda lhs: call.product(lhs, kernel), inputs)(dy)[0]
+
+    def gradient(z, dy, adapter):
+        if keeps_inputs:
+            z = to_compressed(z, adapter, call.scheme)
+        return adapter_gradient(z, dy, adapter, in_features, call.scheme)
+
+    _, backward = call.places(inputs, rhs, adapter)
+    if backward == "activation":
+
+        def delta_gradient(dy, adapter):
+            return delta_transpose(dy, adapter, in_features, call.scheme)
+
+        extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), inputs.shape)
+        dlhs = input_gradient(dy, rhs) + extra.astype(inputs.dtype)
+    else:
+        dlhs = input_gradient(dy, call.kernel(rhs, adapter))
+    drhs = None
+    if rhs_trained:
+        total, total_transpose = jax.vjp(lambda rhs: call.kernel(rhs, adapter), rhs)
+        _, kernel_transpose = jax.vjp(lambda total: call.product(kept, total), total)
+        (drhs,) = total_transpose(*kernel_transpose(dy))
+    z = call.rows(kept) if keeps_inputs else kept
+    return dlhs, drhs, call.per_batch(gradient)(z, dy_rows, adapter)
+
+
+_dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """Carries static values among the residuals of a gradient."""
+
+    value: Any
+
+
+def _is_primal(leaf) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)

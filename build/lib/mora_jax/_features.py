@@ -1,0 +1,167 @@
+"""Moves along the feature axis: the pieces that compressions and decompressions are made of.
+
+All are linear, and take any leading axes. Shape letters: I features, N blocks, R features a block.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def wide_dtype(dtype) -> np.dtype:
+    """The dtype to sum in: float32, or float64 for float64."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def summable(x: jax.Array) -> jax.Array:
+    """`x`, in float32 if it is float16, whose range a group's sum can leave."""
+    return x.astype(np.float32) if x.dtype == np.float16 else x
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in the dtype to sum in; integers stay as they are."""
+    return x.astype(wide_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def resize(x: jax.Array, width: int, *, circular: bool, axis: int = -1) -> jax.Array:
+    """Cuts an axis to `width`, or extends it: by its own start if circular, else by zeros.
+
+    >>> resize(jnp.arange(3), 5, circular=True)
+    Array([0, 1, 2, 0, 1], dtype=int32)
+    """
+    length = x.shape[axis]
+    if width <= length:
+        return lax.slice_in_dim(x, 0, width, axis=axis)
+    if circular:
+        copies = jnp.concatenate([x] * -(-width // length), axis=axis)
+        return lax.slice_in_dim(copies, 0, width, axis=axis)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, width - length)
+    return jnp.pad(x, padding)
+
+
+def split_blocks(x: jax.Array, size: int, count: int) -> jax.Array:
+    """[..., I] -> [..., count, size], circularly extended or cut."""
+    return resize(x, count * size, circular=True).reshape(*x.shape[:-1], count, size)
+
+
+def merge_blocks(blocks: jax.Array, width: int) -> jax.Array:
+    """[..., N, R] -> [..., width], cut or circularly extended."""
+    *lead, count, size = blocks.shape
+    return tile(blocks.reshape(*lead, count * size), width)
+
+
+def fold_blocks(blocks: jax.Array, count: int) -> jax.Array:
+    """[..., N, R] -> [..., count, R]: block i is added to block `i mod count`; N >= count.
+
+    >>> fold_blocks(jnp.arange(5).reshape(5, 1), 2).ravel()
+    Array([6, 4], dtype=int32)
+    """
+    *whole, last = (blocks[..., i : i + count, :] for i in range(0, blocks.shape[-2], count))
+    if not whole:
+        return last
+    total, rest = sum(whole[1:], whole[0]), last.shape[-2]
+    return jnp.concatenate([total[..., :rest, :] + last, total[..., rest:, :]], axis=-2)
+
+
+def blocks_of(x: jax.Array, size: int, *, circular: bool = False) -> list[jax.Array]:
+    """[..., F] -> blocks [..., size], the last one filled by zeros or by the first features.
+
+    Blocks are slices and not the rows of a reshape: to add them up is then one read of `x`, where a
+    reshape is copied (TPU) or summed by a slower kernel (GPU).
+    """
+    blocks = [x[..., start : start + size] for start in range(0, x.shape[-1], size)]
+    if missing := size - blocks[-1].shape[-1]:
+        fill = resize(x if circular else jnp.zeros_like(x), missing, circular=True)
+        blocks[-1] = jnp.concatenate([blocks[-1], fill], axis=-1)
+    return blocks
+
+
+def add_blocks(x: jax.Array, size: int) -> jax.Array:
+    """[..., F] -> [..., size]: the sum of its blocks, in float32 or better.
+
+    >>> add_blocks(jnp.arange(5), 2)
+    Array([6, 4], dtype=int32)
+    """
+    first, *others = (widen(block) for block in blocks_of(x, size))
+    return sum(others, first).astype(x.dtype)
+
+
+def tile(z: jax.Array, width: int) -> jax.Array:
+    """[..., R] -> [..., width]: copies side by side, the transpose of `add_blocks`.
+
+    >>> tile(jnp.arange(2), 5)
+    Array([0, 1, 0, 1, 0], dtype=int32)
+    """
+    copies = -(-width // z.shape[-1])
+    tiled = jnp.broadcast_to(z[..., None, :], (*z.shape[:-1], copies, z.shape[-1]))
+    return tiled.reshape(*z.shape[:-1], copies * z.shape[-1])[..., :width]
+
+
+def fold(x: jax.Array, width: int, *, axis: int = -1) -> jax.Array:
+    """[..., W] -> [..., width], W >= width: what stands beyond the end is added to the start.
+
+    The transpose of `resize(circular=True)`.
+
+    >>> fold(jnp.arange(5), 3)
+    Array([3, 5, 2], dtype=int32)
+    """
+    chunks = []
+    for start in range(0, length := x.shape[axis], width):
+        chunk = lax.slice_in_dim(x, start, min(start + width, length), axis=axis)
+        chunks.append(resize(chunk, width, circular=False, axis=axis))
+    return sum(chunks[1:], chunks[0])
+
+
+def rotate(blocks: jax.Array) -> jax.Array:
+    """Rotates block i of [..., N, R] by the angles `i theta_j`, equations (9) to (11).
+
+    Feature j is paired with j + R/2 (the paper pairs neighbours), `theta_j = 10000^(-2 j / R)`,
+    and block 0 stays as it is. Angles are computed in float64 and applied in at least float32.
+    """
+    tables = _rotation(*blocks.shape[-2:])
+    first, second = jnp.split(blocks.astype(wide_dtype(blocks.dtype)), 2, axis=-1)
+    cos, sin = (expand(table, first) for table in tables)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(blocks.dtype)
+
+
+def rotate_rows(matrix: jax.Array, count: int) -> jax.Array:
+    """[R, C] -> [N, R, C]: the matrices for which `rotate(x)[i] @ matrix == x[i] @ rows[i]`."""
+    size = matrix.shape[0]
+    tables = _rotation(count, size)
+    first, second = (half.astype(wide_dtype(matrix.dtype))[None] for half in jnp.split(matrix, 2))
+    cos, sin = (expand(table[..., None], first) for table in tables)
+    rotated = [first * cos + second * sin, second * cos - first * sin]
+    return jnp.concatenate(rotated, axis=1).astype(matrix.dtype)
+
+
+def rotate_rows_transpose(rows: jax.Array) -> jax.Array:
+    """[N, R, C] -> [R, C]: the transpose of `rotate_rows`.
+
+    Written on whole rows, not on halves: tables of the same shape as there would be shared with the
+    forward's by the compiler, and then have a layout that suits only one of the two.
+    """
+    cos, sin = _rotation(*rows.shape[:2])
+    cos, sin = np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
+    wide = widen(rows)
+    turned = jnp.roll(wide, rows.shape[1] // 2, axis=1)
+    cos, sin = (expand(table[..., None], wide) for table in (cos, sin))
+    return (wide * cos + turned * sin).sum(0).astype(rows.dtype)
+
+
+def _rotation(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of `i theta_j`: [N, R/2] each."""
+    if size % 2:
+        raise ValueError(f"a rotation pairs features, so its size must be even, got {size}.")
+    theta = 10000.0 ** (-2.0 * np.arange(size // 2) / size)
+    angles = np.arange(count)[:, None] * theta
+    return np.cos(angles), np.sin(angles)
+
+
+def expand(table: np.ndarray, like: jax.Array) -> jax.Array:
+    """A constant of the last axes, in the dtype and with the number of axes of `like`."""
+    return jnp.asarray(table.reshape((1,) * (like.ndim - table.ndim) + table.shape), like.dtype)

@@ -1,0 +1,172 @@
+"""MoRA for any function of a tree of parameters: the path for models that no hook reaches.
+
+Equinox, Haiku, plain JAX, and Flax models whose layers call `einsum` on parameters of their own.
+The function is traced and run again with adapters on its kernels (`_rewrite.py`). Which axes of a
+kernel are inputs and outputs is read off the products that it enters, not guessed from its shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mora_jax._config import MoRAConfig, check_matches
+from mora_jax._layout import KernelAxes
+from mora_jax._params import check_adapted
+from mora_jax._plan import AdapterSpec, Plan
+from mora_jax._rewrite import Traced, trace
+from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._views import Adapted, Recorded
+
+
+def as_params(tree: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """Any pytree as parameters: nested dicts, and how to make the tree of them again.
+
+    For models that are pytrees of their own kind, such as Equinox's.
+
+    Args:
+      tree: a pytree of arrays.
+
+    Returns:
+      (params, restore): nested dicts by the names of the tree's nodes, and their inverse.
+
+    >>> params, restore = as_params({"layers": [jnp.ones(2), jnp.zeros(3)]})
+    >>> jax.tree.map(jnp.shape, params), jax.tree.map(jnp.shape, restore(params))
+    ({'layers': {'0': (2,), '1': (3,)}}, {'layers': [(2,), (3,)]})
+    """
+    leaves, structure = jax.tree.flatten_with_path(tree)
+    names = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in leaves]
+
+    def restore(params):
+        values = []
+        for name in names:
+            value = params
+            for part in name:
+                value = value[part]
+            values.append(value)
+        return structure.unflatten(values)
+
+    params: dict[str, Any] = {}
+    for (*parents, name), (_, leaf) in zip(names, leaves, strict=True):
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return params, restore
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedFunction:
+    """A function of parameters and inputs, with adapters. What `adapt` makes of a function.
+
+    Attributes:
+      mora_base: the function: `(params, *inputs) -> outputs`, parameters in nested dicts.
+      mora_chooser: the config or plan.
+    """
+
+    mora_base: Callable[..., Any]
+    mora_chooser: MoRAConfig | Plan
+
+    def __call__(self, params: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
+        """What the base function gives for the parameters plus their adapters' deltas."""
+        leaves = flatten(params)
+        base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+        traced = _trace(self.mora_base, base, inputs, kwargs)
+        plan = self.mora_chooser
+        if isinstance(plan, MoRAConfig):
+            plan = _plan(traced, base, plan)
+        check_adapted(plan, leaves)
+        kernels = {join_path(path, spec.kernel_name): path for path, spec in plan.items()}
+        arrays = list(traced.arrays)
+        for index, path in enumerate(sorted(base)):
+            if path not in kernels:
+                continue
+            spec = plan[kernels[path]]
+            adapter = {n: leaves[leaf] for n, leaf in plan.leaf_paths(kernels[path]).items()}
+            kernel = arrays[index]
+            if not spec.config.train_kernel:
+                kernel = lax.stop_gradient(kernel)
+            order = tuple(range(kernel.ndim))
+            arrays[index] = Adapted(
+                kernel,
+                order,
+                kernel.dtype,
+                spec.batch_first(adapter),
+                spec.kernel_axes,
+                spec.config,
+            )
+        return traced.run(arrays)
+
+
+def plan(function: AdaptedFunction, params: Any, *inputs: Any, **kwargs: Any) -> Plan:
+    """The plan of an adapted function. See `mora_jax.plan`."""
+    base = {path: leaf for path, leaf in flatten(params).items() if not is_adapter(path)}
+    traced = _trace(function.mora_base, base, inputs, kwargs)
+    if isinstance(function.mora_chooser, Plan):
+        return function.mora_chooser
+    return _plan(traced, base, function.mora_chooser)
+
+
+def _trace(function: Callable, base: Mapping[str, Any], inputs: tuple, kwargs: Any) -> Traced:
+    if bad := [path for path, leaf in base.items() if not hasattr(leaf, "shape")]:
+        raise TypeError(
+            f"parameters must be nested dicts of arrays, got something else at {listing(bad)}. "
+            "Use as_params(tree) for other trees."
+        )
+
+    def call(leaves, *inputs, **kwargs):
+        return function(unflatten(leaves), *inputs, **kwargs)
+
+    return trace(call, dict(base), *inputs, **kwargs)
+
+
+def _plan(traced: Traced, base: Mapping[str, Any], config: MoRAConfig) -> Plan:
+    layers = _layers(_kernels(traced, base))
+    check_matches(config, layers, base)
+    specs = []
+    for layer, (path, name, axes) in layers.items():
+        if chosen := config.choose(layer):
+            chosen = dataclasses.replace(chosen, train_kernel=config.trains(path))
+            # Adapters lead with their batch axes, wherever the kernel has them.
+            adapter_batch = tuple(range(len(axes.batch)))
+            shape = tuple(base[path].shape)
+            specs.append((layer, AdapterSpec(chosen, shape, axes, adapter_batch, name)))
+    also_train = tuple((p, tuple(leaf.shape)) for p, leaf in base.items() if config.trains(p))
+    return Plan(tuple(specs), also_train, sum(math.prod(leaf.shape) for leaf in base.values()))
+
+
+def _layers(kernels: Mapping[str, KernelAxes]) -> dict[str, tuple[str, str, KernelAxes]]:
+    """Layer -> (path of its kernel, the kernel's name in it, its axes).
+
+    A kernel belongs to the dict that it stands in, or is a layer by itself where there are several.
+    """
+    parents = [path.rpartition("/")[0] for path in kernels]
+    layers = {}
+    for path, axes in kernels.items():
+        parent, _, name = path.rpartition("/")
+        alone = parents.count(parent) == 1
+        layers[parent if alone else path] = (path, name if alone else "", axes)
+    return layers
+
+
+def _kernels(traced: Traced, base: Mapping[str, Any]) -> dict[str, KernelAxes]:
+    """Parameters that products contract, and their axes there; the first product counts."""
+    found: dict[str, KernelAxes] = {}
+    paths = sorted(base)
+
+    def run(arrays):
+        views = list(arrays)
+        for index, path in enumerate(paths):
+            array, order = views[index], tuple(range(views[index].ndim))
+            if jnp.issubdtype(array.dtype, jnp.floating):
+                views[index] = Recorded(array, order, array.dtype, path, found, order)
+        traced.run(views)
+
+    jax.eval_shape(run, list(traced.arrays))
+    return {path: found[path] for path in base if path in found}

@@ -1,0 +1,168 @@
+"""Groups: how features are shared out among the rows, or the columns, of one matrix.
+
+`sum` and `spread` are each other's transposes, and each has two spellings of the same numbers:
+
+- on one device, slices and copies of whole blocks, which compilers fuse into a single pass;
+- where features may lie on several devices, tables of indices, which each device reads for its own
+  features. Blocks that do not divide a shard would have to be sent around.
+
+Shape letters: F features, R groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mora_jax._features import blocks_of, expand, fold, tile, wide_dtype, widen
+from mora_jax._mesh import may_be_sharded
+from mora_jax._schemes import Grouping
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """One side of `Sharing`.
+
+    Attributes:
+      features: F.
+      size: R.
+      grouping: "stride" (feature j is in group `j mod R`) or "contiguous" (runs of neighbours; the
+        first `F mod R` runs are longer by one).
+      signs: index of the Walsh function by which blocks of R features are multiplied.
+      shift: block b is rolled by `shift * b`.
+      circular: whether the last block is filled up by the first features, or is short.
+
+    >>> groups = Groups(features=5, size=2)
+    >>> groups.sum(jnp.arange(5)), groups.spread(jnp.arange(2))
+    (Array([6, 4], dtype=int32), Array([0, 1, 0, 1, 0], dtype=int32))
+    """
+
+    features: int
+    size: int
+    grouping: Grouping = "stride"
+    signs: int = 0
+    shift: int = 0
+    circular: bool = False
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """[..., F] -> [..., R], added in float32 or better."""
+        if may_be_sharded():
+            return self._sum_by_table(x)
+        return self._sum_runs(x) if self.grouping == "contiguous" else self._sum_strides(x)
+
+    def spread(self, z: jax.Array) -> jax.Array:
+        """[..., R] -> [..., F]."""
+        # In float32, because JAX's transpose of it is a sum.
+        wide = widen(z)
+        if may_be_sharded():
+            spread = self._spread_by_table(wide)
+        elif self.grouping == "contiguous":
+            spread = self._repeat_runs(wide)
+        else:
+            spread = self._tile_strides(wide)
+        return spread.astype(z.dtype)
+
+    def _sum_strides(self, x: jax.Array) -> jax.Array:
+        total = None
+        for index, block in enumerate(blocks_of(x, self.size, circular=self.circular)):
+            if step := self.shift * index % self.size:
+                block = jnp.roll(block, step, axis=-1)
+            term = widen(block)
+            if total is None:
+                total = term
+            else:
+                total = total - term if _walsh(self.signs, index) < 0 else total + term
+        assert total is not None
+        return total.astype(x.dtype)
+
+    def _tile_strides(self, z: jax.Array) -> jax.Array:
+        count = -(-self.features // self.size)
+        # Rolls by a step that grows: the rows of a tiling that is cut a step later each time.
+        step = self.shift % self.size
+        tiled = tile(z, count * (self.size + step))
+        if step:
+            rows = tiled.reshape(*z.shape[:-1], count, self.size + step)
+            tiled = rows[..., : self.size].reshape(*z.shape[:-1], count * self.size)
+        if self.signs:
+            table = np.repeat([_walsh(self.signs, index) for index in range(count)], self.size)
+            tiled = tiled * expand(table, tiled)
+        return fold(tiled, self.features) if self.circular else tiled[..., : self.features]
+
+    def _sum_runs(self, x: jax.Array) -> jax.Array:
+        length, longer = divmod(self.features, self.size)
+        cut, lead = longer * (length + 1), x.shape[:-1]
+        long_runs = x[..., :cut].reshape(*lead, longer, length + 1).sum(-1)
+        short_runs = x[..., cut:].reshape(*lead, self.size - longer, length).sum(-1)
+        return jnp.concatenate([long_runs, short_runs], axis=-1)
+
+    def _repeat_runs(self, z: jax.Array) -> jax.Array:
+        length, longer = divmod(self.features, self.size)
+        long_runs = jnp.repeat(z[..., :longer], length + 1, axis=-1)
+        short_runs = jnp.repeat(z[..., longer:], length, axis=-1)
+        return jnp.concatenate([long_runs, short_runs], axis=-1)
+
+    def tables(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of the group and the weight (1, -1 or 0) of each feature: [F] int, [F] int.
+
+        More than one pair where the last block is filled up: those features act twice.
+        """
+        feature = np.arange(self.features)
+        if self.grouping == "contiguous":
+            length, longer = divmod(self.features, self.size)
+            lengths = np.full(self.size, length) + (np.arange(self.size) < longer)
+            return [(np.repeat(np.arange(self.size), lengths), np.ones_like(feature))]
+        end = -(-self.features // self.size) * self.size
+        pairs = []
+        for start in range(0, end if self.circular else 1, self.features):
+            place = feature + start
+            block = place // self.size
+            sign = np.asarray([_walsh(self.signs, int(b)) for b in block])
+            group = (place + self.shift * block) % self.size
+            pairs.append((group, np.where(place < end, sign, 0)))
+        return pairs
+
+    def _one_hot(self, dtype) -> jax.Array:
+        """[F, R], made from counting where it is used: each device makes its own rows."""
+        column = lax.broadcasted_iota(np.int32, (self.features, self.size), 1)
+        terms = [
+            jnp.where(column == group[:, None], jnp.asarray(weight[:, None], dtype), 0)
+            for group, weight in self.tables()
+        ]
+        return sum(terms[1:], terms[0])
+
+    def _sum_by_table(self, x: jax.Array) -> jax.Array:
+        return _exact_product(x, self._one_hot(x.dtype))
+
+    def _spread_by_table(self, z: jax.Array) -> jax.Array:
+        def look_up(z):
+            terms = [
+                jnp.take(z, group, axis=-1, mode="clip") * expand(weight, z)
+                for group, weight in self.tables()
+            ]
+            return sum(terms[1:], terms[0])
+
+        def multiply(z):
+            return _exact_product(z, self._one_hot(z.dtype).T)
+
+        # TPUs look up slowly, and multiply fast.
+        return lax.platform_dependent(z, tpu=multiply, default=look_up)
+
+
+def _exact_product(x: jax.Array, one_hot: jax.Array) -> jax.Array:
+    """`x @ one_hot` in the dtype of `x`, no number of which is rounded on the way."""
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.matmul(
+        x,
+        one_hot,
+        precision=lax.Precision.HIGHEST if x.dtype.itemsize > 2 else None,
+        preferred_element_type=wide_dtype(x.dtype) if floating else None,
+    ).astype(x.dtype)
+
+
+def _walsh(signs: int, block: int) -> int:
+    """The Walsh function of index `signs` at `block`: 1 or -1."""
+    return (-1) ** (signs & block).bit_count()

@@ -1,0 +1,64 @@
+"""How a kernel of any rank is read as matrices of I input by O output features.
+
+Shape letters: I input features, O output features, B batch axes (experts, stacked layers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+
+from mora_jax._features import wide_dtype
+from mora_jax._operators import Adapter, delta_kernel
+from mora_jax._schemes import Scheme
+
+DotDimensionNumbers = tuple[
+    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelAxes:
+    """Which axes of a kernel are contracted (I), free (O) and batched (B), in flattening order."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+
+    def sizes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
+        """(B, I, O) of a kernel of this shape."""
+        return (
+            tuple(shape[axis] for axis in self.batch),
+            math.prod(shape[axis] for axis in self.inputs),
+            math.prod(shape[axis] for axis in self.outputs),
+        )
+
+    def delta(self, adapter: Adapter, shape: Sequence[int], scheme: Scheme) -> jax.Array:
+        """`delta_kernel` laid out like the kernel. Adapter leaves are [B..., rows, columns]."""
+        batch, in_features, out_features = self.sizes(shape)
+        kernel = functools.partial(
+            delta_kernel, in_features=in_features, out_features=out_features, scheme=scheme
+        )
+        for _ in batch:
+            kernel = jax.vmap(kernel)
+        order = self.batch + self.inputs + self.outputs
+        value = kernel(adapter).reshape([shape[axis] for axis in order])
+        return value.transpose([order.index(axis) for axis in range(len(shape))])
+
+
+def kernel_axes(kernel: jax.Array, dimension_numbers: DotDimensionNumbers) -> KernelAxes:
+    """The axes of the right-hand side of a `jax.lax.dot_general`."""
+    (_, inputs), (_, batch) = dimension_numbers
+    inputs, batch = tuple(inputs), tuple(batch)
+    outputs = tuple(axis for axis in range(kernel.ndim) if axis not in inputs + batch)
+    return KernelAxes(inputs, outputs, batch)
+
+
+def add_delta(kernel: jax.Array, value: jax.Array) -> jax.Array:
+    """`kernel + value`, summed in at least float32, in the kernel's dtype."""
+    wide = wide_dtype(kernel.dtype)
+    return (kernel.astype(wide) + value.astype(wide)).astype(kernel.dtype)

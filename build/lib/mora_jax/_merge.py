@@ -1,0 +1,103 @@
+"""Merging: the delta is a kernel, so an adapter can be added into its base and taken out again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from mora_jax._layout import add_delta
+from mora_jax._params import Params, check_adapted, check_base, join
+from mora_jax._plan import Plan
+from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
+
+
+def merge(params: Params, plan: Plan) -> dict[str, Any]:
+    """Adds every adapter into its kernel and leaves the adapters out: equation (3).
+
+    Equivalent to PEFT's `merge_and_unload`. One jitted call; sums are made in float32 or better
+    and rounded once to the kernel's dtype.
+
+    Args:
+      params: parameters with adapters.
+      plan: the plan.
+
+    Returns:
+      Parameters shaped like the pretrained ones, which the unadapted model takes.
+
+    Raises:
+      ValueError: where the plan does not fit the parameters, or where an adapter holds a number
+        that is not finite (not checked under a transformation, where values are unknown).
+
+    >>> import flax.linen as nn, mora_jax
+    >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
+    >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    >>> jax.tree.map(jnp.shape, merge(params, plan))
+    {'bias': (6,), 'kernel': (3, 6)}
+    """
+    leaves = flatten(params)
+    check_adapted(plan, leaves)
+    check_finite(plan, leaves)
+    base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
+    return unflatten(base | _merge_jitted(leaves, plan))
+
+
+def unmerge(merged: Params, adapters: Params, plan: Plan) -> dict[str, Any]:
+    """Takes merged adapters out of their kernels again, and puts them back beside these.
+
+    Args:
+      merged: what `merge` returned.
+      adapters: a tree that holds the adapters, such as the first part of `split`.
+      plan: the plan.
+
+    Returns:
+      Parameters with adapters. Kernels differ from those before the merge by the rounding of two
+      sums.
+
+    Raises:
+      ValueError: where the plan does not fit, or where an adapter is not finite.
+    """
+    leaves = {path: leaf for path, leaf in flatten(adapters).items() if is_adapter(path)}
+    check_base(plan, flatten(merged))
+    params = join(merged, unflatten(leaves))
+    check_adapted(plan, flatten(params))
+    check_finite(plan, leaves)
+    return unflatten(flatten(params) | _merge_jitted(flatten(params), plan, sign=-1))
+
+
+def merged_kernels(leaves: Mapping[str, Any], plan: Plan, sign: int = 1) -> dict[str, jax.Array]:
+    """Path -> kernel plus (or minus) delta, for every layer of the plan."""
+    kernels = {}
+    for path, spec in plan.items():
+        kernel = join_path(path, spec.kernel_name)
+        adapter = {name: leaves[leaf] for name, leaf in plan.leaf_paths(path).items()}
+        kernels[kernel] = add_delta(leaves[kernel], sign * spec.delta(adapter))
+    return kernels
+
+
+def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError naming every layer whose adapter holds a number that is not finite."""
+    adapters = {path: leaves[path] for path in plan.adapter_leaves()}
+    if any(isinstance(leaf, Tracer) for leaf in adapters.values()):
+        return
+    bad = [path for path, finite in jax.device_get(_all_finite(adapters)).items() if not finite]
+    if bad:
+        raise ValueError(
+            f"not merged: adapters hold numbers that are not finite: {listing(bad)}. "
+            "The parameters are as they were; training has probably diverged."
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "sign"))
+def _merge_jitted(leaves: dict[str, jax.Array], plan: Plan, sign: int = 1) -> dict[str, jax.Array]:
+    return merged_kernels(leaves, plan, sign)
+
+
+@jax.jit
+def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}

@@ -1,0 +1,152 @@
+"""Where NNX models have kernels, and which of their axes are inputs and outputs.
+
+Layers of Flax say it themselves; for others the config does (`MoRAConfig.kernels`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flax import nnx
+
+from mora_jax._config import LayerConfig, MoRAConfig
+from mora_jax._layout import KernelAxes
+from mora_jax._plan import AdapterSpec, Plan
+from mora_jax._tree import escape, join_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel in its layer.
+
+    Attributes:
+      layer: the layer.
+      name: its name there.
+      axes: as the layer sees it.
+      shape: as the layer sees it.
+    """
+
+    layer: Any
+    name: str
+    axes: KernelAxes
+    shape: tuple[int, ...]
+
+    def spec(self, config: LayerConfig) -> AdapterSpec:
+        """Its full layout, the axes of stacked layers included."""
+        full = tuple(getattr(self.layer, self.name).shape)
+        stacks = _stack_axes(full, self.shape)
+        rest = tuple(axis for axis in range(len(full)) if axis not in stacks)
+        inputs, outputs, batch = (
+            tuple(rest[axis] for axis in part)
+            for part in (self.axes.inputs, self.axes.outputs, self.axes.batch)
+        )
+        # A stack has one axis for all its parameters; the kernel's own batch axes come first
+        # among the others.
+        free = (axis for axis in itertools.count() if axis not in stacks)
+        adapter_axes = stacks + tuple(itertools.islice(free, len(batch)))
+        axes = KernelAxes(inputs, outputs, stacks + batch)
+        return AdapterSpec(config, full, axes, adapter_axes, self.name)
+
+
+def _stack_axes(full: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that a kernel has more than its layer knows of."""
+    fitting = [
+        stacks
+        for stacks in itertools.combinations(range(len(full)), len(full) - len(own))
+        if tuple(n for axis, n in enumerate(full) if axis not in stacks) == own
+    ]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"a kernel of shape {full} in a layer that says {own}: "
+            f"stacked along one of {fitting}, and which cannot be told."
+            if fitting
+            else f"a kernel of shape {full} does not fit its layer, which says {own}."
+        )
+    return fitting[0]
+
+
+def kernels(model: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kernel]]:
+    """Every kernel that can be adapted, by its layer's path."""
+    for names, layer in nnx.iter_modules(model):
+        path = path_of(names)
+        kind = next((kind for kind in _LAYOUTS if isinstance(layer, kind)), None)
+        if kind is None:
+            yield from _stated(path, layer, chooser)
+            continue
+        asked = isinstance(chooser, Plan) or chooser.targets != "all-linear"
+        if (layout := _LAYOUTS[kind](layer)) and (kind in _LINEAR or asked):
+            yield path, Kernel(layer, *layout)
+
+
+def _stated(path: str, layer: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kernel]]:
+    """Kernels of layers of other kinds: the config, the plan or an equation states their axes."""
+    params = {name: value for name, value in vars(layer).items() if isinstance(value, nnx.Param)}
+    equation = getattr(layer, "einsum_str", None)
+    for name, value in params.items():
+        if isinstance(chooser, MoRAConfig):
+            axes = chooser.kernel_axes(join_path(path, name))
+            if axes is None and len(params) == 1 and isinstance(equation, str):
+                axes = _einsum_axes(equation)
+        else:
+            known = path in chooser and chooser[path].kernel_name == name
+            axes = chooser[path].kernel_axes if known else None
+        if axes is not None:
+            yield path, Kernel(layer, name, axes, tuple(value.shape))
+
+
+def path_of(names: tuple[Any, ...]) -> str:
+    """The path of a module or a variable."""
+    return join_path(*(escape(str(name)) for name in names))
+
+
+def _linear(layer):
+    return "kernel", KernelAxes((0,), (1,)), (layer.in_features, layer.out_features)
+
+
+def _linear_general(layer):
+    sizes = (tuple(layer.batch_axis.values()), layer.in_features, layer.out_features)
+    axes = iter(range(sum(map(len, sizes))))
+    batch, inputs, outputs = (tuple(itertools.islice(axes, len(part))) for part in sizes)
+    return "kernel", KernelAxes(inputs, outputs, batch), sum(sizes, ())
+
+
+def _einsum(layer):
+    axes = layer.einsum_str and _einsum_axes(layer.einsum_str)  # else it comes with every call
+    return axes and ("kernel", axes, tuple(layer.kernel_shape))
+
+
+def _einsum_axes(equation: str) -> KernelAxes | None:
+    """The axes of the second operand; None where it is no kernel."""
+    operands, _, result = equation.replace(" ", "").partition("->")
+    inputs, _, kernel = operands.partition(",")
+    if "..." in kernel or "," in kernel:
+        return None
+    axes = range(len(kernel))
+    contracted = tuple(a for a in axes if kernel[a] not in result)
+    batch = tuple(a for a in axes if kernel[a] in result and kernel[a] in inputs)
+    outputs = tuple(a for a in axes if a not in contracted + batch)
+    return KernelAxes(contracted, outputs, batch) if contracted and outputs else None
+
+
+def _conv(layer):
+    shape = tuple(layer.kernel_shape)
+    return "kernel", KernelAxes(tuple(range(len(shape) - 1)), (len(shape) - 1,)), shape
+
+
+def _embed(layer):
+    return "embedding", KernelAxes((0,), (1,)), (layer.num_embeddings, layer.features)
+
+
+_LAYOUTS: dict[type, Callable[[Any], Any]] = {
+    nnx.Linear: _linear,
+    nnx.LinearGeneral: _linear_general,
+    nnx.Einsum: _einsum,
+    nnx.Conv: _conv,
+    nnx.Embed: _embed,
+}
+
+#: Those that "all-linear" means.
+_LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)

@@ -1,0 +1,91 @@
+"""Where a delta is cheaper: a model of cost, from static shapes and the kind of machine.
+
+The products of a step cost the same wherever the delta is. What the placements add is memory
+traffic, arithmetic of their own and the launching of kernels; all are counted here in numbers
+moved: the numbers of the kernel's dtype that the machine moves in the same time.
+
+Shape letters: T rows, I input features, O output features, R the square size, N blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from mora_jax._blocks import BlockGrid
+from mora_jax._schemes import Decoupling, LowRank, Rotation, Scheme
+
+Place = Literal["kernel", "activation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a kind of machine does in the time in which it moves one number.
+
+    Attributes:
+      arithmetic: multiplications and additions in a product.
+      launch: numbers moved while one more kernel is started.
+      adding: passes over a result to which a delta is added. It is read and written, but for what
+        compilers merge into the operation that follows.
+    """
+
+    arithmetic: float
+    launch: float
+    adding: float = 1.5
+
+
+#: "gpu" is an H100 (3 TB/s, 5 us a kernel); its constants were set by hand after timing single
+#: kernels and whole steps of examples/benchmarks/step.py. The others are untimed: the right order.
+MACHINES = {
+    "gpu": Machine(arithmetic=500, launch=7_500_000),
+    "tpu": Machine(arithmetic=500, launch=500_000),
+    "cpu": Machine(arithmetic=20, launch=20_000),
+}
+
+
+def best_places(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    size: int,
+    scheme: Scheme,
+    machine: str | None = None,
+) -> tuple[Place, Place]:
+    """The cheaper places of the delta in the forward pass and for the gradient of the inputs.
+
+    In the kernel either pass reads and writes `I O` numbers more. In the activations it has
+    products with the matrix, and adds to `T O` outputs or `T I` inputs.
+
+    Args:
+      rows: T, the rows of one product.
+      in_features: I.
+      out_features: O.
+      size: R, or LoRA's rank.
+      scheme: the scheme.
+      machine: "gpu", "tpu" or "cpu"; by default where JAX runs.
+
+    >>> from mora_jax import Sharing
+    >>> best_places(16384, 4096, 4096, 256, Sharing(), "gpu")
+    ('kernel', 'kernel')
+    >>> best_places(8, 4096, 4096, 256, Sharing(), "gpu")
+    ('activation', 'activation')
+    """
+    costs = MACHINES.get(machine or jax.default_backend(), MACHINES["gpu"])
+    if isinstance(scheme, LowRank):
+        # Its pair is thin: products with it cost a read of the inputs, and no sum is needed.
+        return "activation", "activation"
+    kernel = 2 * in_features * out_features
+    entries, moved = size * size, 0
+    if isinstance(scheme, Rotation | Decoupling):
+        grid = BlockGrid(in_features, out_features, size, scheme.cycle)
+        entries = grid.count * size * size
+        kernel += 4 * entries  # a matrix for each block, in float32, written and read
+        moved = 2 * rows * grid.side * size  # the blocks of the result, before they are added
+    product = 2 * rows * entries / costs.arithmetic + moved + 2 * costs.launch
+
+    def place(added: int) -> Place:
+        return "activation" if product + costs.adding * added < kernel else "kernel"
+
+    return place(rows * out_features), place(rows * in_features)

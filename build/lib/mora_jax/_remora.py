@@ -1,0 +1,135 @@
+"""ReMoRA: merge the adapters, zero them, regroup, restart their optimizer, and go on.
+
+Appendix B of arXiv 2405.12130; with `LowRank` the same call is ReLoRA.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._merge import check_finite, merged_kernels
+from mora_jax._optimizer_state import find_adapter_state
+from mora_jax._params import Params, check_adapted, new_adapters
+from mora_jax._plan import Plan
+from mora_jax._tree import flatten, unflatten
+
+
+class ResetReport(NamedTuple):
+    """What `merge_and_reset` did.
+
+    Attributes:
+      layers: adapters merged and started anew.
+      moments: arrays of optimizer state set to zero.
+      counts: step counts of moments set to zero.
+    """
+
+    layers: int
+    moments: int
+    counts: int
+
+
+class ResetResult(NamedTuple):
+    """What `merge_and_reset` returns, in the order to unpack it."""
+
+    params: dict[str, Any]
+    opt_state: Any
+    plan: Plan
+    report: ResetReport
+
+
+def merge_and_reset(
+    params: Params,
+    opt_state: Any,
+    plan: Plan,
+    *,
+    key: jax.Array | None = None,
+    donate: bool = True,
+) -> ResetResult:
+    """One ReMoRA restart: the adapters go into the base, and training goes on from zero adapters.
+
+    The output of the model does not change across the call. Every adapter is merged and set to
+    zero (`LowRank` is drawn anew); its optimizer moments and **their** step count are set to zero;
+    the plan moves to the next scheme of each layer's cycle. Everything else stays as it is: the
+    state of `also_train` parameters, learning-rate schedules, hyperparameters.
+
+    It runs as one jitted call, compiled once per scheme of the cycle. Before it, a call of its own
+    checks that the adapters are finite, so that nothing is given up for a merge that is refused.
+
+        params, opt_state, plan, report = merge_and_reset(params, opt_state, plan)
+        model = adapt(base_model, plan)
+
+    Args:
+      params: parameters with adapters, the whole tree.
+      opt_state: state of an optax optimizer over the whole tree, or over the trainable part of
+        `split`.
+      plan: the plan.
+      key: a PRNG key, required where a scheme draws numbers (`LowRank`).
+      donate: reuse the memory of what changes: the adapted kernels, the adapters, their optimizer
+        state. These arrays **cannot be used afterwards**, and pretrained parameters that were
+        attached share their kernels. Pass False to keep them, at the price of a second copy.
+
+    Returns:
+      (params, opt_state, plan, report).
+
+    Raises:
+      ValueError: where the plan does not fit the parameters; where an adapter is not finite; where
+        adapters and other parameters share one step count, so that it cannot be reset for the
+        adapters alone; where the optimizer holds moments but none for the adapters, or fields that
+        it does not know how to restart; in the middle of `optax.MultiSteps`' accumulation; where
+        a key is missing; where two of the arrays to donate are one.
+
+    >>> import flax.linen as nn, optax, mora_jax
+    >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
+    >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    >>> opt_state = mora_jax.freeze_base(optax.adam(1e-3), plan).init(params)
+    >>> merge_and_reset(params, opt_state, plan).report
+    ResetReport(layers=1, moments=2, counts=1)
+    """
+    leaves = flatten(params)
+    check_adapted(plan, leaves)
+    next_plan = plan.advance()
+    found = find_adapter_state(opt_state, plan.adapter_leaves())
+    check_finite(plan, leaves)
+    # Only what changes goes through the jitted call; the rest is handed on, untouched.
+    changing = {path: leaves[path] for path in (*plan.kernel_paths(), *plan.adapter_leaves())}
+    state, structure = jax.tree.flatten(opt_state)
+    resetting = {index: state[index] for index in (*found.moments, *found.counts)}
+    if donate:
+        _check_distinct(changing)
+    restart = _restart_donating if donate else _restart
+    changed, reset = restart(changing, resetting, key, plan)
+    for index, leaf in reset.items():
+        state[index] = leaf
+    return ResetResult(
+        unflatten(leaves | changed),
+        structure.unflatten(state),
+        next_plan,
+        ResetReport(len(plan), len(found.moments), len(found.counts)),
+    )
+
+
+def _check_distinct(leaves: dict[str, Any]) -> None:
+    """Raises ValueError where two paths hold one array, which cannot be given up twice."""
+    seen: dict[int, str] = {}
+    for path, leaf in leaves.items():
+        if (other := seen.setdefault(id(leaf), path)) != path:
+            raise ValueError(
+                f"{other!r} and {path!r} hold one and the same array, which cannot be donated "
+                "twice. Pass donate=False; the two are separate from then on."
+            )
+
+
+def _merge_and_start_anew(leaves, state, key, plan):
+    adapters = new_adapters(plan, key)
+    return merged_kernels(leaves, plan) | adapters, jax.tree.map(jnp.zeros_like, state)
+
+
+_restart = functools.partial(jax.jit, static_argnames="plan")(_merge_and_start_anew)
+_restart_donating = functools.partial(jax.jit, static_argnames="plan", donate_argnums=(0, 1))(
+    _merge_and_start_anew
+)

@@ -1,0 +1,276 @@
+"""Runs a traced function with adapters on its kernels, whatever library it is written in.
+
+A function is traced to a jaxpr and run again, equation by equation. On its way from the parameters
+a kernel stays a `View`, its base and its adapter apart: through casts, transposes, slices of
+stacked layers, `jit`, `remat` and `scan`. The product that contracts it becomes an adapted product
+of its own; what is no product takes the kernel as an array.
+
+Two kinds of view share these rules: `_function.py` has one that records how parameters are used,
+and one that adapts them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A parameter as an array that has been cast, transposed or taken out of a stack.
+
+    Subclasses say what a product with it is.
+
+    Attributes:
+      value: the array as it is stored.
+      order: axis i of the view is axis `order[i]` of `value`.
+      dtype: the view's.
+    """
+
+    value: jax.Array
+    order: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The view's shape."""
+        return tuple(self.value.shape[axis] for axis in self.order)
+
+    def array(self) -> jax.Array:
+        """The array itself, for whatever is no product."""
+        return self.value.astype(self.dtype).transpose(self.order)
+
+    def transpose(self, permutation: Sequence[int]) -> View:
+        """The view with its axes permuted."""
+        return dataclasses.replace(self, order=tuple(self.order[axis] for axis in permutation))
+
+    def map(self, function: Callable[[jax.Array], jax.Array]) -> View:
+        """The view with a function applied to its arrays."""
+        leaves, rebuild = self.open()
+        return rebuild(jax.tree.map(function, leaves))
+
+    def open(self, axis: int | None = None) -> tuple[Any, Callable[[Any], Any]]:
+        """(leaves, rebuild): its arrays, for the inside of a transformation.
+
+        With an axis, every leaf leads with it, and `rebuild` takes leaves without it: one element
+        of a stack. It gives an array where the axis is no stack's.
+        """
+        raise NotImplementedError
+
+    def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params) -> jax.Array:
+        """`lax.dot_general(lhs, view)`; pairs are of an axis of `lhs` and one of the view."""
+        raise NotImplementedError
+
+
+def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
+    """Traces a function; of its arguments, those that are no arrays are static."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    dynamic = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+    def call(*arrays):
+        arrays = iter(arrays)
+        merged = [next(arrays) if d else x for d, x in zip(dynamic, leaves, strict=True)]
+        args, kwargs = structure.unflatten(merged)
+        return function(*args, **kwargs)
+
+    arrays = [leaf for d, leaf in zip(dynamic, leaves, strict=True) if d]
+    closed, shapes = jax.make_jaxpr(call, return_shape=True)(*arrays)
+    return Traced(closed, arrays, jax.tree.structure(shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A traced function and the arrays it was called with."""
+
+    closed: core.ClosedJaxpr
+    arrays: list[Any]
+    structure: Any
+
+    def run(self, arrays: Sequence[Any]) -> Any:
+        """Runs it on arrays and views."""
+        return self.structure.unflatten(map(as_array, _run_closed(self.closed, arrays)))
+
+
+def as_array(value: Any) -> Any:
+    """The array of a view; anything else as it is."""
+    return value.array() if isinstance(value, View | _Taken) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """An element of a stack of which the axis, of size 1, is still there."""
+
+    view: View
+    axis: int
+
+    def array(self) -> jax.Array:
+        return lax.expand_dims(self.view.array(), (self.axis,))
+
+
+def _run_closed(closed: Any, inputs: Sequence[Any]) -> list[Any]:
+    return _run(closed.jaxpr, closed.consts, inputs)
+
+
+def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(atom) for atom in equation.invars]
+        rule = None
+        if any(isinstance(value, View | _Taken) for value in inputs):
+            rule = _RULES.get(equation.primitive.name)
+        with equation.ctx.manager:
+            outputs = None if rule is None else rule(equation.params, *inputs)
+            if outputs is None:
+                outputs = _bind(equation, map(as_array, inputs))
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _bind(equation: Any, inputs: Iterator[Any]) -> Sequence[Any]:
+    primitive = equation.primitive
+    outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
+    return outputs if primitive.multiple_results else [outputs]
+
+
+# Each rule gives the outputs, or None where the view must become an array.
+
+
+def _transpose(params, view):
+    return [view.transpose(params["permutation"])] if isinstance(view, View) else None
+
+
+def _convert(params, view):
+    dtype = np.dtype(params["new_dtype"])
+    floating = jnp.issubdtype(dtype, np.floating)
+    return [dataclasses.replace(view, dtype=dtype)] if isinstance(view, View) and floating else None
+
+
+def _stop_gradient(params, view):
+    del params
+    return [view.map(lax.stop_gradient)] if isinstance(view, View) else None
+
+
+def _slice(params, view):
+    if not isinstance(view, View) or not set(params["strides"] or ()) <= {1}:
+        return None
+    bounds = zip(params["start_indices"], params["limit_indices"], view.shape, strict=True)
+    cut = [(axis, start, stop) for axis, (start, stop, n) in enumerate(bounds) if stop - start < n]
+    if len(cut) != 1 or cut[0][2] - cut[0][1] != 1:
+        return None
+    axis, index, _ = cut[0]
+    element = _element(view, axis, index)
+    return [_Taken(element, axis)] if isinstance(element, View) else None
+
+
+def _unstack(params, view):
+    if not isinstance(view, View):
+        return None
+    axis = params["axis"]
+    return [_element(view, axis, index) for index in range(view.shape[axis])]
+
+
+def _squeeze(params, taken):
+    whole = isinstance(taken, _Taken) and tuple(params["dimensions"]) == (taken.axis,)
+    return [taken.view] if whole else None
+
+
+def _dot_general(params, lhs, rhs):
+    params = dict(params)
+    (contract_l, contract_r), (batch_l, batch_r) = params.pop("dimension_numbers")
+    if isinstance(rhs, View):
+        pairs = tuple(zip(contract_l, contract_r, strict=True))
+        batch = tuple(zip(batch_l, batch_r, strict=True))
+        return [rhs.product(as_array(lhs), pairs, batch, **params)]
+    if not isinstance(lhs, View):
+        return None
+    pairs = tuple(zip(contract_r, contract_l, strict=True))
+    batch = tuple(zip(batch_r, batch_l, strict=True))
+    rhs = as_array(rhs)
+    # Results lead with the batch axes, then come those of the first operand.
+    swapped = lhs.product(rhs, pairs, batch, **params)
+    free = rhs.ndim - len(pairs) - len(batch)
+    return [jnp.moveaxis(swapped, range(len(batch), len(batch) + free), range(-free, 0))]
+
+
+def _jit(params, *inputs):
+    return _run_closed(params["jaxpr"], inputs)
+
+
+def _remat(params, *inputs):
+    leaves, rebuild = _open_all(inputs)
+
+    def body(leaves):
+        return [as_array(out) for out in _run(params["jaxpr"], (), rebuild(leaves))]
+
+    # What is differentiated already is recomputed where it stands.
+    body = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return body(leaves)
+
+
+def _scan(params, *inputs):
+    if "num_consts" in params:
+        consts, carries = params["num_consts"], params["num_carry"]
+    else:
+        consts, carries = (len(part) for part in params["ft_in"].elts[:2])
+    constant, rebuild_constant = _open_all(inputs[:consts])
+    carry = [as_array(value) for value in inputs[consts : consts + carries]]
+    stacked, rebuild_element = _open_all(inputs[consts + carries :], axis=0)
+
+    def body(carry, stacked):
+        inputs = [*rebuild_constant(constant), *carry, *rebuild_element(stacked)]
+        outputs = [as_array(out) for out in _run_closed(params["jaxpr"], inputs)]
+        return outputs[:carries], outputs[carries:]
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, outputs = lax.scan(body, carry, stacked, **options)
+    return [*carry, *outputs]
+
+
+_RULES = {
+    "transpose": _transpose,
+    "convert_element_type": _convert,
+    "stop_gradient": _stop_gradient,
+    "slice": _slice,
+    "squeeze": _squeeze,
+    "unstack": _unstack,
+    "dot_general": _dot_general,
+    "jit": _jit,
+    "pjit": _jit,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "scan": _scan,
+}
+
+
+def _element(view: View, axis: int, index: int) -> View | jax.Array:
+    leaves, rebuild = view.open(axis)
+    return rebuild(jax.tree.map(lambda leaf: leaf[index], leaves))
+
+
+def _open_all(values: Sequence[Any], axis: int | None = None) -> tuple[list[Any], Callable]:
+    """Leaves of arrays and views, and how to put them together again."""
+    opened = [
+        value.open(axis) if isinstance(value, View) else (as_array(value), None) for value in values
+    ]
+
+    def rebuild(leaves):
+        return [
+            leaf if again is None else again(leaf)
+            for leaf, (_, again) in zip(leaves, opened, strict=True)
+        ]
+
+    return [leaves for leaves, _ in opened], rebuild

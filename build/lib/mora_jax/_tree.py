@@ -1,0 +1,87 @@
+"""Where adapters live in a tree of parameters: the one place that knows.
+
+A parameter tree is a nested mapping with arrays at its leaves, as Flax makes it. Paths are written
+as in error messages and patterns, with slashes: `"layers/self_attn/q_proj/kernel"`. A layer's
+adapter stands beside its kernel, under one name:
+
+    layers/self_attn/q_proj/kernel         the base, frozen
+    layers/self_attn/q_proj/mora/matrix    the adapter, trained
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+#: The name under which a layer holds its adapter.
+ADAPTER = "mora"
+
+
+def join_path(*parts: str) -> str:
+    """`"a/b/c"` from its parts, leaving out empty ones (the root's own path is empty)."""
+    return "/".join(part for part in parts if part)
+
+
+def adapter_path(layer: str, kernel_name: str) -> str:
+    """Where a layer's adapter stands: in the layer, beside its kernel.
+
+    A kernel that shares its dict with others is a layer by itself, with no name of its own in it.
+
+    >>> adapter_path("attention/query", "kernel"), adapter_path("mlp/gate", "")
+    ('attention/query/mora', 'mlp/mora/gate')
+    """
+    parent, _, name = layer.rpartition("/")
+    return join_path(layer, ADAPTER) if kernel_name else join_path(parent, ADAPTER, name)
+
+
+def escape(name: str) -> str:
+    """A name as a part of a path: a slash within it is written as in URLs, `%2F`."""
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by path, names escaped.
+
+    >>> flatten({"dense": {"kernel": 1, "bias": 2}})
+    {'dense/kernel': 1, 'dense/bias': 2}
+    """
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = join_path(prefix, escape(str(name)))
+        if isinstance(value, Mapping):
+            leaves.update(flatten(value, path))
+        else:
+            leaves[path] = value
+    return leaves
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`.
+
+    >>> unflatten({"dense/kernel": 1, "dense/bias": 2})
+    {'dense': {'kernel': 1, 'bias': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *parents, name = (part.replace("%2F", "/").replace("%25", "%") for part in path.split("/"))
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a leaf's path lies inside an adapter.
+
+    >>> is_adapter("q_proj/mora/matrix"), is_adapter("q_proj/kernel")
+    (True, False)
+    """
+    return ADAPTER in path.split("/")[:-1]
+
+
+def listing(paths: Iterable[str], limit: int = 8) -> str:
+    """Paths for an error message: the first few, and how many more there are."""
+    paths = sorted(paths)
+    more = f", and {len(paths) - limit} more" if len(paths) > limit else ""
+    return ", ".join(repr(path) for path in paths[:limit]) + more

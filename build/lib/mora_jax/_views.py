@@ -1,0 +1,154 @@
+"""The two kinds of view that a traced function is run on: one records, one adapts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from mora_jax._config import LayerConfig
+from mora_jax._dot import mora_dot_general
+from mora_jax._layout import KernelAxes, add_delta
+from mora_jax._operators import Adapter, delta_transpose
+from mora_jax._rewrite import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded(View):
+    """Notes the axes of the products that a parameter enters.
+
+    Attributes:
+      path: the parameter's.
+      found: where to note.
+      origin: axis i of `value` is axis `origin[i]` of the parameter.
+      stacks: axes of the parameter along which it was taken apart.
+    """
+
+    path: str
+    found: dict[str, KernelAxes]
+    origin: tuple[int, ...]
+    stacks: tuple[int, ...] = ()
+
+    def open(self, axis=None):
+        if axis is None:
+            return self.value, lambda value: dataclasses.replace(self, value=value)
+        stored = self.order[axis]
+        origin = self.origin[:stored] + self.origin[stored + 1 :]
+
+        def rebuild(value):
+            return dataclasses.replace(
+                self,
+                value=value,
+                order=_without(self.order, stored),
+                origin=origin,
+                stacks=(*self.stacks, self.origin[stored]),
+            )
+
+        return jnp.moveaxis(self.value, stored, 0), rebuild
+
+    def product(self, lhs, contracting, batch, **params):
+        inputs = tuple(sorted(self.origin[self.order[r]] for _, r in contracting))
+        batched = tuple(sorted(self.origin[self.order[r]] for _, r in batch))
+        outputs = tuple(sorted(set(self.origin) - {*inputs, *batched}))
+        if inputs and outputs:
+            axes = KernelAxes(inputs, outputs, self.stacks + batched)
+            self.found.setdefault(self.path, axes)
+        return _dot_general(lhs, self.array(), contracting, batch, **params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted(View):
+    """A kernel and its adapter.
+
+    Attributes:
+      adapter: leaves [B..., rows, columns].
+      axes: of `value`.
+      config: scheme and placement.
+    """
+
+    adapter: Adapter
+    axes: KernelAxes
+    config: LayerConfig
+
+    def array(self):
+        delta = self.axes.delta(self.adapter, self.value.shape, self.config.scheme)
+        return add_delta(self.value.astype(self.dtype), delta).transpose(self.order)
+
+    def open(self, axis=None):
+        leaves = (self.value, dict(self.adapter))
+        if axis is None:
+            return leaves, lambda leaves: dataclasses.replace(
+                self, value=leaves[0], adapter=leaves[1]
+            )
+        stored = self.order[axis]
+        if stored not in self.axes.batch:
+            return jnp.moveaxis(self.array(), axis, 0), lambda array: array
+        place, axes = self.axes.batch.index(stored), dataclasses.astuple(self.axes)
+        one = {
+            "order": _without(self.order, stored),
+            "axes": KernelAxes(*(_without(part, stored) for part in axes)),
+        }
+        value = jnp.moveaxis(self.value, stored, 0)
+        adapter = {name: jnp.moveaxis(leaf, place, 0) for name, leaf in self.adapter.items()}
+        return (value, adapter), lambda leaves: dataclasses.replace(
+            self, value=leaves[0], adapter=leaves[1], **one
+        )
+
+    def product(self, lhs, contracting, batch, **params):
+        pairs = {self.order[right]: left for left, right in contracting}
+        batches = {self.order[right]: left for left, right in batch}
+        sharding, axes = params.pop("out_sharding", None), self.axes
+        if batches.keys() == set(axes.batch) and sharding is None:
+            if pairs.keys() == set(axes.inputs):
+                return self._adapted(lhs, pairs, batches, [right for _, right in batch], **params)
+            if pairs.keys() == set(axes.outputs) and len(self.order) == 2:
+                return self._transposed(lhs, contracting, batch, **params)
+        params |= {} if sharding is None else {"out_sharding": sharding}
+        return _dot_general(lhs, self.array(), contracting, batch, **params)
+
+    def _adapted(self, lhs, pairs, batches, batch_order, **params):
+        """The product over the inputs. Its axes: batch, free ones of `lhs`, outputs."""
+        axes = self.axes
+        y = mora_dot_general(
+            lhs,
+            self.value.astype(self.dtype),
+            (
+                (tuple(pairs[axis] for axis in axes.inputs), axes.inputs),
+                (tuple(batches[axis] for axis in axes.batch), axes.batch),
+            ),
+            self.adapter,
+            self.config.scheme,
+            placement=self.config.placement,
+            **params,
+        )
+        # From the order in which the kernel is stored to the one in which it is seen.
+        lead = y.ndim - len(axes.outputs)
+        batch = [axes.batch.index(self.order[right]) for right in batch_order]
+        outputs = [lead + axes.outputs.index(a) for a in self.order if a in axes.outputs]
+        return y.transpose([*batch, *range(len(batch), lead), *outputs])
+
+    def _transposed(self, lhs, contracting, batch, **params):
+        """The product over the outputs of a matrix, as with a tied embedding."""
+        base = _dot_general(lhs, super().array(), contracting, batch, **params)
+        ((left, _),) = contracting
+        rows = jnp.moveaxis(lhs, left, -1)
+        in_features = self.value.shape[self.axes.inputs[0]]
+        extra = delta_transpose(
+            rows.reshape(-1, rows.shape[-1]), self.adapter, in_features, self.config.scheme
+        )
+        return base + extra.reshape(base.shape).astype(base.dtype)
+
+
+def _dot_general(lhs, rhs, contracting, batch, **params):
+    def axes(side):
+        return tuple(pair[side] for pair in contracting), tuple(pair[side] for pair in batch)
+
+    (contract_l, batch_l), (contract_r, batch_r) = axes(0), axes(1)
+    numbers = ((contract_l, contract_r), (batch_l, batch_r))
+    return lax.dot_general(lhs, rhs, numbers, **params)
+
+
+def _without(axes: tuple[int, ...], gone: int) -> tuple[int, ...]:
+    """Axes of an array, after one of its axes is gone."""
+    return tuple(axis - (axis > gone) for axis in axes if axis != gone)

@@ -1,0 +1,185 @@
+"""MoRA for Flax NNX: `adapt` for models, a layer, and the type of its parameters.
+
+An adapted layer is an object of a subclass of its own class, so that the graph and the paths of the
+base model stay as they are, with its adapter beside the kernel:
+
+    q_proj.kernel         [I, O]    Param, the pretrained kernel, as before
+    q_proj.mora.matrix    [R, R]    MoRAParam, the adapter, R the square size
+
+Training is NNX's own, `nnx.Optimizer(model, tx, wrt=MoRAParam)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from mora_jax import _merge, _remora
+from mora_jax._config import MoRAConfig, check_matches
+from mora_jax._initialize import draws_numbers
+from mora_jax._nnx_kernels import Kernel, kernels, path_of
+from mora_jax._nnx_layers import AdaptedLayer, MoRA, MoRALinear, MoRAParam, adapted_class, fresh
+from mora_jax._plan import Plan
+from mora_jax._remora import ResetReport
+from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
+
+__all__ = ["MoRA", "MoRALinear", "MoRAParam", "adapt", "merge", "merge_and_reset", "plan"]
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+
+def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = None) -> ModelT:
+    """A model like `model` whose chosen layers have adapters. See `mora_jax.adapt`."""
+    if next(_adapted(model), None):
+        raise TypeError("the model is adapted already; adapt the base model instead.")
+    adapted = nnx.merge(*_split(model))
+    found = dict(kernels(adapted, chooser))
+    if isinstance(chooser, MoRAConfig):
+        check_matches(chooser, found, _parameters(model))
+    elif missing := chooser.keys() - found.keys():
+        raise ValueError(
+            f"the plan has layers at {listing(missing)}, where the model has none; "
+            f"its linear layers: {listing(found)}. Was the plan made for another model?"
+        )
+    for path, kernel in found.items():
+        config = chooser.choose(path)
+        if config is None:
+            continue
+        if config.dropout:
+            raise ValueError(
+                f"dropout={config.dropout} for layer {path!r}: adapters in NNX have none yet."
+            )
+        if isinstance(chooser, MoRAConfig):
+            trained = chooser.trains(join_path(path, kernel.name))
+            config = dataclasses.replace(config, train_kernel=trained)
+        spec, own = kernel.spec(config), None
+        if draws_numbers(config.scheme):
+            if key is None:
+                raise ValueError(
+                    f"key is missing: {config.scheme} draws random numbers (layer {path!r}). "
+                    "Pass key=jax.random.key(...)."
+                )
+            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        object.__setattr__(kernel.layer, "__class__", adapted_class(type(kernel.layer)))
+        kernel.layer.mora = MoRA(spec, kernel.axes, kernel.shape, key=own)
+    return adapted
+
+
+def plan(model: nnx.Module) -> Plan:
+    """The plan of an adapted model. See `mora_jax.plan`."""
+    layers = []
+    for path, layer in _adapted(model):
+        mora = layer.mora
+        kernel = Kernel(layer, mora.kernel_name, mora.kernel_axes, mora.kernel_shape)
+        layers.append((path, kernel.spec(mora.config)))
+    if not layers:
+        raise ValueError(
+            "the model has no adapters. Adapt it first, adapt(model, config), or build it with "
+            "mora_jax.nnx.MoRALinear."
+        )
+    base = {path: leaf for path, leaf in _parameters(model).items() if not is_adapter(path)}
+    return Plan(tuple(layers), (), sum(math.prod(leaf.shape) for leaf in base.values()))
+
+
+def merge(model: ModelT) -> ModelT:
+    """A model without adapters whose kernels hold their deltas: equation (3).
+
+    The adapted model is not touched. Of a state, give `nnx.to_pure_dict` to `mora_jax.merge`.
+
+    Raises:
+      ValueError: where an adapter holds a number that is not finite.
+
+    >>> layer = MoRALinear(3, 6, rank=1, scheme="sharing", rngs=nnx.Rngs(0))
+    >>> type(merge(layer)) is nnx.Linear
+    True
+    """
+    merged = flatten(_merge.merge(_values(model), plan(model)))
+    copy = nnx.merge(*_split(model))
+    for _, layer in list(_adapted(copy)):
+        object.__setattr__(layer, "__class__", type(layer).mora_base)
+        del layer.mora
+    graph, state = nnx.split(copy)
+    variables = [
+        (names, variable.replace(merged.get(path_of(names), variable[...])))
+        for names, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(variables))
+
+
+def merge_and_reset(
+    model: nnx.Module,
+    optimizer: nnx.Optimizer,
+    *,
+    key: jax.Array | None = None,
+    donate: bool = True,
+) -> ResetReport:
+    """One ReMoRA restart, in place: `mora_jax.merge_and_reset` for a model and its optimizer.
+
+    Args:
+      model: an adapted model; its adapters move to the next scheme of their cycles.
+      optimizer: the `nnx.Optimizer` that trains it.
+      key: a PRNG key, required where a scheme draws numbers (`LowRank`).
+      donate: reuse the memory of what changes. The base model shares these kernels and **cannot
+        be used afterwards**, unless this is False.
+
+    Returns:
+      What was reset.
+
+    Raises:
+      ValueError: as `mora_jax.merge_and_reset`, and then nothing is changed.
+    """
+    state = jax.tree.map(_as_dict, optimizer.opt_state, is_leaf=_is_state)
+    values = jax.tree.map(lambda leaf: leaf[...], state, is_leaf=_is_variable)
+    result = _remora.merge_and_reset(_values(model), values, plan(model), key=key, donate=donate)
+    jax.tree.map(_set, state, result.opt_state, is_leaf=_is_variable)
+    params = flatten(result.params)
+    for path, variable in _parameters(model).items():
+        variable[...] = params[path]
+    for path, layer in _adapted(model):
+        layer.mora.config = result.plan[path].config
+    return result.report
+
+
+def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+    for names, module in nnx.iter_modules(model):
+        if isinstance(module, AdaptedLayer):
+            yield path_of(names), module
+
+
+def _parameters(model: Any) -> dict[str, nnx.Variable]:
+    state = nnx.state(model, nnx.Param)
+    return {path_of(names): variable for names, variable in nnx.to_flat_state(state)}
+
+
+def _values(model: Any) -> dict[str, Any]:
+    return unflatten({path: leaf[...] for path, leaf in _parameters(model).items()})
+
+
+def _split(model: Any) -> tuple[Any, Any]:
+    graph, state = nnx.split(model)
+    return graph, fresh(state)
+
+
+def _as_dict(leaf: Any) -> Any:
+    """A state as nested dicts of variables."""
+    if not isinstance(leaf, nnx.State):
+        return leaf
+    return unflatten({path_of(names): variable for names, variable in nnx.to_flat_state(leaf)})
+
+
+def _is_state(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.State | nnx.Variable)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _set(variable: nnx.Variable, value: jax.Array) -> None:
+    variable[...] = value
