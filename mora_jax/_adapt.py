@@ -148,6 +148,7 @@ def _check_model(model: Any) -> None:
     if _inner(model) is not None:
         hint = " Its attribute `module` is one: pass that, and its parameters."
     raise TypeError(
-        f"expected a flax.linen.Module or a function of parameters, got {type(model).__name__}."
+        f"expected a module of linen or NNX, or a function of parameters, got a "
+        f"{type(model).__name__}."
         f"{hint}"
     )

@@ -58,6 +58,23 @@ def kernel_axes(kernel: jax.Array, dimension_numbers: DotDimensionNumbers) -> Ke
     return KernelAxes(inputs, outputs, batch)
 
 
+def einsum_axes(equation: str) -> KernelAxes | None:
+    """The axes of an einsum's second operand; None where it is no kernel.
+
+    >>> einsum_axes("btd,ndh->btnh")
+    KernelAxes(inputs=(1,), outputs=(0, 2), batch=())
+    """
+    operands, _, result = equation.replace(" ", "").partition("->")
+    inputs, _, kernel = operands.partition(",")
+    if "..." in kernel or "," in kernel:
+        return None
+    axes = range(len(kernel))
+    contracted = tuple(a for a in axes if kernel[a] not in result)
+    batch = tuple(a for a in axes if kernel[a] in result and kernel[a] in inputs)
+    outputs = tuple(a for a in axes if a not in contracted + batch)
+    return KernelAxes(contracted, outputs, batch) if contracted and outputs else None
+
+
 def add_delta(kernel: jax.Array, value: jax.Array) -> jax.Array:
     """`kernel + value`, summed in at least float32, in the kernel's dtype."""
     wide = wide_dtype(kernel.dtype)

@@ -15,9 +15,10 @@ from flax import linen as nn
 
 from mora_jax._config import LayerConfig, MoRAConfig, check_matches
 from mora_jax._layout import KernelAxes, kernel_axes
+from mora_jax._linen_layers import Leaves, MoRA, is_adaptable
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._tree import ADAPTER, flatten, is_adapter, join_path, listing
-from mora_jax.linen import LINEAR, TRACE, AdaptedModule, MoRA, mark_scope
+from mora_jax.linen import TRACE, AdaptedModule, mark_scope
 
 #: The axes of a probe have sizes from here on; no model stacks as many layers.
 _PROBE_SIZE = 1_000_003
@@ -32,6 +33,7 @@ class _Seen:
 
     axes: KernelAxes
     config: LayerConfig
+    kernel_name: str = "kernel"
 
 
 def plan(
@@ -47,8 +49,14 @@ def plan(
     def record(next_fun, args, kwargs, context):
         module = context.module
         mark_scope(module, mora_plan=trace)
-        if context.method_name == "__call__" and isinstance(module, LINEAR):
+        if is_adaptable(module, context.method_name, chooser):
             linear[join_path(*module.path)] = None
+        if context.method_name == "__call__" and isinstance(module, Leaves):
+            kernel, axes = args
+            path = join_path(*module.path[:-1])
+            seen[path] = _Seen(axes, module.config, module.kernel_name)
+            _leave_probe(module, "kernel", kernel.ndim)
+            _leave_probe(module, "adapter", len(axes.batch) + 2)
         if context.method_name == "__call__" and isinstance(module, MoRA):
             _, kernel, dimension_numbers = args[:3]
             axes = kernel_axes(kernel, dimension_numbers)
@@ -138,7 +146,8 @@ def _spec(path: str, layer: _Seen, params: dict[str, jax.ShapeDtypeStruct]) -> A
     batch = range(len(layer.axes.batch))
     return AdapterSpec(
         config=layer.config,
-        kernel_shape=params[join_path(path, "kernel")].shape,
+        kernel_shape=params[join_path(path, layer.kernel_name)].shape,
+        kernel_name=layer.kernel_name,
         kernel_axes=KernelAxes(
             inputs=tuple(axes[axis] for axis in layer.axes.inputs),
             outputs=tuple(axes[axis] for axis in layer.axes.outputs),

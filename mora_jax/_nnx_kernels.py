@@ -13,7 +13,7 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._config import LayerConfig, MoRAConfig
-from mora_jax._layout import KernelAxes
+from mora_jax._layout import KernelAxes, einsum_axes
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._tree import escape, join_path
 
@@ -89,7 +89,7 @@ def _stated(path: str, layer: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple
         if isinstance(chooser, MoRAConfig):
             axes = chooser.kernel_axes(join_path(path, name))
             if axes is None and len(params) == 1 and isinstance(equation, str):
-                axes = _einsum_axes(equation)
+                axes = einsum_axes(equation)
         else:
             known = path in chooser and chooser[path].kernel_name == name
             axes = chooser[path].kernel_axes if known else None
@@ -114,21 +114,8 @@ def _linear_general(layer):
 
 
 def _einsum(layer):
-    axes = layer.einsum_str and _einsum_axes(layer.einsum_str)  # else it comes with every call
+    axes = layer.einsum_str and einsum_axes(layer.einsum_str)  # else it comes with every call
     return axes and ("kernel", axes, tuple(layer.kernel_shape))
-
-
-def _einsum_axes(equation: str) -> KernelAxes | None:
-    """The axes of the second operand; None where it is no kernel."""
-    operands, _, result = equation.replace(" ", "").partition("->")
-    inputs, _, kernel = operands.partition(",")
-    if "..." in kernel or "," in kernel:
-        return None
-    axes = range(len(kernel))
-    contracted = tuple(a for a in axes if kernel[a] not in result)
-    batch = tuple(a for a in axes if kernel[a] in result and kernel[a] in inputs)
-    outputs = tuple(a for a in axes if a not in contracted + batch)
-    return KernelAxes(contracted, outputs, batch) if contracted and outputs else None
 
 
 def _conv(layer):

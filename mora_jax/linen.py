@@ -1,9 +1,7 @@
-"""MoRA for Flax linen: a `dot_general` module, a layer, and `adapt` for whole models.
+"""MoRA for Flax linen: `adapt` for whole models, and a layer.
 
-linen's `Dense` and `DenseGeneral` (attention included) take a `dot_general_cls`. `MoRA` is one: a
-module that makes its adapter beside the kernel it is called with. `adapt` puts it into every
-chosen layer while the model runs, by `nn.intercept_methods`, so that the model is not edited and
-the base parameters keep their paths:
+`adapt` puts adapters into the chosen layers while the model runs, by `nn.intercept_methods`, so
+that the model is not edited and the base parameters keep their paths:
 
     q_proj/kernel         [I, O]    the pretrained kernel, as before
     q_proj/mora/matrix    [R, R]    the adapter, R the square size
@@ -19,82 +17,27 @@ import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import freeze
 from jax import lax
 
 from mora_jax._config import LayerConfig, Placement
-from mora_jax._dot import mora_dot_general
-from mora_jax._initialize import initialize
-from mora_jax._layout import kernel_axes
-from mora_jax._schemes import Scheme, adapter_shapes, as_scheme
+from mora_jax._linen_layers import (
+    OTHERS,
+    MoRA,
+    as_function,
+    is_adaptable,
+    kernel_name,
+    uses_mora,
+)
+from mora_jax._schemes import Scheme, as_scheme
 from mora_jax._tree import ADAPTER, join_path
-
-#: The layers that `adapt` reaches: those that take a `dot_general_cls`.
-LINEAR = (nn.Dense, nn.DenseGeneral)
 
 #: The number of the trace that a plan is being made by; 0 where none is.
 TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-class MoRA(nn.Module):
-    """A `dot_general` with an adapter of its own, for a layer's `dot_general_cls`.
-
-    Parameters: `matrix` [B..., R, R] zeros, or for `LowRank` `a` [B..., I, rank] and `b`
-    [B..., rank, O]; B the batch axes of the product. The kernel it is called with is taken as
-    frozen, unless `config.train_kernel`: its gradient is zero and never formed.
-
-    Attributes:
-      config: rank, scheme, placement, dropout, dtype.
-      dot_general: the base product.
-
-    >>> config = LayerConfig(rank=1, scheme=as_scheme("sharing", 1))
-    >>> layer = nn.Dense(6, dot_general_cls=functools.partial(MoRA, config, name="mora"))
-    >>> params = layer.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
-    >>> jax.tree.map(jnp.shape, params)
-    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
-    """
-
-    config: LayerConfig
-    dot_general: Callable[..., jax.Array] = lax.dot_general
-
-    @nn.compact
-    def __call__(
-        self,
-        lhs: jax.Array,
-        rhs: jax.Array,
-        dimension_numbers: Any,
-        precision: Any = None,
-        preferred_element_type: Any = None,
-    ) -> jax.Array:
-        """Like `jax.lax.dot_general`, with the delta added."""
-        config = self.config
-        batch, in_features, out_features = kernel_axes(rhs, dimension_numbers).sizes(rhs.shape)
-        adapter = {}
-        shapes = adapter_shapes(in_features, out_features, config.rank, config.scheme)
-        for name, shape in shapes.items():
-            start = functools.partial(initialize, name=name, fan_in=in_features)
-            adapter[name] = self.param(name, start, (*batch, *shape), jnp.dtype(config.dtype))
-        dropped = None
-        if config.dropout and self.has_rng(ADAPTER):
-            keep = jax.random.bernoulli(self.make_rng(ADAPTER), 1 - config.dropout, lhs.shape)
-            dropped = jnp.where(keep, lhs / (1 - config.dropout), 0).astype(lhs.dtype)
-        return mora_dot_general(
-            lhs,
-            rhs if config.train_kernel else lax.stop_gradient(rhs),
-            dimension_numbers,
-            adapter,
-            config.scheme,
-            placement=config.placement,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            adapter_lhs=dropped,
-            dot_general=self.dot_general,
-        )
 
 
 class MoRADense(nn.Dense):
@@ -122,7 +65,7 @@ class MoRADense(nn.Dense):
     adapter_dtype: Any = "float32"
 
     def __post_init__(self):
-        if self.dot_general_cls is not None and not _uses_mora(self.dot_general_cls):
+        if self.dot_general_cls is not None and not uses_mora(self):
             raise ValueError("MoRADense takes a `dot_general`, but no `dot_general_cls`.")
         config = LayerConfig(
             rank=self.rank,
@@ -142,6 +85,10 @@ class Chooser(Protocol):
 
     def choose(self, path: str) -> LayerConfig | None:
         """The config of the layer at `path`, or None where it is left alone."""
+        ...
+
+    def trains(self, path: str) -> bool:
+        """Whether the parameter at `path` is trained in full."""
         ...
 
 
@@ -223,16 +170,17 @@ def _intercepted(method: Callable[..., Any], chooser: Chooser) -> Callable[..., 
 
 def _use_adapter(chooser, depth, next_fun, args, kwargs, context):
     """Runs a chosen layer as a copy of itself, on the same scope, whose product is `MoRA`."""
-    layer = context.module
-    if (
-        context.method_name != "__call__"
-        or not isinstance(layer, LINEAR)
-        or _uses_mora(layer.dot_general_cls)
-    ):
+    layer, method = context.module, context.method_name
+    if not is_adaptable(layer, method, chooser) or uses_mora(layer):
         return next_fun(*args, **kwargs)
-    config = chooser.choose(join_path(*layer.path[depth:]))
+    path = join_path(*layer.path[depth:])
+    config = chooser.choose(path)
     if config is None:
         return next_fun(*args, **kwargs)
+    if isinstance(layer, (nn.Einsum, *OTHERS)):
+        trained = chooser.trains(join_path(path, kernel_name(layer)))
+        config = dataclasses.replace(config, train_kernel=trained)
+        return as_function(layer, method, next_fun, args, kwargs, config)
     base_dot = layer.dot_general or lax.dot_general
     if layer.dot_general_cls is not None:
         base_dot = layer.dot_general_cls()
@@ -248,10 +196,6 @@ def mark_scope(module: nn.Module, **marks: int) -> None:
     """
     if module.scope is not None:
         module.scope.flags = freeze({**module.scope.flags, **marks})
-
-
-def _uses_mora(dot_general_cls: Any) -> bool:
-    return isinstance(dot_general_cls, functools.partial) and dot_general_cls.func is MoRA
 
 
 def _fields(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,186 @@
+"""linen layers with adapters: a `dot_general` module, and layers as functions of their kernel.
+
+`Dense` and `DenseGeneral` take a `dot_general_cls`: `MoRA` is one, a module that makes its adapter
+beside the kernel it is called with. `Einsum`, `Conv` and `Embed` have no such field, and run as
+functions of their kernel (`_rewrite.py`).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from mora_jax._config import LayerConfig, MoRAConfig
+from mora_jax._dot import mora_dot_general
+from mora_jax._initialize import initialize
+from mora_jax._layout import KernelAxes, einsum_axes, kernel_axes
+from mora_jax._rewrite import trace
+from mora_jax._schemes import adapter_shapes
+from mora_jax._tree import ADAPTER, join_path
+from mora_jax._views import Adapted
+
+#: The layers that "all-linear" means: those that take a `dot_general_cls`, and einsums.
+LINEAR = (nn.Dense, nn.DenseGeneral, nn.Einsum)
+
+#: Layers that are adapted where a pattern names them; with einsums, those that run as functions.
+OTHERS = (nn.Conv, nn.Embed)
+
+#: Set while a layer runs as a function of its kernel, so that it is not adapted once more.
+WITHIN: contextvars.ContextVar[bool] = contextvars.ContextVar("WITHIN", default=False)
+
+
+class MoRA(nn.Module):
+    """A `dot_general` with an adapter of its own, for a layer's `dot_general_cls`.
+
+    Parameters: `matrix` [B..., R, R] zeros, or for `LowRank` `a` [B..., I, rank] and `b`
+    [B..., rank, O]; B the batch axes of the product. The kernel it is called with is taken as
+    frozen, unless `config.train_kernel`: its gradient is zero and never formed.
+
+    Attributes:
+      config: rank, scheme, placement, dropout, dtype.
+      dot_general: the base product.
+
+    >>> config = LayerConfig(rank=1, scheme=as_scheme("sharing", 1))
+    >>> layer = nn.Dense(6, dot_general_cls=functools.partial(MoRA, config, name="mora"))
+    >>> params = layer.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    >>> jax.tree.map(jnp.shape, params)
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    """
+
+    config: LayerConfig
+    dot_general: Callable[..., jax.Array] = lax.dot_general
+
+    @nn.compact
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+    ) -> jax.Array:
+        """Like `jax.lax.dot_general`, with the delta added."""
+        config = self.config
+        batch, in_features, out_features = kernel_axes(rhs, dimension_numbers).sizes(rhs.shape)
+        adapter = _make_leaves(self, batch, in_features, out_features)
+        dropped = None
+        if config.dropout and self.has_rng(ADAPTER):
+            keep = jax.random.bernoulli(self.make_rng(ADAPTER), 1 - config.dropout, lhs.shape)
+            dropped = jnp.where(keep, lhs / (1 - config.dropout), 0).astype(lhs.dtype)
+        return mora_dot_general(
+            lhs,
+            rhs if config.train_kernel else lax.stop_gradient(rhs),
+            dimension_numbers,
+            adapter,
+            config.scheme,
+            placement=config.placement,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            adapter_lhs=dropped,
+            dot_general=self.dot_general,
+        )
+
+
+class Leaves(nn.Module):
+    """The adapter of a layer that runs as a function of its kernel.
+
+    Attributes:
+      config: rank, scheme and options.
+      kernel_name: the layer's name for its kernel.
+    """
+
+    config: LayerConfig
+    kernel_name: str = "kernel"
+
+    @nn.compact
+    def __call__(self, kernel: jax.Array, axes: KernelAxes) -> dict[str, jax.Array]:
+        """The adapter's leaves; [B..., rows, columns]."""
+        batch, in_features, out_features = axes.sizes(kernel.shape)
+        return _make_leaves(self, batch, in_features, out_features)
+
+
+def _make_leaves(module: Any, batch: Any, in_features: int, out_features: int) -> dict[str, Any]:
+    config, leaves = module.config, {}
+    shapes = adapter_shapes(in_features, out_features, config.rank, config.scheme)
+    for name, shape in shapes.items():
+        start = functools.partial(initialize, name=name, fan_in=in_features)
+        leaves[name] = module.param(name, start, (*batch, *shape), jnp.dtype(config.dtype))
+    return leaves
+
+
+def is_adaptable(layer: nn.Module, method: str, chooser: Any) -> bool:
+    """Whether a call is one of a layer that adapters can be asked for."""
+    if WITHIN.get():
+        return False
+    asked = not isinstance(chooser, MoRAConfig) or chooser.targets != "all-linear"
+    if isinstance(layer, OTHERS) and asked:
+        return method == "__call__" or (method == "attend" and isinstance(layer, nn.Embed))
+    return isinstance(layer, LINEAR) and method == "__call__"
+
+
+def kernel_name(layer: nn.Module) -> str:
+    """The layer's name for its kernel."""
+    return "embedding" if isinstance(layer, nn.Embed) else "kernel"
+
+
+def as_function(
+    layer: Any,
+    method: str,
+    next_fun: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    config: LayerConfig,
+) -> Any:
+    """Runs a layer as a function of its kernel, whose products are then adapted."""
+    name = kernel_name(layer)
+    if not layer.has_variable("params", name):
+        next_fun(*args, **kwargs)  # makes the layer's own parameters
+    params = {k: v for k, v in nn.unbox(layer.variables["params"]).items() if k != ADAPTER}
+    axes = _axes_of(layer, params[name], args)
+    if config.dropout:
+        raise ValueError(
+            f"dropout={config.dropout} for {join_path(*layer.path)!r}, a {type(layer).__name__}: "
+            "only Dense and DenseGeneral have it."
+        )
+    scope: Any = layer.scope
+    leaves = Leaves(config, name, parent=scope.push(ADAPTER, reuse=True))
+    adapter = leaves(params[name], axes)
+    alone = layer.clone(parent=None, name=None)
+
+    def call(kernel, args, kwargs):
+        return alone.apply({"params": params | {name: kernel}}, *args, method=method, **kwargs)
+
+    token = WITHIN.set(True)
+    try:
+        traced = trace(call, params[name], args, kwargs)
+    finally:
+        WITHIN.reset(token)
+    kernel, *others = traced.arrays
+    if not config.train_kernel:
+        kernel = lax.stop_gradient(kernel)
+    order = tuple(range(kernel.ndim))
+    return traced.run([Adapted(kernel, order, kernel.dtype, adapter, axes, config), *others])
+
+
+def _axes_of(layer: Any, kernel: jax.Array, args: tuple) -> KernelAxes:
+    if isinstance(layer, nn.Einsum):
+        equation = layer.einsum_str or args[1]
+        if (axes := einsum_axes(equation)) is None:
+            raise ValueError(
+                f"einsum {equation!r} at {join_path(*layer.path)!r} contracts no axis of its "
+                "kernel, or leaves none; leave the layer out with MoRAConfig.exclude."
+            )
+        return axes
+    return KernelAxes(tuple(range(kernel.ndim - 1)), (kernel.ndim - 1,))
+
+
+def uses_mora(layer: Any) -> bool:
+    dot_general_cls = getattr(layer, "dot_general_cls", None)
+    return isinstance(dot_general_cls, functools.partial) and dot_general_cls.func is MoRA
