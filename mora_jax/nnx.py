@@ -39,7 +39,14 @@ def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = 
     if next(_adapted(model), None):
         raise TypeError("the model is adapted already; adapt the base model instead.")
     adapted = nnx.merge(*_split(model))
-    found = dict(kernels(adapted, chooser))
+    found: dict[str, Kernel] = {}
+    for path, kernel in kernels(adapted, chooser):
+        if path in found:
+            raise ValueError(
+                f"layer {path!r} has several kernels, {found[path].name!r} and {kernel.name!r}, "
+                "and can have one adapter: narrow the patterns of MoRAConfig.kernels."
+            )
+        found[path] = kernel
     if isinstance(chooser, MoRAConfig):
         check_matches(chooser, found, _parameters(model))
     elif missing := chooser.keys() - found.keys():
@@ -47,10 +54,17 @@ def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = 
             f"the plan has layers at {listing(missing)}, where the model has none; "
             f"its linear layers: {listing(found)}. Was the plan made for another model?"
         )
+    owners = _owners(adapted)
     for path, kernel in found.items():
         config = chooser.choose(path)
         if config is None:
             continue
+        if len(tied := owners[id(getattr(kernel.layer, kernel.name))]) > 1:
+            raise ValueError(
+                f"{listing(tied)} are one tied weight; an adapter in one of these layers would not "
+                "be seen by the other. Leave them out with MoRAConfig.exclude, or adapt the model "
+                "as a function of its parameters."
+            )
         if config.dropout:
             raise ValueError(
                 f"dropout={config.dropout} for layer {path!r}: adapters in NNX have none yet."
@@ -154,6 +168,16 @@ def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
     for names, module in nnx.iter_modules(model):
         if isinstance(module, AdaptedLayer):
             yield path_of(names), module
+
+
+def _owners(model: Any) -> dict[int, list[str]]:
+    """Identity of a variable -> its paths, more than one where layers share it."""
+    owners: dict[int, list[str]] = {}
+    for names, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Variable):
+                owners.setdefault(id(value), []).append(path_of((*names, name)))
+    return owners
 
 
 def _parameters(model: Any) -> dict[str, nnx.Variable]:

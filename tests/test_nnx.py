@@ -234,3 +234,28 @@ def test_errors_say_what_is_wrong():
     square = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))(nnx.Rngs(0).split(4))
     with pytest.raises(ValueError, match=r"stacked along one of .* cannot be told"):
         mora_jax.adapt(square, mora_jax.MoRAConfig(rank=1))
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.second = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self.second.kernel = self.first.kernel
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def test_weights_that_two_layers_share_are_refused():
+    config = mora_jax.MoRAConfig(rank=1)
+    with pytest.raises(ValueError, match="'first/kernel', 'second/kernel' are one tied weight"):
+        mora_jax.adapt(Tied(nnx.Rngs(0)), config)
+
+
+def test_one_adapter_a_layer():
+    class Experts(nnx.Module):
+        def __init__(self):
+            self.up, self.down = nnx.Param(jnp.ones((4, 6))), nnx.Param(jnp.ones((6, 4)))
+
+    config = mora_jax.MoRAConfig(rank=1, kernels={"up|down": KernelAxes((0,), (1,))})
+    with pytest.raises(ValueError, match="several kernels, '(up|down)'.*one adapter"):
+        mora_jax.adapt(Experts(), config)

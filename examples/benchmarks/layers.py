@@ -83,10 +83,13 @@ class Variant:
     Attributes:
       name: as printed.
       config: how it is adapted; None is the floor, the frozen base.
+      path: "module", as a linen model; "function", the model's `apply` as a function of parameters;
+        "merge", by `mora_jax.merge` within the step, which any code could do.
     """
 
     name: str
     config: mora_jax.MoRAConfig | None
+    path: str = "module"
 
 
 def make_layers(tiny: bool, **options: Any) -> Layers:
@@ -98,16 +101,12 @@ def make_layers(tiny: bool, **options: Any) -> Layers:
 def make_step(base: Layers, variant: Variant, x: Array | jax.ShapeDtypeStruct):
     """(step, plan): step takes (trainable, optimizer state, frozen, x) and gives the new two."""
     optimizer = optax.adamw(2e-4)
-    model, plan = base, None
-    if variant.config is not None:
-        model = mora_jax.adapt(base, variant.config)
-        plan = mora_jax.plan(model, x)
+    forward, plan = _forward(base, variant, x)
 
     def loss(trainable, x, frozen):
         params = trainable["params"]
         params = frozen if plan is None else mora_jax.join(params, frozen)
-        y = jnp.asarray(model.apply({"params": params}, x), jnp.float32)
-        return jnp.square(y).mean()
+        return jnp.square(jnp.asarray(forward(params, x), jnp.float32)).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(trainable, state, frozen, x):
@@ -117,6 +116,25 @@ def make_step(base: Layers, variant: Variant, x: Array | jax.ShapeDtypeStruct):
         return optax.apply_updates(trainable, updates), state, value, dx[0, 0, 0]
 
     return step, plan, optimizer
+
+
+def _forward(base: Layers, variant: Variant, x: Any) -> tuple[Any, mora_jax.Plan | None]:
+    """(function of parameters and inputs, plan)."""
+
+    def apply(params, x, model=base):
+        return model.apply({"params": params}, x)
+
+    if variant.config is None:
+        return apply, None
+    if variant.path == "module":
+        model = mora_jax.adapt(base, variant.config)
+        return functools.partial(apply, model=model), mora_jax.plan(model, x)
+    forward = mora_jax.adapt(apply, variant.config)
+    shapes = jax.eval_shape(lambda: base.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype)))
+    plan = mora_jax.plan(forward, shapes["params"], x)
+    if variant.path == "merge":
+        return lambda params, x: apply(mora_jax.merge(params, plan), x), plan
+    return forward, plan
 
 
 def make_params(base: Layers, x: jax.ShapeDtypeStruct) -> Any:

@@ -88,11 +88,12 @@ class Run:
 def variants(args: argparse.Namespace, rank: int) -> list[Variant]:
     """The floor first, then every scheme in every placement."""
     found = [Variant("floor", None)]
-    for scheme, placement in itertools.product(args.schemes, args.placements):
+    for scheme, placement, path in itertools.product(args.schemes, args.placements, args.paths):
         config = mora_jax.MoRAConfig(
             rank=rank, scheme=SCHEMES[scheme], placement=placement, targets=".*_proj"
         )
-        found.append(Variant(f"{scheme} {placement}", config))
+        name = placement if path == "module" else f"{placement}, {path}"
+        found.append(Variant(f"{scheme} {name}", config, path))
     return found
 
 
@@ -187,6 +188,10 @@ def main() -> None:
     parser.add_argument("--scan", action="store_true", help="scan over the layers")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
+    parser.add_argument(
+        "--paths", nargs="+", default=["module"], choices=["module", "function", "merge"],
+        help="how adapters get into the model",
+    )  # fmt: skip
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--turn-seconds", type=float, default=0.5, help="of each variant")
     parser.add_argument(
