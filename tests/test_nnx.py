@@ -257,5 +257,5 @@ def test_one_adapter_a_layer():
             self.up, self.down = nnx.Param(jnp.ones((4, 6))), nnx.Param(jnp.ones((6, 4)))
 
     config = mora_jax.MoRAConfig(rank=1, kernels={"up|down": KernelAxes((0,), (1,))})
-    with pytest.raises(ValueError, match="several kernels, '(up|down)'.*one adapter"):
+    with pytest.raises(ValueError, match=r"several kernels, '(up|down)'.*one adapter"):
         mora_jax.adapt(Experts(), config)
