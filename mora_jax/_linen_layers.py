@@ -47,7 +47,8 @@ class MoRA(nn.Module):
       config: rank, scheme, placement, dropout, dtype.
       dot_general: the base product.
 
-    >>> config = LayerConfig(rank=1, scheme=as_scheme("sharing", 1))
+    >>> from mora_jax import Sharing
+    >>> config = LayerConfig(rank=1, scheme=Sharing())
     >>> layer = nn.Dense(6, dot_general_cls=functools.partial(MoRA, config, name="mora"))
     >>> params = layer.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     >>> jax.tree.map(jnp.shape, params)

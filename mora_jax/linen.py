@@ -52,6 +52,7 @@ class MoRADense(nn.Dense):
       dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
       adapter_dtype: dtype of the adapter.
 
+    >>> import jax
     >>> layer = MoRADense(6, rank=1, scheme="sharing")
     >>> params = layer.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     >>> jax.tree.map(jnp.shape, params)

@@ -98,8 +98,15 @@ def test_new_adapters_change_no_bit():
     chex.assert_trees_all_equal(jax.jit(forward)(params, IDS), jax.jit(model)(parameters(), IDS))
 
 
-@pytest.mark.parametrize("placement", ["kernel", "activation"])
-@pytest.mark.parametrize("scheme", ["sharing", mora_jax.Rotation(cycle=True), mora_jax.LowRank()])
+@pytest.mark.parametrize(
+    ("scheme", "placement"),
+    [
+        ("sharing", "kernel"),
+        (mora_jax.Rotation(cycle=True), "activation"),
+        (mora_jax.LowRank(), "kernel"),
+    ],
+    ids=str,
+)
 def test_outputs_and_gradients_are_the_merged_models(scheme, placement):
     forward, plan, params = adapted(scheme=scheme, placement=placement)
     trainable, frozen = drawn(params, plan)

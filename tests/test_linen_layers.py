@@ -76,8 +76,15 @@ def test_the_plan_finds_them(targets, wanted):
     np.testing.assert_array_equal(run(model, params), run(Model(), pretrained()))
 
 
-@pytest.mark.parametrize("placement", ["kernel", "activation"])
-@pytest.mark.parametrize("scheme", ["sharing", mora_jax.Rotation(cycle=True), mora_jax.LowRank()])
+@pytest.mark.parametrize(
+    ("scheme", "placement"),
+    [
+        ("sharing", "kernel"),
+        (mora_jax.Rotation(cycle=True), "activation"),
+        (mora_jax.LowRank(), "kernel"),
+    ],
+    ids=str,
+)
 def test_outputs_and_gradients_are_the_merged_models(scheme, placement):
     model, plan, params = adapted(targets=".*", scheme=scheme, placement=placement)
     trainable, frozen = mora_jax.split(params, plan)
