@@ -11,6 +11,7 @@ and one that adapts them.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class View(abc.ABC):
     """A parameter as an array that has been cast, transposed or taken out of a stack.
 
     Subclasses say what a product with it is.
@@ -58,17 +59,17 @@ class View:
         leaves, rebuild = self.open()
         return rebuild(jax.tree.map(function, leaves))
 
+    @abc.abstractmethod
     def open(self, axis: int | None = None) -> tuple[Any, Callable[[Any], Any]]:
         """(leaves, rebuild): its arrays, for the inside of a transformation.
 
         With an axis, every leaf leads with it, and `rebuild` takes leaves without it: one element
         of a stack. It gives an array where the axis is no stack's.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params) -> jax.Array:
         """`lax.dot_general(lhs, view)`; pairs are of an axis of `lhs` and one of the view."""
-        raise NotImplementedError
 
 
 def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
