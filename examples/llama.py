@@ -160,6 +160,8 @@ class Layer(_Block):
         self, x: Array, angles: Array, mask: Array | None, slot: Array
     ) -> tuple[Array, None]:
         """Takes the arguments of `Attention`."""
+        # Where the activations lie on a mesh; nothing without `nn.logical_axis_rules`.
+        x = nn.with_logical_constraint(x, ("batch", "length", "features"))
         attention = Attention(self.config, **self._shared, name="self_attn")
         mlp = MLP(self.config, **self._shared, name="mlp")
         x = x + attention(self._norm("input_layernorm")(x), angles, mask, slot)
