@@ -104,6 +104,12 @@ def mora_dot_general(
     return _dot(lhs, rhs, adapter, dataclasses.replace(call, placement=placement))
 
 
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """The inputs with a part of them zero and the rest scaled up, so that the mean stays."""
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """The static part of one product: its layout, scheme and options."""

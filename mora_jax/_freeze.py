@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import optax
 
 from mora_jax._plan import Plan
-from mora_jax._tree import flatten, listing, unflatten
+from mora_jax._tree import flatten, listing, rebuild
 
 
 def freeze_base(
@@ -51,7 +51,9 @@ def freeze_base(
                 f"the tree lacks what the plan trains: {listing(missing)}; it has "
                 f"{listing(leaves)}. Give the parameters themselves, with adapters."
             )
-        return type(params)(unflatten({path: plan.group(path) for path in leaves}))
+        groups = rebuild({path: plan.group(path) for path in leaves}, params)
+        # A FrozenDict wants labels in a FrozenDict.
+        return groups if isinstance(groups, type(params)) else type(params)(groups)
 
     groups: dict[Hashable, optax.GradientTransformation] = {
         "adapter": optimizer,

@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from mora_jax._config import MoRAConfig, check_matches
 from mora_jax._layout import KernelAxes
 from mora_jax._params import check_adapted
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._rewrite import Traced, trace
-from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._tree import checksum, flatten, is_adapter, join_path, listing, rebuild
+from mora_jax._variables import value_of
 from mora_jax._views import Adapted, Recorded
 
 
@@ -73,11 +73,24 @@ class AdaptedFunction:
     mora_base: Callable[..., Any]
     mora_chooser: MoRAConfig | Plan
 
-    def __call__(self, params: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
-        """What the base function gives for the parameters plus their adapters' deltas."""
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        *inputs: Any,
+        mora_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What the base function gives for the parameters plus their adapters' deltas.
+
+        Args:
+          params: parameters with adapters.
+          *inputs: the function's.
+          mora_key: a PRNG key for the adapters' dropout; without one there is none.
+          **kwargs: the function's.
+        """
         leaves = flatten(params)
         base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
-        traced = _trace(self.mora_base, base, inputs, kwargs)
+        traced = _trace(self.mora_base, params, base, inputs, kwargs)
         plan = self.mora_chooser
         if isinstance(plan, MoRAConfig):
             plan = _plan(traced, base, plan)
@@ -88,45 +101,40 @@ class AdaptedFunction:
             if path not in kernels:
                 continue
             spec = plan[kernels[path]]
-            adapter = {n: leaves[leaf] for n, leaf in plan.leaf_paths(kernels[path]).items()}
-            kernel = arrays[index]
-            if not spec.config.train_kernel:
-                kernel = lax.stop_gradient(kernel)
-            order = tuple(range(kernel.ndim))
-            arrays[index] = Adapted(
-                kernel,
-                order,
-                kernel.dtype,
-                spec.batch_first(adapter),
-                spec.kernel_axes,
-                spec.config,
-            )
+            paths = plan.leaf_paths(kernels[path])
+            adapter = {name: value_of(leaves[leaf]) for name, leaf in paths.items()}
+            adapter = spec.batch_first(adapter)
+            # By the path's checksum, so that a layer's mask does not depend on the others.
+            key = None if mora_key is None else jax.random.fold_in(mora_key, checksum(path))
+            view = Adapted.of(arrays[index], adapter, spec.kernel_axes, spec.config, key)
+            arrays[index] = view
         return traced.run(arrays)
 
 
 def plan(function: AdaptedFunction, params: Any, *inputs: Any, **kwargs: Any) -> Plan:
     """The plan of an adapted function. See `mora_jax.plan`."""
     base = {path: leaf for path, leaf in flatten(params).items() if not is_adapter(path)}
-    traced = _trace(function.mora_base, base, inputs, kwargs)
+    traced = _trace(function.mora_base, params, base, inputs, kwargs)
     if isinstance(function.mora_chooser, Plan):
         return function.mora_chooser
     return _plan(traced, base, function.mora_chooser)
 
 
-def _trace(function: Callable, base: Mapping[str, Any], inputs: tuple, kwargs: Any) -> Traced:
-    if bad := [path for path, leaf in base.items() if not hasattr(leaf, "shape")]:
+def _trace(function: Callable, params, base, inputs: tuple, kwargs: Any) -> Traced:
+    if bad := [path for path, leaf in base.items() if not hasattr(value_of(leaf), "shape")]:
         raise TypeError(
             f"parameters must be nested dicts of arrays, got something else at {listing(bad)}. "
             "Use as_params(tree) for other trees."
         )
 
     def call(leaves, *inputs, **kwargs):
-        return function(unflatten(leaves), *inputs, **kwargs)
+        return function(rebuild(leaves, params), *inputs, **kwargs)
 
     return trace(call, dict(base), *inputs, **kwargs)
 
 
 def _plan(traced: Traced, base: Mapping[str, Any], config: MoRAConfig) -> Plan:
+    base = {path: value_of(leaf) for path, leaf in base.items()}
     layers = _layers(_kernels(traced, base))
     check_matches(config, layers, base)
     specs = []

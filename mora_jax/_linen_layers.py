@@ -18,12 +18,13 @@ from flax import linen as nn
 from jax import lax
 
 from mora_jax._config import LayerConfig, MoRAConfig
-from mora_jax._dot import mora_dot_general
+from mora_jax._dot import dropout, mora_dot_general
 from mora_jax._initialize import initialize
 from mora_jax._layout import KernelAxes, einsum_axes, kernel_axes
 from mora_jax._rewrite import trace
 from mora_jax._schemes import adapter_shapes
 from mora_jax._tree import ADAPTER, join_path
+from mora_jax._variables import box_like
 from mora_jax._views import Adapted
 
 #: The layers that "all-linear" means: those that take a `dot_general_cls`, and einsums.
@@ -69,12 +70,10 @@ class MoRA(nn.Module):
     ) -> jax.Array:
         """Like `jax.lax.dot_general`, with the delta added."""
         config = self.config
-        batch, in_features, out_features = kernel_axes(rhs, dimension_numbers).sizes(rhs.shape)
-        adapter = _make_leaves(self, batch, in_features, out_features)
+        adapter = _make_leaves(self, rhs, kernel_axes(rhs, dimension_numbers))
         dropped = None
         if config.dropout and self.has_rng(ADAPTER):
-            keep = jax.random.bernoulli(self.make_rng(ADAPTER), 1 - config.dropout, lhs.shape)
-            dropped = jnp.where(keep, lhs / (1 - config.dropout), 0).astype(lhs.dtype)
+            dropped = dropout(lhs, config.dropout, self.make_rng(ADAPTER))
         return mora_dot_general(
             lhs,
             rhs if config.train_kernel else lax.stop_gradient(rhs),
@@ -103,16 +102,26 @@ class Leaves(nn.Module):
     @nn.compact
     def __call__(self, kernel: jax.Array, axes: KernelAxes) -> dict[str, jax.Array]:
         """The adapter's leaves; [B..., rows, columns]."""
-        batch, in_features, out_features = axes.sizes(kernel.shape)
-        return _make_leaves(self, batch, in_features, out_features)
+        return _make_leaves(self, kernel, axes, self.kernel_name)
 
 
-def _make_leaves(module: Any, batch: Any, in_features: int, out_features: int) -> dict[str, Any]:
+def _make_leaves(
+    module: Any, kernel: jax.Array, axes: KernelAxes, name: str = "kernel"
+) -> dict[str, Any]:
     config, leaves = module.config, {}
+    batch, in_features, out_features = axes.sizes(kernel.shape)
     shapes = adapter_shapes(in_features, out_features, config.rank, config.scheme)
+    # As it is stored, in its box where it is partitioned.
+    stored = module.scope.parent.get_variable("params", name)
+    common = dict(enumerate(axes.batch))
+
+    def start(key, *shape_and_dtype, name):
+        leaf = initialize(key, *shape_and_dtype, name=name, fan_in=in_features)
+        return box_like(stored, leaf, common)
+
     for name, shape in shapes.items():
-        start = functools.partial(initialize, name=name, fan_in=in_features)
-        leaves[name] = module.param(name, start, (*batch, *shape), jnp.dtype(config.dtype))
+        make = functools.partial(start, name=name)
+        leaves[name] = module.param(name, make, (*batch, *shape), jnp.dtype(config.dtype))
     return leaves
 
 
@@ -145,11 +154,12 @@ def as_function(
         next_fun(*args, **kwargs)  # makes the layer's own parameters
     params = {k: v for k, v in nn.unbox(layer.variables["params"]).items() if k != ADAPTER}
     axes = _axes_of(layer, params[name], args)
-    if config.dropout:
+    if config.dropout and isinstance(layer, OTHERS):
         raise ValueError(
             f"dropout={config.dropout} for {join_path(*layer.path)!r}, a {type(layer).__name__}: "
-            "only Dense and DenseGeneral have it."
+            "convolutions and embeddings have none."
         )
+    key = layer.make_rng(ADAPTER) if config.dropout and layer.has_rng(ADAPTER) else None
     scope: Any = layer.scope
     leaves = Leaves(config, name, parent=scope.push(ADAPTER, reuse=True))
     adapter = leaves(params[name], axes)
@@ -164,10 +174,7 @@ def as_function(
     finally:
         WITHIN.reset(token)
     kernel, *others = traced.arrays
-    if not config.train_kernel:
-        kernel = lax.stop_gradient(kernel)
-    order = tuple(range(kernel.ndim))
-    return traced.run([Adapted(kernel, order, kernel.dtype, adapter, axes, config), *others])
+    return traced.run([Adapted.of(kernel, adapter, axes, config, key), *others])
 
 
 def _axes_of(layer: Any, kernel: jax.Array, args: tuple) -> KernelAxes:

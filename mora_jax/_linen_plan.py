@@ -18,6 +18,7 @@ from mora_jax._layout import KernelAxes, kernel_axes
 from mora_jax._linen_layers import Leaves, MoRA, is_adaptable
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._tree import ADAPTER, flatten, is_adapter, join_path, listing
+from mora_jax._variables import value_of
 from mora_jax.linen import TRACE, AdaptedModule, mark_scope
 
 #: The axes of a probe have sizes from here on; no model stacks as many layers.
@@ -79,7 +80,8 @@ def plan(
         finally:
             TRACE.reset(token)
 
-    params: dict[str, Any] = flatten(nn.unbox(_eval_shape(init, inputs, kwargs)).get("params", {}))
+    shapes = flatten(_eval_shape(init, inputs, kwargs).get("params", {}))
+    params: dict[str, Any] = {path: value_of(leaf) for path, leaf in shapes.items()}
     base = {path: leaf.shape for path, leaf in params.items() if not is_adapter(path)}
     also_train = ()
     if isinstance(chooser, MoRAConfig):

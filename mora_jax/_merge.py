@@ -13,7 +13,8 @@ from jax.core import Tracer
 from mora_jax._layout import add_delta
 from mora_jax._params import Params, check_adapted, check_base, join
 from mora_jax._plan import Plan
-from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._tree import flatten, is_adapter, join_path, listing, rebuild
+from mora_jax._variables import value_of, with_value
 
 
 def merge(params: Params, plan: Plan) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def merge(params: Params, plan: Plan) -> dict[str, Any]:
     check_adapted(plan, leaves)
     check_finite(plan, leaves)
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
-    return unflatten(base | _merge_jitted(leaves, plan))
+    return rebuild(base | _with_merged(leaves, plan), params)
 
 
 def unmerge(merged: Params, adapters: Params, plan: Plan) -> dict[str, Any]:
@@ -64,10 +65,17 @@ def unmerge(merged: Params, adapters: Params, plan: Plan) -> dict[str, Any]:
     """
     leaves = {path: leaf for path, leaf in flatten(adapters).items() if is_adapter(path)}
     check_base(plan, flatten(merged))
-    params = join(merged, unflatten(leaves))
-    check_adapted(plan, flatten(params))
+    params = join(merged, rebuild(leaves, adapters))
+    leaves = flatten(params)
+    check_adapted(plan, leaves)
     check_finite(plan, leaves)
-    return unflatten(flatten(params) | _merge_jitted(flatten(params), plan, sign=-1))
+    return rebuild(leaves | _with_merged(leaves, plan, sign=-1), params)
+
+
+def _with_merged(leaves: Mapping[str, Any], plan: Plan, sign: int = 1) -> dict[str, Any]:
+    values = {path: value_of(leaf) for path, leaf in leaves.items()}
+    merged = _merge_jitted(values, plan, sign)
+    return {path: with_value(leaves[path], kernel) for path, kernel in merged.items()}
 
 
 def merged_kernels(leaves: Mapping[str, Any], plan: Plan, sign: int = 1) -> dict[str, jax.Array]:
@@ -82,7 +90,7 @@ def merged_kernels(leaves: Mapping[str, Any], plan: Plan, sign: int = 1) -> dict
 
 def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError naming every layer whose adapter holds a number that is not finite."""
-    adapters = {path: leaves[path] for path in plan.adapter_leaves()}
+    adapters = {path: value_of(leaves[path]) for path in plan.adapter_leaves()}
     if any(isinstance(leaf, Tracer) for leaf in adapters.values()):
         return
     bad = [path for path, finite in jax.device_get(_all_finite(adapters)).items() if not finite]

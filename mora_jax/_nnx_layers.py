@@ -1,12 +1,14 @@
 """NNX layers with adapters: subclasses of the layers' own classes.
 
 `Linear`, `LinearGeneral` and `Einsum` take a product of ours by a field of their own. Any other
-layer that holds a kernel runs as a function of it (`_rewrite.py`).
+layer that holds a kernel, and a subclass of these with a `__call__` of its own, which may ignore
+the field, runs as a function of its kernel (`_rewrite.py`).
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +18,15 @@ from flax import nnx
 from jax import lax
 
 from mora_jax._config import LayerConfig, Placement
-from mora_jax._dot import mora_dot_general
+from mora_jax._dot import dropout, mora_dot_general
 from mora_jax._initialize import draws_numbers, initialize
 from mora_jax._layout import KernelAxes
 from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import trace
 from mora_jax._schemes import LowRank, Scheme, as_scheme
+from mora_jax._tree import ADAPTER
+from mora_jax._variables import MoRAParam
 from mora_jax._views import Adapted
-
-
-class MoRAParam(nnx.LoRAParam):
-    """A trained number of an adapter; trainers that look for `nnx.LoRAParam` find it."""
 
 
 class MoRA(nnx.Module):
@@ -37,6 +37,8 @@ class MoRA(nnx.Module):
       kernel_name: the layer's name for the kernel.
       kernel_axes: as the layer sees it, without the axes of stacked layers.
       kernel_shape: likewise.
+      deterministic: no dropout where True, as `model.eval()` sets it.
+      rngs: the stream of the dropout's keys, where the config asks for dropout.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class MoRA(nnx.Module):
         *,
         key: jax.Array | None = None,
     ):
-        """New adapters of zero delta; `key` is needed where the scheme draws numbers."""
+        """New adapters of zero delta; `key` is needed where the config draws numbers."""
         self.config, self.kernel_name = spec.config, spec.kernel_name
         self.kernel_axes, self.kernel_shape = kernel_axes, kernel_shape
         for index, (name, shape) in enumerate(spec.shapes.items()):
@@ -55,15 +57,31 @@ class MoRA(nnx.Module):
             fan_in = spec.features[0]
             leaf = initialize(own, shape, spec.config.dtype, name=name, fan_in=fan_in)
             setattr(self, name, MoRAParam(leaf))
+        self.deterministic = False
+        if self.config.dropout:
+            assert key is not None
+            own = jax.random.fold_in(key, len(spec.shapes))
+            stacks = spec.batch[: len(spec.batch) - len(kernel_axes.batch)]
+            keys = jax.random.split(own, stacks) if stacks else own
+            self.rngs = nnx.RngStream(keys, tag=ADAPTER)
 
     def adapter(self) -> dict[str, jax.Array]:
         """The leaves by name; within a scan over stacked layers, those of one layer."""
         names = ("a", "b") if isinstance(self.config.scheme, LowRank) else ("matrix",)
         return {name: getattr(self, name)[...] for name in names}
 
-    def kernel(self, value: jax.Array) -> jax.Array:
-        """The kernel, a constant unless it is trained beside the adapter."""
-        return value if self.config.train_kernel else lax.stop_gradient(value)
+    def dropout_key(self) -> jax.Array | None:
+        """A new key for the dropout of one call; None where there is none."""
+        return self.rngs() if self.config.dropout and not self.deterministic else None
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: no dropout where True.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
 
 
 class AdaptedLayer(nnx.Module):
@@ -79,21 +97,23 @@ class AdaptedLayer(nnx.Module):
 
 
 def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    config = layer.mora.config
+    mora = layer.mora
+    config = mora.config
 
     def dot_general(lhs, rhs, dimension_numbers, precision=None, out_sharding=None, **options):
-        product = base
+        product, key = base, mora.dropout_key()
         if out_sharding is not None:
             product = functools.partial(base, out_sharding=out_sharding)
         return mora_dot_general(
             lhs,
-            layer.mora.kernel(rhs),
+            rhs if config.train_kernel else lax.stop_gradient(rhs),
             dimension_numbers,
-            layer.mora.adapter(),
+            mora.adapter(),
             config.scheme,
             placement=config.placement,
             precision=precision,
             dot_general=product,
+            adapter_lhs=None if key is None else dropout(lhs, config.dropout, key),
             **options,
         )
 
@@ -146,43 +166,45 @@ class _WithEinsum(AdaptedLayer):
         vars(self)["einsum_op"] = value
 
 
-class _Rewritten(AdaptedLayer):
-    """Runs its methods as functions of its kernel."""
-
-    def __call__(self, *args, **kwargs):
-        return _call_as_function(self, "__call__", args, kwargs)
-
-
-class _RewrittenEmbed(_Rewritten):
-    """An embedding, whose transpose may be a head."""
-
-    def attend(self, *args, **kwargs):
-        return _call_as_function(self, "attend", args, kwargs)
+def _as_functions(cls: type) -> dict[str, Callable[..., Any]]:
+    """The methods of a layer's class, an embedding's `attend` among them, as functions."""
+    methods = {}
+    for owner in reversed([owner for owner in cls.__mro__ if owner not in nnx.Module.__mro__]):
+        for name, value in vars(owner).items():
+            if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_")):
+                methods[name] = _as_function(value)
+    return methods
 
 
-def _call_as_function(layer: Any, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    mora, base = layer.mora, type(layer).mora_base
-    graph, state = nnx.split(layer)
+def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs as a function of the layer's kernel."""
 
-    def call(kernel, args, kwargs):
-        copy: Any = nnx.merge(graph, fresh(state))
-        getattr(copy, mora.kernel_name)[...] = kernel
-        outputs = getattr(base, method)(copy, *args, **kwargs)
-        return outputs, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
+    @functools.wraps(method)
+    def run(layer, *args, **kwargs):
+        mora = layer.mora
+        graph, state = nnx.split(layer)
 
-    outputs, rest = _run(call, mora, getattr(layer, mora.kernel_name)[...], args, kwargs)
-    if rest:
-        nnx.update(layer, rest)
-    return outputs
+        def call(kernel, args, kwargs):
+            copy: Any = nnx.merge(graph, fresh(state))
+            # As the base class, so that methods which call each other are adapted once.
+            object.__setattr__(copy, "__class__", type(layer).mora_base)
+            getattr(copy, mora.kernel_name)[...] = kernel
+            outputs = method(copy, *args, **kwargs)
+            return outputs, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
+
+        outputs, rest = _run(call, mora, getattr(layer, mora.kernel_name)[...], args, kwargs)
+        if rest:
+            nnx.update(layer, rest)
+        return outputs
+
+    return run
 
 
 def _run(function: Callable[..., Any], mora: MoRA, kernel: jax.Array, *args: Any) -> Any:
     traced = trace(function, kernel, *args)
     value, *others = traced.arrays
-    order = tuple(range(value.ndim))
-    view = Adapted(
-        mora.kernel(value), order, value.dtype, mora.adapter(), mora.kernel_axes, mora.config
-    )
+    key = mora.dropout_key()
+    view = Adapted.of(value, mora.adapter(), mora.kernel_axes, mora.config, key)
     return traced.run([view, *others])
 
 
@@ -223,16 +245,20 @@ _MIXINS: dict[type, type] = {
     nnx.Linear: _WithDotGeneral,
     nnx.LinearGeneral: _WithDotGeneralClass,
     nnx.Einsum: _WithEinsum,
-    nnx.Embed: _RewrittenEmbed,
 }
 
 
 @functools.cache
 def adapted_class(cls: type) -> type:
     """The subclass of an adapted layer, one for each class, so that graphs compare equal."""
-    mixin = next((mixin for kind, mixin in _MIXINS.items() if issubclass(cls, kind)), _Rewritten)
-    namespace = {"__doc__": cls.__doc__, "__module__": cls.__module__, "mora_base": cls}
-    return type(cls.__name__, (mixin, cls), namespace)
+    namespace: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": cls.__module__}
+    mixin = AdaptedLayer
+    for kind, own in _MIXINS.items():
+        if issubclass(cls, kind) and cls.__call__ is kind.__call__:
+            mixin = own
+    if mixin is AdaptedLayer:
+        namespace |= _as_functions(cls)
+    return type(cls.__name__, (mixin, cls), namespace | {"mora_base": cls})
 
 
 def fresh(state: Any) -> Any:

@@ -69,7 +69,7 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
         path = _parameter_path(keys)
         if path in adapters:
             moments.append(index)
-            trees.add(keys[: len(keys) - path.count("/") - 1])
+            trees.add(_out_of_box(keys)[: -path.count("/") - 1])
     if not moments and (arrays := [keys for _, (keys, leaf) in entries if np.ndim(leaf)]):
         raise ValueError(
             "the optimizer state holds arrays, but none at an adapter's path, so there is nothing "
@@ -131,11 +131,17 @@ def _check_not_shared(count: KeyPath, trees, adapters, entries) -> None:
 def _parameter_path(keys: KeyPath) -> str:
     """The run of dict keys at the end of a key path, as a path of parameters."""
     names: list[str] = []
-    for key in reversed(keys):
+    for key in reversed(_out_of_box(keys)):
         if not isinstance(key, jax.tree_util.DictKey):
             break
         names.append(escape(str(key.key)))
     return "/".join(reversed(names))
+
+
+def _out_of_box(keys: KeyPath) -> KeyPath:
+    """The key path of the box, where an array stands in one."""
+    boxed = len(keys) > 1 and isinstance(keys[-2], jax.tree_util.DictKey)
+    return keys[:-1] if boxed and _name(keys) == "value" else keys
 
 
 def _name(keys: KeyPath) -> str | None:

@@ -1,6 +1,7 @@
 """Adapters in a tree of parameters: attach them, split them off, join them, mark them.
 
-Pure functions over nested dicts. With a plan that adapts `dense`:
+Pure functions over nested dicts, or over an `nnx.State`; where leaves are boxed (partitioned
+parameters of linen, variables of NNX), so are the adapters. With a plan that adapts `dense`:
 
     params                {"dense": {"kernel": W}, "norm": {"scale": s}}
     attach(plan, params)  {"dense": {"kernel": W, "mora": {"matrix": 0}}, "norm": {"scale": s}}
@@ -10,7 +11,6 @@ Pure functions over nested dicts. With a plan that adapts `dense`:
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +18,8 @@ import jax
 
 from mora_jax._initialize import draws_numbers, initialize
 from mora_jax._plan import Plan
-from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._tree import checksum, flatten, is_adapter, join_path, listing, rebuild
+from mora_jax._variables import box_like, value_of
 
 Params = Mapping[str, Any]
 
@@ -46,8 +47,17 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
     >>> jax.tree.map(jax.numpy.shape, mora_jax.attach(plan, pretrained))
     {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
     """
-    check_unadapted(plan, flatten(params))
-    return join(params, unflatten(new_adapters(plan, key)))
+    leaves = flatten(params)
+    check_unadapted(plan, leaves)
+    adapters = {}
+    for path, spec in plan.items():
+        kernel = leaves[join_path(path, spec.kernel_name)]
+        common = dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True))
+        for leaf in plan.leaf_paths(path).values():
+            adapters[leaf] = (kernel, common)
+    new = new_adapters(plan, key)
+    boxed = {path: box_like(kernel, new[path], axes) for path, (kernel, axes) in adapters.items()}
+    return rebuild(leaves | boxed, params)
 
 
 def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
@@ -62,7 +72,7 @@ def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
     for path, spec in plan.items():
         for name, leaf in plan.leaf_paths(path).items():
             # By the path's checksum, so that a layer's numbers do not depend on the others.
-            own = None if key is None else jax.random.fold_in(key, zlib.crc32(leaf.encode()))
+            own = None if key is None else jax.random.fold_in(key, checksum(leaf))
             leaves[leaf] = initialize(
                 own, spec.shapes[name], spec.config.dtype, name=name, fan_in=spec.features[0]
             )
@@ -89,7 +99,7 @@ def split(params: Params, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     check_adapted(plan, leaves)
     trainable = {path: leaf for path, leaf in leaves.items() if plan.group(path) != "frozen"}
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trainable}
-    return unflatten(trainable), unflatten(frozen)
+    return rebuild(trainable, params), rebuild(frozen, params)
 
 
 def join(first: Params, second: Params) -> dict[str, Any]:
@@ -104,7 +114,7 @@ def join(first: Params, second: Params) -> dict[str, Any]:
     ours, theirs = flatten(first), flatten(second)
     if both := ours.keys() & theirs.keys():
         raise ValueError(f"the trees share leaves: {listing(both)}.")
-    return unflatten(ours | theirs)
+    return rebuild(ours | theirs, first, second)
 
 
 def trainable_mask(params: Params, plan: Plan) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def trainable_mask(params: Params, plan: Plan) -> dict[str, Any]:
     """
     leaves = flatten(params)
     check_adapted(plan, leaves)
-    return unflatten({path: plan.group(path) != "frozen" for path in leaves})
+    return rebuild({path: plan.group(path) != "frozen" for path in leaves}, params)
 
 
 def check_unadapted(plan: Plan, leaves: Mapping[str, Any]) -> None:
@@ -138,10 +148,9 @@ def check_base(plan: Plan, leaves: Mapping[str, Any]) -> None:
     wanted = {join_path(path, spec.kernel_name): spec.kernel_shape for path, spec in plan.items()}
     _check_shapes(wanted | dict(plan.also_train), leaves, "base model")
     for path in wanted:
-        if not jax.numpy.issubdtype(leaves[path].dtype, jax.numpy.floating):
-            raise TypeError(
-                f"{path!r} is {leaves[path].dtype}; a kernel must be floating to take a delta."
-            )
+        dtype = value_of(leaves[path]).dtype
+        if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+            raise TypeError(f"{path!r} is {dtype}; a kernel must be floating to take a delta.")
 
 
 def check_adapted(plan: Plan, leaves: Mapping[str, Any]) -> None:
@@ -165,14 +174,12 @@ def _check_shapes(
             f"There are: {listing(leaves)}. Was the plan made for another model?"
         )
     for path, shape in wanted.items():
-        if not hasattr(leaves[path], "shape"):
-            raise TypeError(
-                f"{path!r} is a {type(leaves[path]).__name__}, not an array. "
-                "Take partitioned parameters out of their boxes first: flax.linen.unbox(params)."
-            )
-        if tuple(leaves[path].shape) != shape:
+        value = value_of(leaves[path])
+        if not hasattr(value, "shape"):
+            raise TypeError(f"{path!r} is a {type(value).__name__}, not an array.")
+        if tuple(value.shape) != shape:
             raise ValueError(
                 f"the plan does not fit the {what}: {path!r} has shape "
-                f"{tuple(leaves[path].shape)}, the plan says {shape}. "
+                f"{tuple(value.shape)}, the plan says {shape}. "
                 "Was the plan made for another model, or for another rank?"
             )

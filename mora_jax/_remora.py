@@ -15,7 +15,8 @@ from mora_jax._merge import check_finite, merged_kernels
 from mora_jax._optimizer_state import find_adapter_state
 from mora_jax._params import Params, check_adapted, new_adapters
 from mora_jax._plan import Plan
-from mora_jax._tree import flatten, unflatten
+from mora_jax._tree import flatten, rebuild
+from mora_jax._variables import value_of, with_value
 
 
 class ResetReport(NamedTuple):
@@ -96,7 +97,9 @@ def merge_and_reset(
     found = find_adapter_state(opt_state, plan.adapter_leaves())
     check_finite(plan, leaves)
     # Only what changes goes through the jitted call; the rest is handed on, untouched.
-    changing = {path: leaves[path] for path in (*plan.kernel_paths(), *plan.adapter_leaves())}
+    changing = {
+        path: value_of(leaves[path]) for path in (*plan.kernel_paths(), *plan.adapter_leaves())
+    }
     state, structure = jax.tree.flatten(opt_state)
     resetting = {index: state[index] for index in (*found.moments, *found.counts)}
     if donate:
@@ -106,7 +109,7 @@ def merge_and_reset(
     for index, leaf in reset.items():
         state[index] = leaf
     return ResetResult(
-        unflatten(leaves | changed),
+        rebuild(leaves | {p: with_value(leaves[p], v) for p, v in changed.items()}, params),
         structure.unflatten(state),
         next_plan,
         ResetReport(len(plan), len(found.moments), len(found.counts)),

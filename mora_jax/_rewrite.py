@@ -5,15 +5,15 @@ a kernel stays a `View`, its base and its adapter apart: through casts, transpos
 stacked layers, `jit`, `remat` and `scan`. The product that contracts it becomes an adapted product
 of its own; what is no product takes the kernel as an array.
 
-Two kinds of view share these rules: `_function.py` has one that records how parameters are used,
-and one that adapts them.
+Two kinds of view share these rules (`_views.py`): one records how parameters are used, and one
+adapts them.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -73,19 +73,31 @@ class View(abc.ABC):
 
 
 def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
-    """Traces a function; of its arguments, those that are no arrays are static."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    dynamic = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    """Traces a function; of its arguments and results, those that are no arrays are static."""
+    arrays, restore = _arrays_of((args, kwargs))
+    put_together = []
 
     def call(*arrays):
-        arrays = iter(arrays)
-        merged = [next(arrays) if d else x for d, x in zip(dynamic, leaves, strict=True)]
-        args, kwargs = structure.unflatten(merged)
-        return function(*args, **kwargs)
+        args, kwargs = restore(arrays)
+        arrays, outputs = _arrays_of(function(*args, **kwargs))
+        put_together.append(outputs)
+        return arrays
 
-    arrays = [leaf for d, leaf in zip(dynamic, leaves, strict=True) if d]
-    closed, shapes = jax.make_jaxpr(call, return_shape=True)(*arrays)
-    return Traced(closed, arrays, jax.tree.structure(shapes))
+    closed = jax.make_jaxpr(call)(*arrays)
+    return Traced(closed, arrays, put_together[-1])
+
+
+def _arrays_of(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """The arrays among a tree's leaves, and the tree with others in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    dynamic = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+    def restore(arrays):
+        arrays = iter(arrays)
+        merged = [next(arrays) if d else leaf for d, leaf in zip(dynamic, leaves, strict=True)]
+        return structure.unflatten(merged)
+
+    return [leaf for d, leaf in zip(dynamic, leaves, strict=True) if d], restore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +106,11 @@ class Traced:
 
     closed: core.ClosedJaxpr
     arrays: list[Any]
-    structure: Any
+    outputs: Callable[[Iterable[Any]], Any]
 
     def run(self, arrays: Sequence[Any]) -> Any:
         """Runs it on arrays and views."""
-        return self.structure.unflatten(map(as_array, _run_closed(self.closed, arrays)))
+        return self.outputs(map(as_array, _run_closed(self.closed, arrays)))
 
 
 def as_array(value: Any) -> Any:

@@ -6,12 +6,17 @@ adapter stands beside its kernel, under one name:
 
     layers/self_attn/q_proj/kernel         the base, frozen
     layers/self_attn/q_proj/mora/matrix    the adapter, trained
+
+An `nnx.State` is such a tree too, with variables at its leaves.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from flax import nnx
 
 #: The name under which a layer holds its adapter.
 ADAPTER = "mora"
@@ -39,6 +44,10 @@ def escape(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F")
 
 
+def _unescape(part: str) -> str:
+    return part.replace("%2F", "/").replace("%25", "%")
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves by path, names escaped.
 
@@ -63,12 +72,56 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
-        *parents, name = (part.replace("%2F", "/").replace("%25", "%") for part in path.split("/"))
+        *parents, name = map(_unescape, path.split("/"))
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = value
     return tree
+
+
+def rebuild(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
+    """`unflatten` in the form of other trees: an `nnx.State` where one of them is, with its keys.
+
+    >>> state = nnx.State({"layers": {0: {"kernel": 1}}})
+    >>> nnx.to_pure_dict(rebuild({"layers/0/mora/matrix": 2}, state))
+    {'layers': {0: {'mora': {'matrix': 2}}}}
+    """
+    if not any(isinstance(like, nnx.State) for like in likes):
+        return unflatten(leaves)
+    keys: dict[str, Any] = {}
+    for like in likes:
+        _note_keys(like, "", keys)
+    tree: dict[Any, Any] = {}
+    for path, value in leaves.items():
+        parts = path.split("/")
+        prefixes = ["/".join(parts[: end + 1]) for end in range(len(parts))]
+        *parents, name = (
+            keys.get(prefix, _unescape(part)) for prefix, part in zip(prefixes, parts, strict=True)
+        )
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return nnx.State(tree)
+
+
+def _note_keys(tree: Mapping[Any, Any], prefix: str, keys: dict[str, Any]) -> None:
+    """Path -> the key itself, for every node; NNX has numbers among its keys."""
+    for key, value in tree.items():
+        path = join_path(prefix, escape(str(key)))
+        keys[path] = key
+        if isinstance(value, Mapping):
+            _note_keys(value, path, keys)
+
+
+def checksum(path: str) -> int:
+    """A number for a path, the same everywhere, to derive random keys by.
+
+    >>> checksum("dense/kernel")
+    988593171
+    """
+    return zlib.crc32(path.encode())
 
 
 def is_adapter(path: str) -> bool:

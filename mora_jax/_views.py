@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mora_jax._config import LayerConfig
-from mora_jax._dot import mora_dot_general
+from mora_jax._dot import dropout, mora_dot_general
 from mora_jax._layout import KernelAxes, add_delta
 from mora_jax._operators import Adapter, delta_transpose
 from mora_jax._rewrite import View
@@ -65,35 +66,55 @@ class Adapted(View):
       adapter: leaves [B..., rows, columns].
       axes: of `value`.
       config: scheme and placement.
+      key: drops inputs of the adapter where it is given; what is no product has none.
     """
 
     adapter: Adapter
     axes: KernelAxes
     config: LayerConfig
+    key: jax.Array | None = None
+
+    @classmethod
+    def of(
+        cls,
+        kernel: jax.Array,
+        adapter: Adapter,
+        axes: KernelAxes,
+        config: LayerConfig,
+        key: jax.Array | None = None,
+    ) -> Adapted:
+        """The view of a whole kernel, a constant unless it is trained beside the adapter."""
+        kernel = kernel if config.train_kernel else lax.stop_gradient(kernel)
+        key = key if config.dropout else None
+        return cls(kernel, tuple(range(kernel.ndim)), kernel.dtype, adapter, axes, config, key)
 
     def array(self):
         delta = self.axes.delta(self.adapter, self.value.shape, self.config.scheme)
         return add_delta(self.value.astype(self.dtype), delta).transpose(self.order)
 
     def open(self, axis=None):
-        leaves = (self.value, dict(self.adapter))
         if axis is None:
-            return leaves, lambda leaves: dataclasses.replace(
-                self, value=leaves[0], adapter=leaves[1]
-            )
+            return (self.value, dict(self.adapter), self.key), self._with
         stored = self.order[axis]
         if stored not in self.axes.batch:
             return jnp.moveaxis(self.array(), axis, 0), lambda array: array
         place, axes = self.axes.batch.index(stored), dataclasses.astuple(self.axes)
-        one = {
-            "order": _without(self.order, stored),
-            "axes": KernelAxes(*(_without(part, stored) for part in axes)),
-        }
+        one = dataclasses.replace(
+            self,
+            order=_without(self.order, stored),
+            axes=KernelAxes(*(_without(part, stored) for part in axes)),
+        )
         value = jnp.moveaxis(self.value, stored, 0)
         adapter = {name: jnp.moveaxis(leaf, place, 0) for name, leaf in self.adapter.items()}
-        return (value, adapter), lambda leaves: dataclasses.replace(
-            self, value=leaves[0], adapter=leaves[1], **one
-        )
+        keys = None if self.key is None else jax.random.split(self.key, len(value))
+        return (value, adapter, keys), one._with
+
+    def _with(self, leaves):
+        value, adapter, key = leaves
+        return dataclasses.replace(self, value=value, adapter=adapter, key=key)
+
+    def _adapter_inputs(self, lhs):
+        return lhs if self.key is None else dropout(lhs, self.config.dropout, self.key)
 
     def product(self, lhs, contracting, batch, **params):
         pairs = {self.order[right]: left for left, right in contracting}
@@ -120,6 +141,7 @@ class Adapted(View):
             self.adapter,
             self.config.scheme,
             placement=self.config.placement,
+            adapter_lhs=None if self.key is None else self._adapter_inputs(lhs),
             **params,
         )
         # From the order in which the kernel is stored to the one in which it is seen.
@@ -132,7 +154,7 @@ class Adapted(View):
         """The product over the outputs of a matrix, as with a tied embedding."""
         base = _dot_general(lhs, super().array(), contracting, batch, **params)
         ((left, _),) = contracting
-        rows = jnp.moveaxis(lhs, left, -1)
+        rows = jnp.moveaxis(self._adapter_inputs(lhs), left, -1)
         in_features = self.value.shape[self.axes.inputs[0]]
         extra = delta_transpose(
             rows.reshape(-1, rows.shape[-1]), self.adapter, in_features, self.config.scheme

@@ -6,14 +6,14 @@ base model stay as they are, with its adapter beside the kernel:
     q_proj.kernel         [I, O]    Param, the pretrained kernel, as before
     q_proj.mora.matrix    [R, R]    MoRAParam, the adapter, R the square size
 
-Training is NNX's own, `nnx.Optimizer(model, tx, wrt=MoRAParam)`.
+Training is NNX's own, `nnx.Optimizer(model, tx, wrt=MoRAParam)`. What `MoRAConfig.also_train` names
+is of the type `AlsoTrained`, a `MoRAParam` too, and so is trained with the adapters.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -24,12 +24,23 @@ from mora_jax import _merge, _remora
 from mora_jax._config import MoRAConfig, check_matches
 from mora_jax._initialize import draws_numbers
 from mora_jax._nnx_kernels import Kernel, kernels, path_of
-from mora_jax._nnx_layers import AdaptedLayer, MoRA, MoRALinear, MoRAParam, adapted_class, fresh
+from mora_jax._nnx_layers import AdaptedLayer, MoRA, MoRALinear, adapted_class, fresh
 from mora_jax._plan import Plan
 from mora_jax._remora import ResetReport
-from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._tree import checksum, flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._variables import AlsoTrained, MoRAParam
 
-__all__ = ["MoRA", "MoRALinear", "MoRAParam", "adapt", "merge", "merge_and_reset", "plan"]
+__all__ = [
+    "AlsoTrained",
+    "MoRA",
+    "MoRALinear",
+    "MoRAParam",
+    "adapt",
+    "merge",
+    "merge_and_reset",
+    "plan",
+    "unmerge",
+]
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -65,23 +76,29 @@ def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = 
                 "be seen by the other. Leave them out with MoRAConfig.exclude, or adapt the model "
                 "as a function of its parameters."
             )
-        if config.dropout:
+        if config.dropout and isinstance(kernel.layer, nnx.Conv | nnx.Embed):
             raise ValueError(
-                f"dropout={config.dropout} for layer {path!r}: adapters in NNX have none yet."
+                f"dropout={config.dropout} for layer {path!r}, a {type(kernel.layer).__name__}: "
+                "convolutions and embeddings have none."
             )
         if isinstance(chooser, MoRAConfig):
             trained = chooser.trains(join_path(path, kernel.name))
             config = dataclasses.replace(config, train_kernel=trained)
         spec, own = kernel.spec(config), None
-        if draws_numbers(config.scheme):
+        if draws_numbers(config.scheme) or config.dropout:
             if key is None:
+                what = f"dropout={config.dropout}" if config.dropout else f"{config.scheme}"
                 raise ValueError(
-                    f"key is missing: {config.scheme} draws random numbers (layer {path!r}). "
+                    f"key is missing: {what} draws random numbers (layer {path!r}). "
                     "Pass key=jax.random.key(...)."
                 )
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            own = jax.random.fold_in(key, checksum(path))
         object.__setattr__(kernel.layer, "__class__", adapted_class(type(kernel.layer)))
         kernel.layer.mora = MoRA(spec, kernel.axes, kernel.shape, key=own)
+    for path, variable in _parameters(adapted).items():
+        if chooser.trains(path):
+            variable.set_metadata(mora_base=type(variable))
+            object.__setattr__(variable, "__class__", AlsoTrained)
     return adapted
 
 
@@ -98,9 +115,11 @@ def plan(model: nnx.Module) -> Plan:
             "mora_jax.nnx.MoRALinear."
         )
     base = {path: leaf for path, leaf in _parameters(model).items() if not is_adapter(path)}
+    trained = [path for path, leaf in base.items() if isinstance(leaf, AlsoTrained)]
+    also_train = tuple((path, tuple(base[path].shape)) for path in trained)
     total = sum(math.prod(leaf.shape) for leaf in base.values())
-    found = Plan(tuple(layers), (), total)
-    others = base.keys() - set(found.kernel_paths())
+    found = Plan(tuple(layers), also_train, total)
+    others = base.keys() - {*found.kernel_paths(), *trained}
     left = sorted((path, "not chosen") for path in others if base[path].ndim > 1)
     return dataclasses.replace(found, left=tuple(left))
 
@@ -108,7 +127,7 @@ def plan(model: nnx.Module) -> Plan:
 def merge(model: ModelT) -> ModelT:
     """A model without adapters whose kernels hold their deltas: equation (3).
 
-    The adapted model is not touched. Of a state, give `nnx.to_pure_dict` to `mora_jax.merge`.
+    The adapted model is not touched. `mora_jax.merge` takes states.
 
     Raises:
       ValueError: where an adapter holds a number that is not finite.
@@ -117,17 +136,35 @@ def merge(model: ModelT) -> ModelT:
     >>> type(merge(layer)) is nnx.Linear
     True
     """
-    merged = flatten(_merge.merge(_values(model), plan(model)))
-    copy = nnx.merge(*_split(model))
+    copy = _copy_with(model, _merge.merge(_values(model), plan(model)))
     for _, layer in list(_adapted(copy)):
         object.__setattr__(layer, "__class__", type(layer).mora_base)
         del layer.mora
-    graph, state = nnx.split(copy)
-    variables = [
-        (names, variable.replace(merged.get(path_of(names), variable[...])))
-        for names, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(variables))
+    for variable in _parameters(copy).values():
+        if isinstance(variable, AlsoTrained):
+            object.__setattr__(variable, "__class__", variable.get_metadata("mora_base"))
+            variable.del_metadata("mora_base")
+    return copy
+
+
+def unmerge(merged: ModelT, model: ModelT) -> ModelT:
+    """Takes merged adapters out of their kernels again: the inverse of `merge`.
+
+    Args:
+      merged: what `merge` gave, perhaps trained further; not touched.
+      model: the adapted model, which holds the adapters; not touched.
+
+    Returns:
+      A model like `model`, with the parameters of `merged` less the deltas.
+
+    Raises:
+      ValueError: where the two do not fit, or where an adapter is not finite.
+
+    >>> layer = MoRALinear(3, 6, rank=1, scheme="sharing", rngs=nnx.Rngs(0))
+    >>> type(unmerge(merge(layer), layer)) is MoRALinear
+    True
+    """
+    return _copy_with(model, _merge.unmerge(_values(merged), _values(model), plan(model)))
 
 
 def merge_and_reset(
@@ -187,6 +224,15 @@ def _parameters(model: Any) -> dict[str, nnx.Variable]:
 
 def _values(model: Any) -> dict[str, Any]:
     return unflatten({path: leaf[...] for path, leaf in _parameters(model).items()})
+
+
+def _copy_with(model: ModelT, params: dict[str, Any]) -> ModelT:
+    """A model of its own with other parameters; those that `params` lacks stay."""
+    copy, values = nnx.merge(*_split(model)), flatten(params)
+    for path, variable in _parameters(copy).items():
+        if path in values:
+            variable[...] = values[path]
+    return copy
 
 
 def _split(model: Any) -> tuple[Any, Any]:

@@ -226,3 +226,28 @@ def test_errors_say_what_is_wrong():
         mora_jax.plan(nothing, parameters(), IDS)
     with pytest.raises(TypeError, match=r"something else at 'weights'.*as_params"):
         mora_jax.plan(nothing, {"weights": [jnp.ones((2, 2))]}, IDS)
+
+
+def test_dropout_needs_a_key():
+    params = {
+        "one": {"w": jnp.zeros((4, 4))},
+        "stack": {"w": jnp.zeros((3, 4, 4))},
+    }
+
+    def function(params, x):
+        stacked, _ = jax.lax.scan(lambda y, w: (y, x @ w.T), x, params["stack"]["w"])[1], None
+        return {"one": x @ params["one"]["w"], "stack": stacked}
+
+    x = jnp.ones((20_000, 4))
+    config = mora_jax.MoRAConfig(rank=2, scheme="sharing", dropout=0.25)
+    forward = mora_jax.adapt(function, config)
+    plan = mora_jax.plan(forward, params, x)
+    params = mora_jax.attach(plan, params)
+    params["one"]["mora"]["matrix"] = jnp.eye(4)
+    params["stack"]["mora"]["matrix"] = jnp.stack([jnp.eye(4)] * 3)
+    chex.assert_trees_all_equal(forward(params, x)["stack"], jnp.ones((3, 20_000, 4)))
+    y = forward(params, x, mora_key=jax.random.key(0))
+    for product in (y["one"], *y["stack"]):
+        np.testing.assert_allclose(product.mean(), 1.0, atol=0.02)
+        np.testing.assert_allclose((product == 0).mean(), 0.25, atol=0.02)
+    assert (y["stack"][0] != y["stack"][1]).any()

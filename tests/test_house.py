@@ -10,7 +10,7 @@ import mora_jax
 PACKAGE = pathlib.Path(mora_jax.__file__).parent
 
 FLOORS = [
-    {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_version"},
+    {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_variables", "_version"},
     {"_groups", "_cycles", "_initialize"},
     {"_blocks"},
     {"_operators", "_placement"},

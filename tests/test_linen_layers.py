@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 import mora_jax
+from conftest import perturb
 from mora_jax._layout import KernelAxes
 
 IDS = jnp.array([[1, 2, 3], [4, 5, 6]])
@@ -124,8 +125,8 @@ def test_what_cannot_be_adapted_says_so():
     model = mora_jax.adapt(Diagonal(), mora_jax.MoRAConfig(rank=1))
     with pytest.raises(ValueError, match=r"einsum 'td,nd->tnd' at 'Einsum_0' contracts no axis"):
         mora_jax.plan(model, jnp.ones((2, 8)))
-    with pytest.raises(ValueError, match=r"dropout=0.1 for 'stack/query', a Einsum"):
-        adapted(dropout=0.1)
+    with pytest.raises(ValueError, match=r"dropout=0.1 for 'embed', a Embed"):
+        adapted(dropout=0.1, targets="embed|stack/query")
 
 
 def test_models_traced_at_once_do_not_disturb_each_other():
@@ -147,3 +148,23 @@ def test_models_traced_at_once_do_not_disturb_each_other():
     assert len(outcomes) == 12
     for outcome in outcomes.values():
         np.testing.assert_array_equal(outcome, wanted)
+
+
+def test_dropout_needs_its_own_stream():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            stack = nn.scan(nn.remat(Block), variable_axes={"params": 1},
+                            split_rngs={"params": True, "mora": True}, length=2)  # fmt: skip
+            return stack(name="stack")(x)[0]
+
+    x = jax.random.normal(jax.random.key(0), (2, 3, 8))
+    config = mora_jax.MoRAConfig(rank=1, scheme="sharing", dropout=0.5)
+    model = mora_jax.adapt(Model(), config)
+    params = perturb(model.init(jax.random.key(0), x)["params"])
+    run = jax.jit(lambda rngs: model.apply({"params": params}, x, rngs=rngs))
+    still = Model().apply({"params": mora_jax.merge(params, mora_jax.plan(model, x))}, x)
+    np.testing.assert_allclose(run(None), still, rtol=1e-4, atol=1e-4)
+    dropped = [run({"mora": jax.random.key(seed)}) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(dropped[0], dropped[1])
+    assert (dropped[0] != dropped[2]).any()

@@ -93,13 +93,6 @@ def test_equal_layers_draw_different_numbers(inputs):
     assert (first != second).all()
 
 
-def test_boxed_parameters_are_named(tiny):
-    plan, pretrained = tiny()
-    pretrained["dense"]["kernel"] = nn.Partitioned(pretrained["dense"]["kernel"], (None, None))
-    with pytest.raises(TypeError, match=r"'dense/kernel' is a Partitioned.*unbox\(params\)"):
-        mora_jax.attach(plan, pretrained)
-
-
 def test_the_adapters_dtype_is_the_configs(tiny):
     plan, pretrained = tiny(dtype=jnp.bfloat16)
     assert mora_jax.attach(plan, pretrained)["dense"]["mora"]["matrix"].dtype == jnp.bfloat16

@@ -1,0 +1,55 @@
+"""Arrays in boxes: linen's partitioned parameters and NNX's variables.
+
+A box is a pytree of one array that knows more about it, the mesh axes that it is meant for or its
+type. The functions over parameter trees take boxes where they take arrays, and give them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core import meta
+
+
+class MoRAParam(nnx.LoRAParam):
+    """A trained number of an adapter; trainers that look for `nnx.LoRAParam` find it."""
+
+
+class AlsoTrained(MoRAParam):
+    """A parameter of the base model that is trained in full beside the adapters."""
+
+
+_BOXES = (nnx.Variable, meta.AxisMetadata)
+
+
+def value_of(leaf: Any) -> Any:
+    """The array in a box; anything else as it is."""
+    return jax.tree.leaves(leaf)[0] if isinstance(leaf, _BOXES) else leaf
+
+
+def with_value(leaf: Any, value: Any) -> Any:
+    """A box like this one with another array in it; the array itself where there is no box."""
+    if not isinstance(leaf, _BOXES):
+        return value
+    return jax.tree.unflatten(jax.tree.structure(leaf), [value])
+
+
+def box_like(kernel: Any, value: jax.Array, axes: Mapping[int, int]) -> Any:
+    """An adapter's leaf in a box such as its kernel has.
+
+    Args:
+      kernel: the kernel, in its box or without one.
+      value: the leaf.
+      axes: axis of the leaf -> the axis of the kernel that it has in common (stacks, experts);
+        their names go with them, the leaf's other axes have none.
+    """
+    if isinstance(kernel, nnx.Variable):
+        return MoRAParam(value)
+    if not isinstance(kernel, meta.Partitioned):
+        return value
+    names = dict(enumerate(kernel.names))
+    own = tuple(names.get(axes[a]) if a in axes else None for a in range(value.ndim))
+    return kernel.replace(value=value, names=own)
