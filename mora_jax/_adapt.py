@@ -10,9 +10,10 @@ import jax
 from flax import linen as nn
 from flax import nnx as flax_nnx
 
-from mora_jax import _function, _linen_plan, linen, nnx
+from mora_jax import _function, _hugging_face, _linen_plan, linen, nnx
 from mora_jax._config import MoRAConfig
 from mora_jax._function import AdaptedFunction
+from mora_jax._hugging_face import is_pretrained_model
 from mora_jax._plan import Plan
 from mora_jax._tree import listing
 
@@ -41,14 +42,18 @@ def adapt(model: Any, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | Non
     Args:
       model: a linen module, unbound; or any function `(params, *inputs) -> outputs` of parameters
         in nested dicts (`as_params` makes them of other trees), whose every parameter that enters a
-        product as a matrix is a linear layer, named by the dict that it stands in.
+        product as a matrix is a linear layer, named by the dict that it stands in; or an NNX model,
+        or a `FlaxPreTrainedModel` of Hugging Face, which hold their parameters.
       config_or_plan: which layers get what. Take a config the first time; take the plan that
         `merge_and_reset` returns to go on with the next grouping.
+      key: for models that hold their parameters, whose adapters are made at once: a PRNG key,
+        required where the config draws numbers (`LowRank`, dropout in NNX).
 
     Returns:
       A linen module with the same fields and methods. It is hashable, a static argument for jit,
       even where `model` is not; the same arguments give the same object. Of a function, a function
-      like it, whose parameters have adapters in them.
+      like it, whose parameters have adapters in them. Of a model that holds its parameters, a model
+      like it that holds the adapters too, over the same arrays.
 
     Raises:
       TypeError: for what is neither, or adapted already.
@@ -66,9 +71,14 @@ def adapt(model: Any, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | Non
         raise TypeError("the function is adapted already; adapt the base function instead.")
     if isinstance(model, flax_nnx.Module):
         return nnx.adapt(model, config_or_plan, key=key)
+    if is_pretrained_model(model):
+        return _hugging_face.adapt(model, config_or_plan, key=key)
     if key is not None:
-        raise TypeError("key is for NNX models; attach(plan, params, key=key) takes it here.")
-    if _is_function(model):
+        raise TypeError(
+            "key is for models that hold their parameters; attach(plan, params, key=key) takes it "
+            "here."
+        )
+    if not isinstance(model, nn.Module | type) and callable(model):
         return AdaptedFunction(model, config_or_plan)
     _check_model(model)
     return linen.adapt(model, config_or_plan)
@@ -88,7 +98,7 @@ def plan(
     Args:
       model: what `adapt` returned, or a linen module that uses `MoRADense`.
       *inputs: what the model's method takes: arrays, `jax.ShapeDtypeStruct`s, static values; for a
-        function, its parameters first.
+        function, its parameters first. Models that hold their parameters need none.
       rngs: as for `init`; only needed where the model wants several streams.
       method: as for `init`.
       **kwargs: further arguments of the model's method.
@@ -117,6 +127,8 @@ def plan(
         found = _function.plan(model, *inputs, **kwargs)
     elif isinstance(model, flax_nnx.Module):
         found = nnx.plan(model)
+    elif is_pretrained_model(model):
+        found = _hugging_face.plan(model)
     else:
         _check_model(model)
         found = _linen_plan.plan(model, *inputs, rngs=rngs, method=method, **kwargs)
@@ -131,24 +143,9 @@ def plan(
     return found
 
 
-def _is_function(model: Any) -> bool:
-    return callable(model) and not isinstance(model, nn.Module | type) and _inner(model) is None
-
-
-def _inner(model: Any) -> Any:
-    """The linen module within a Hugging Face model."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) else None
-
-
 def _check_model(model: Any) -> None:
-    if isinstance(model, nn.Module):
-        return
-    hint = ""
-    if _inner(model) is not None:
-        hint = " Its attribute `module` is one: pass that, and its parameters."
-    raise TypeError(
-        f"expected a module of linen or NNX, or a function of parameters, got a "
-        f"{type(model).__name__}."
-        f"{hint}"
-    )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a module of linen or NNX, a FlaxPreTrainedModel, or a function of "
+            f"parameters, got a {type(model).__name__}."
+        )

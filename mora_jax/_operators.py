@@ -155,7 +155,7 @@ def delta(x: jax.Array, adapter: Adapter, out_features: int, scheme: Scheme) -> 
     check_adapter(adapter, in_features, out_features, scheme)
     if isinstance(scheme, LowRank):
         wide = features.summable(x)
-        hidden = (_scale(adapter, scheme) * _product(wide, adapter["a"])).astype(wide.dtype)
+        hidden = (lora_scale(adapter, scheme) * _product(wide, adapter["a"])).astype(wide.dtype)
         return (hidden @ adapter["b"].astype(wide.dtype)).astype(x.dtype)
     matrix = adapter["matrix"]
     size = matrix.shape[0]
@@ -198,7 +198,7 @@ def delta_kernel(
     """
     check_adapter(adapter, in_features, out_features, scheme)
     if isinstance(scheme, LowRank):
-        return _scale(adapter, scheme) * (adapter["a"] @ adapter["b"])
+        return lora_scale(adapter, scheme) * (adapter["a"] @ adapter["b"])
     matrix = adapter["matrix"]
     size = matrix.shape[0]
     if isinstance(scheme, Rotation | Decoupling):
@@ -234,7 +234,7 @@ def adapter_gradient(
       A dict like `adapter`, in its dtypes, accumulated in float32 or better.
     """
     if isinstance(scheme, LowRank):
-        scale, z, dy = _scale(adapter, scheme), features.summable(z), features.summable(dy)
+        scale, z, dy = lora_scale(adapter, scheme), features.summable(z), features.summable(dy)
         hidden, dhidden = _product(z, adapter["a"]), _product(dy, adapter["b"].T)
         hidden, dhidden = (scale * hidden).astype(dy.dtype), (scale * dhidden).astype(z.dtype)
         gradient = {"a": _product(z.T, dhidden), "b": _product(hidden.T, dy)}
@@ -262,7 +262,7 @@ def delta_transpose(dy: jax.Array, adapter: Adapter, in_features: int, scheme: S
     """
     if isinstance(scheme, LowRank):
         wide = features.summable(dy)
-        hidden = (_scale(adapter, scheme) * _product(wide, adapter["b"].T)).astype(wide.dtype)
+        hidden = (lora_scale(adapter, scheme) * _product(wide, adapter["b"].T)).astype(wide.dtype)
         return (hidden @ adapter["a"].T.astype(wide.dtype)).astype(dy.dtype)
     matrix = adapter["matrix"]
     if isinstance(scheme, Rotation | Decoupling):
@@ -302,7 +302,8 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=wide)
 
 
-def _scale(adapter: Adapter, scheme: LowRank) -> float:
+def lora_scale(adapter: Adapter, scheme: LowRank) -> float:
+    """What LoRA multiplies its product by: alpha over the rank."""
     return 1.0 if scheme.alpha is None else scheme.alpha / adapter["a"].shape[-1]
 
 

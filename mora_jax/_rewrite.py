@@ -71,6 +71,10 @@ class View(abc.ABC):
     def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params) -> jax.Array:
         """`lax.dot_general(lhs, view)`; pairs are of an axis of `lhs` and one of the view."""
 
+    @abc.abstractmethod
+    def ragged_product(self, lhs: jax.Array, group_sizes: jax.Array, **params) -> jax.Array:
+        """`lax.ragged_dot_general(lhs, view, group_sizes)`."""
+
 
 def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
     """Traces a function; of its arguments and results, those that are no arrays are static."""
@@ -219,6 +223,13 @@ def _dot_general(params, lhs, rhs):
     return [jnp.moveaxis(swapped, range(len(batch), len(batch) + free), range(-free, 0))]
 
 
+def _ragged_dot_general(params, lhs, rhs, group_sizes, *others):
+    if not isinstance(rhs, View) or others:
+        return None
+    params = {name: value for name, value in params.items() if value is not None}
+    return [rhs.ragged_product(as_array(lhs), group_sizes, **params)]
+
+
 def _jit(params, *inputs):
     return _run_closed(params["jaxpr"], inputs)
 
@@ -261,6 +272,7 @@ _RULES = {
     "squeeze": _squeeze,
     "unstack": _unstack,
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot_general,
     "jit": _jit,
     "pjit": _jit,
     "remat2": _remat,

@@ -12,6 +12,7 @@ from mora_jax._config import LayerConfig
 from mora_jax._dot import dropout, mora_dot_general
 from mora_jax._layout import KernelAxes, add_delta
 from mora_jax._operators import Adapter, delta_transpose
+from mora_jax._ragged import ragged_delta
 from mora_jax._rewrite import View
 
 
@@ -56,6 +57,13 @@ class Recorded(View):
             axes = KernelAxes(inputs, outputs, self.stacks + batched)
             self.found.setdefault(self.path, axes)
         return _dot_general(lhs, self.array(), contracting, batch, **params)
+
+    def ragged_product(self, lhs, group_sizes, **params):
+        if found := _ragged_axes(params, lhs):
+            group, inputs, outputs = (self.origin[self.order[axis]] for axis in found)
+            axes = KernelAxes((inputs,), (outputs,), (*self.stacks, group))
+            self.found.setdefault(self.path, axes)
+        return lax.ragged_dot_general(lhs, self.array(), group_sizes, **params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +136,17 @@ class Adapted(View):
         params |= {} if sharding is None else {"out_sharding": sharding}
         return _dot_general(lhs, self.array(), contracting, batch, **params)
 
+    def ragged_product(self, lhs, group_sizes, **params):
+        found = tuple(self.order[axis] for axis in _ragged_axes(params, lhs))
+        if not found or self.axes != KernelAxes(found[1:2], found[2:], found[:1]):
+            return lax.ragged_dot_general(lhs, self.array(), group_sizes, **params)
+        kernel = self.value.astype(self.dtype).transpose(self.order)
+        base = lax.ragged_dot_general(lhs, kernel, group_sizes, **params)
+        extra = ragged_delta(
+            self._adapter_inputs(lhs), self.adapter, group_sizes, base.shape[-1], self.config.scheme
+        )
+        return base + extra.astype(base.dtype)
+
     def _adapted(self, lhs, pairs, batches, batch_order, **params):
         """The product over the inputs. Its axes: batch, free ones of `lhs`, outputs."""
         axes = self.axes
@@ -169,6 +188,18 @@ def _dot_general(lhs, rhs, contracting, batch, **params):
     (contract_l, batch_l), (contract_r, batch_r) = axes(0), axes(1)
     numbers = ((contract_l, contract_r), (batch_l, batch_r))
     return lax.dot_general(lhs, rhs, numbers, **params)
+
+
+def _ragged_axes(params, lhs) -> tuple[int, ...]:
+    """Axes (group, inputs, outputs) of experts whose rows are one after the other; else none."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    contracting, batch = numbers.dot_dimension_numbers
+    (left, (inputs, *_)), groups = contracting, tuple(numbers.rhs_group_dimensions)
+    rows = tuple(numbers.lhs_ragged_dimensions)
+    if lhs.ndim != 2 or len(left) != 1 or any(batch) or rows != (1 - left[0],) or len(groups) != 1:
+        return ()
+    (group,) = groups
+    return (group, inputs, 3 - group - inputs) if left == (1,) else ()
 
 
 def _without(axes: tuple[int, ...], gone: int) -> tuple[int, ...]:

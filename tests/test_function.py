@@ -251,3 +251,33 @@ def test_dropout_needs_a_key():
         np.testing.assert_allclose(product.mean(), 1.0, atol=0.02)
         np.testing.assert_allclose((product == 0).mean(), 0.25, atol=0.02)
     assert (y["stack"][0] != y["stack"][1]).any()
+
+
+@pytest.mark.parametrize(
+    "scheme", ["sharing", mora_jax.Rotation(cycle=True), mora_jax.LowRank(alpha=3.0)], ids=str
+)
+def test_experts_in_ragged_groups(scheme):
+    def function(params, x, sizes):
+        def layer(x, w):
+            return x + jnp.tanh(jax.lax.ragged_dot(x, w.astype(x.dtype).mT, sizes)), None
+
+        x, _ = jax.lax.scan(layer, x, params["stack"]["w"])
+        return jax.lax.ragged_dot(x, params["experts"]["w"], sizes)
+
+    draw = lambda *shape: 0.3 * jax.random.normal(jax.random.key(len(shape)), shape)
+    params = {"stack": {"w": draw(2, 3, 8, 8)}, "experts": {"w": draw(3, 8, 5)}}
+    inputs = draw(10, 8), jnp.array([4, 0, 5])
+    forward = mora_jax.adapt(function, mora_jax.MoRAConfig(rank=1, scheme=scheme))
+    plan = mora_jax.plan(forward, params, *inputs)
+    assert plan["experts"].kernel_axes == KernelAxes((1,), (2,), (0,))
+    assert plan["stack"].kernel_axes == KernelAxes((3,), (2,), (0, 1))
+    trainable, frozen = drawn(mora_jax.attach(plan, params, key=jax.random.key(0)), plan)
+    join = lambda trainable: mora_jax.join(trainable, frozen)
+
+    def gradient(run):
+        loss = lambda trainable: jnp.square(run(trainable)).sum()
+        return jax.jit(jax.value_and_grad(loss)).lower(trainable).compile()
+
+    ours = gradient(lambda trainable: forward(join(trainable), *inputs))
+    theirs = gradient(lambda trainable: function(mora_jax.merge(join(trainable), plan), *inputs))
+    chex.assert_trees_all_close(ours(trainable), theirs(trainable), rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import mora_jax
-from conftest import assert_same_bits
+from conftest import assert_same_bits, perturb
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,28 @@ def llama():
     return model, model.module, model.params, inputs
 
 
-def test_a_pretrained_model_points_to_its_module(llama):
-    with pytest.raises(TypeError, match="Its attribute `module` is one"):
-        mora_jax.adapt(llama[0], mora_jax.MoRAConfig())
+def test_a_pretrained_model_is_adapted_as_it_is(llama):
+    base, _, pretrained, (tokens, *_) = llama
+    config = mora_jax.MoRAConfig(rank=2, scheme="sharing", targets=".*_proj")
+    model = mora_jax.adapt(base, config)
+    plan = mora_jax.plan(model)
+    assert len(plan) == 14
+    assert type(model) is type(base)
+    assert_same_bits(dict(base.params), dict(pretrained))
+    assert_same_bits(model(tokens).logits, base(tokens).logits)
+    model.params = perturb(model.params)
+    logits = model(tokens).logits
+    merged = mora_jax.merge(model.params, plan)
+    assert not np.allclose(logits, base(tokens).logits, atol=1e-2)
+    np.testing.assert_allclose(logits, base(tokens, params=merged).logits, rtol=1e-4, atol=1e-4)
+    # Its own methods, with a cache, go through the adapters too.
+    written = model.generate(tokens, max_new_tokens=3, pad_token_id=0).sequences
+    theirs = base.generate(tokens, params=merged, max_new_tokens=3, pad_token_id=0).sequences
+    np.testing.assert_array_equal(written, theirs)
+    with pytest.raises(TypeError, match="adapted already"):
+        mora_jax.adapt(model, config)
+    with pytest.raises(ValueError, match="no adapters"):
+        mora_jax.plan(base)
 
 
 def test_trains_through_a_cycle_with_one_compilation_per_scheme(llama):

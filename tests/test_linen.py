@@ -268,7 +268,7 @@ def test_what_cannot_be_adapted_is_refused(inputs):
         mora_jax.adapt(mora_jax.adapt(base, config), config)
     with pytest.raises(ValueError, match="bound to variables"):
         mora_jax.adapt(base.bind(base.init(jax.random.key(0), inputs)), config)
-    with pytest.raises(TypeError, match="expected a module of linen or NNX, or a function"):
+    with pytest.raises(TypeError, match="expected a module of linen or NNX, a FlaxPre"):
         mora_jax.adapt({}, config)
     with pytest.raises(TypeError, match="expected a MoRAConfig or a Plan, got int"):
         mora_jax.adapt(base, 8)

@@ -1,6 +1,6 @@
 """What every real model must do with adapters, unedited."""
 
-import operator
+import functools
 import re
 import time
 
@@ -15,27 +15,35 @@ import mora_jax
 TABLE: list[str] = []
 
 
-def check(name, base, params, inputs, layers, *, rate=1e-2, **config):
-    """Adapts `base(params, *inputs) -> array`, plans, trains, merges and restarts it.
+def of_function(function, params, *inputs):
+    return function(params, *inputs)
+
+
+def check(name, base, params, inputs, layers, *, run=of_function, rate=1e-2, **config):
+    """Adapts `base`, plans, trains, merges and restarts it.
 
     Args:
       name: as printed.
-      base: a function, or what `adapt` takes.
+      base: what `adapt` takes.
       params: its parameters.
       inputs: its inputs.
       layers: pattern with a star for every number -> how many layers must be planned so.
+      run: `(model, params, *inputs) -> array`; by default the model is a function of these.
       rate: learning rate of 20 steps of Adam.
       **config: of the MoRAConfig.
     """
     start = time.perf_counter()
     config = mora_jax.MoRAConfig(**{"rank": 1, "scheme": "sharing"} | config)
     model = mora_jax.adapt(base, config)
-    plan = mora_jax.plan(model, params, *inputs)
+    plan = mora_jax.plan(model, *((params, *inputs) if run is of_function else inputs))
     assert counted(plan) == layers
 
+    def outputs(model, params):
+        return jax.jit(functools.partial(run, model))(params, *inputs)
+
     adapted = mora_jax.attach(plan, params)
-    plain = jax.jit(base)(params, *inputs)
-    np.testing.assert_array_equal(jax.jit(model)(adapted, *inputs), plain)
+    plain = outputs(base, params)
+    np.testing.assert_array_equal(outputs(model, adapted), plain)
 
     optimizer = mora_jax.freeze_base(optax.adam(rate), plan)
     state, losses = optimizer.init(adapted), []
@@ -44,7 +52,7 @@ def check(name, base, params, inputs, layers, *, rate=1e-2, **config):
     @jax.jit
     def step(params, state):
         def loss(params):
-            y = model(params, *inputs).astype(jnp.float32)
+            y = run(model, params, *inputs).astype(jnp.float32)
             return jnp.square(y - target).mean()
 
         value, gradients = jax.value_and_grad(loss)(params)
@@ -56,15 +64,14 @@ def check(name, base, params, inputs, layers, *, rate=1e-2, **config):
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0], losses
     _, frozen = mora_jax.split(adapted, plan)
-    same = jax.tree.map(np.array_equal, frozen, jax.tree.map(operator.pos, dict(params)))
-    assert all(jax.tree.leaves(same))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, frozen, dict(params))))
 
-    y = jax.jit(model)(adapted, *inputs)
+    y = outputs(model, adapted)
     scale = float(jnp.abs(y).max())
-    merged = jax.jit(base)(mora_jax.merge(adapted, plan), *inputs)
+    merged = outputs(base, mora_jax.merge(adapted, plan))
     np.testing.assert_allclose(merged, y, atol=1e-5 * scale)
     adapted, state, plan, _ = mora_jax.merge_and_reset(adapted, state, plan, donate=False)
-    restarted = jax.jit(mora_jax.adapt(base, plan))(adapted, *inputs)
+    restarted = outputs(mora_jax.adapt(base, plan), adapted)
     np.testing.assert_allclose(restarted, y, atol=1e-5 * scale)
     TABLE.append(
         f"| {name} | {len(plan)} | {losses[0]:.3f} -> {losses[-1]:.3f} | "

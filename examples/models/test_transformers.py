@@ -29,12 +29,23 @@ def test_llama():
     layer = "model/layers/*/"
     projections = [f"{layer}self_attn/{name}_proj" for name in "qkvo"]
     projections += [f"{layer}mlp/{name}_proj" for name in ("gate", "up", "down")]
+    layers = dict.fromkeys(projections, 2) | {"lm_head": 1}
     check(
         "Llama (transformers)",
-        lambda params, ids: model(ids, params=params).logits,
+        model,
         model.params,
         (IDS,),
-        dict.fromkeys(projections, 2) | {"lm_head": 1},
+        layers,
+        run=lambda model, params, x: model(x, params=params).logits,
+    )
+    mask, positions = jnp.ones_like(IDS), jnp.broadcast_to(jnp.arange(12), (2, 12))
+    check(
+        "Llama (transformers), its module",
+        model.module,
+        model.params,
+        (IDS, mask, positions),
+        layers,
+        run=lambda module, params, *inputs: module.apply({"params": params}, *inputs).logits,
     )
 
 
@@ -46,10 +57,11 @@ def test_gpt2():
     names = ["attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"]
     check(
         "GPT-2 (transformers)",
-        lambda params, ids: model(ids, params=params).logits,
+        model,
         model.params,
         (IDS,),
         {"transformer/wte": 1} | {f"transformer/h/*/{name}": 2 for name in names},
+        run=lambda model, params, x: model(x, params=params).logits,
     )
 
 
@@ -62,10 +74,11 @@ def test_bert():
     names = [f"attention/self/{name}" for name in ("query", "key", "value")] + DENSE
     check(
         "BERT (transformers)",
-        lambda params, ids: model(ids, params=params).pooler_output,
+        model,
         model.params,
         (IDS,),
         {f"encoder/layer/*/{name}": 2 for name in names} | {"pooler/dense": 1},
+        run=lambda model, params, x: model(x, params=params).pooler_output,
     )
 
 
@@ -75,10 +88,11 @@ def test_vit():
     names = [f"attention/attention/{name}" for name in ("query", "key", "value")] + DENSE
     check(
         "ViT (transformers)",
-        lambda params, pixels: model(pixels, params=params).logits,
+        model,
         model.params,
         (PIXELS,),
         {f"vit/encoder/layer/*/{name}": 2 for name in names} | {"classifier": 1},
+        run=lambda model, params, x: model(x, params=params).logits,
     )
 
 
@@ -113,8 +127,9 @@ def test_t5():
     }
     check(
         "T5 (transformers)",
-        lambda params, ids: model(ids, decoder_input_ids=ids, params=params).logits,
+        model,
         model.params,
         (IDS,),
         layers | {"shared": 1},
+        run=lambda model, params, x: model(x, decoder_input_ids=x, params=params).logits,
     )

@@ -1,0 +1,95 @@
+"""Hugging Face's Flax models, `FlaxPreTrainedModel`: a linen module, its parameters, and methods.
+
+Such a model is no linen module, and the modules in it make products that no interception reaches
+(kernels stored transposed, heads that are tied by hand). Everything it does goes through
+`module.apply`, so an adapted model is a copy whose module runs as a function (`_function.py`).
+Told by its attributes, so that transformers need not be installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from mora_jax import _function
+from mora_jax._config import MoRAConfig
+from mora_jax._function import AdaptedFunction
+from mora_jax._params import attach
+from mora_jax._plan import Plan
+
+
+def is_pretrained_model(model: Any) -> bool:
+    """Whether it is one of Hugging Face's, adapted or not."""
+    inner = getattr(model, "module", None)
+    return isinstance(inner, nn.Module | _AdaptedModule) and hasattr(model, "init_weights")
+
+
+def adapt(model: Any, chooser: MoRAConfig | Plan, *, key: jax.Array | None = None) -> Any:
+    """A model like `model` with adapters. See `mora_jax.adapt`."""
+    if isinstance(model.module, _AdaptedModule):
+        raise TypeError("the model is adapted already; adapt the base model instead.")
+    plan = chooser if isinstance(chooser, Plan) else _plan(model, chooser)
+    adapted = copy.copy(model)
+    adapted._module = _AdaptedModule(model.module, plan)
+    if model._is_initialized:
+        adapted.params = attach(plan, model.params, key=key)
+    return adapted
+
+
+def plan(model: Any) -> Plan:
+    """The plan of an adapted model. See `mora_jax.plan`."""
+    if not isinstance(model.module, _AdaptedModule):
+        raise ValueError("the model has no adapters. Adapt it first: adapt(model, config).")
+    return model.module.mora_plan
+
+
+class _AdaptedModule:
+    """Stands where a model holds its linen module, and applies it with adapters."""
+
+    def __init__(self, module: nn.Module, plan: Plan):
+        self.mora_base, self.mora_plan = module, plan
+
+    def __getattr__(self, name: str) -> Any:
+        # Not for what copying asks for before there is a base.
+        if name.startswith("__") or name == "mora_base":
+            raise AttributeError(name)
+        return getattr(self.mora_base, name)
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `flax.linen.Module.apply`; "params" holds the adapters too."""
+        rest = {name: value for name, value in variables.items() if name != "params"}
+        run = AdaptedFunction(functools.partial(_apply, self.mora_base), self.mora_plan)
+        return run(variables["params"], rest, *args, **kwargs)
+
+
+def _apply(module: nn.Module, params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
+    return module.apply({"params": params, **rest}, *args, **kwargs)
+
+
+def _plan(model: Any, config: MoRAConfig) -> Plan:
+    """Traces the module on the inputs that the model itself initialises it with."""
+    calls = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            return getattr(model.module, name)
+
+        def init(self, rngs, *args, **kwargs):
+            calls.append((args, kwargs))
+            return model.module.init(rngs, *args, **kwargs)
+
+    def run(key):
+        recording = copy.copy(model)
+        recording._module = Recorder()
+        recording.init_weights(key, model.input_shape)
+        args, kwargs = calls[-1]
+        function = AdaptedFunction(functools.partial(_apply, model.module), config)
+        plans.append(_function.plan(function, model.params_shape_tree, {}, *args, **kwargs))
+
+    plans: list[Plan] = []
+    jax.eval_shape(run, jax.random.key(0))
+    return plans[-1]
