@@ -78,10 +78,11 @@ def adapt(model: Any, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | Non
             "key is for models that hold their parameters; attach(plan, params, key=key) takes it "
             "here."
         )
-    if not isinstance(model, nn.Module | type) and callable(model):
+    if isinstance(model, nn.Module):
+        return linen.adapt(model, config_or_plan)
+    if callable(model) and not isinstance(model, type):
         return AdaptedFunction(model, config_or_plan)
-    _check_model(model)
-    return linen.adapt(model, config_or_plan)
+    raise _not_a_model(model)
 
 
 def plan(
@@ -129,8 +130,9 @@ def plan(
         found = nnx.plan(model)
     elif is_pretrained_model(model):
         found = _hugging_face.plan(model)
+    elif not isinstance(model, nn.Module):
+        raise _not_a_model(model)
     else:
-        _check_model(model)
         found = _linen_plan.plan(model, *inputs, rngs=rngs, method=method, **kwargs)
     found.advance()  # A cycle that cannot go on is an error now, not at the first merge.
     if dead := {path: spec.dead_entries for path, spec in found.items() if spec.dead_entries}:
@@ -143,9 +145,8 @@ def plan(
     return found
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"expected a module of linen or NNX, a FlaxPreTrainedModel, or a function of "
-            f"parameters, got a {type(model).__name__}."
-        )
+def _not_a_model(model: Any) -> TypeError:
+    return TypeError(
+        f"expected a module of linen or NNX, a FlaxPreTrainedModel, or a function of parameters, "
+        f"got a {type(model).__name__}."
+    )

@@ -18,6 +18,7 @@ Shape letters: I input features, O output features, B batch axes, T rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ from jax import lax
 
 from mora_jax._config import Placement
 from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
-from mora_jax._mesh import vary_alike
+from mora_jax._mesh import explicit_mesh, in_auto_axes, vary_alike
 from mora_jax._operators import (
     Adapter,
     adapter_gradient,
@@ -52,6 +53,8 @@ def mora_dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
     adapter_lhs: jax.Array | None = None,
+    frozen: bool = False,
+    out_sharding: Any = None,
     dot_general: Callable[..., jax.Array] = lax.dot_general,
 ) -> jax.Array:
     """`jax.lax.dot_general` with an adapter on its right-hand side.
@@ -72,6 +75,10 @@ def mora_dot_general(
       preferred_element_type: as for `jax.lax.dot_general`, for the base product.
       adapter_lhs: inputs of the adapter alone, where they differ from `lhs` (dropout); the delta is
         then in the activations whatever `placement` says.
+      frozen: take the kernel as a constant: its gradient is zero, and never formed. Unlike with
+        `jax.lax.stop_gradient`, a scan over stacked kernels keeps no copy of them.
+      out_sharding: as for `jax.lax.dot_general`. With `AxisType.Explicit` axes the result lies
+        where the base product's does, and how the adapter gets there is left to the compiler.
       dot_general: the base product, by default `jax.lax.dot_general`.
 
     Returns:
@@ -88,8 +95,11 @@ def mora_dot_general(
     Array([[3., 3., 3., 3.],
            [3., 3., 3., 3.]], dtype=float32)
     """
+    product = dot_general
+    if out_sharding is not None:
+        product = functools.partial(dot_general, out_sharding=out_sharding)
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    call = _Call.of(lhs, rhs, dimension_numbers, scheme, dot_general, **options)
+    call = _Call.of(lhs, rhs, dimension_numbers, scheme, product, frozen=frozen, **options)
     if not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
@@ -97,6 +107,23 @@ def mora_dot_general(
         raise ValueError(f"adapter leaves must lead with the batch axes {batch}, got {bad}.")
     one = {name: jax.ShapeDtypeStruct(a.shape[-2:], a.dtype) for name, a in adapter.items()}
     check_adapter(one, in_features, out_features, scheme)
+    if (mesh := explicit_mesh(lhs, rhs)) is not None:
+        # Its shardings are those of the base product, or what JAX says of that is raised.
+        result = jax.eval_shape(call.product, lhs, rhs)
+        again = functools.partial(
+            mora_dot_general,
+            dimension_numbers=dimension_numbers,
+            scheme=scheme,
+            placement=placement,
+            frozen=frozen,
+            dot_general=dot_general,
+            **options,
+        )
+
+        def run(lhs, rhs, adapter, adapter_lhs):
+            return again(lhs, rhs, adapter=adapter, adapter_lhs=adapter_lhs)
+
+        return in_auto_axes(run, mesh, result.sharding, lhs, rhs, dict(adapter), adapter_lhs)
     plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
     if plain or adapter_lhs is not None:
         return call.in_activations(lhs, lhs if adapter_lhs is None else adapter_lhs, rhs, adapter)
@@ -121,6 +148,7 @@ class _Call:
     dot_general: Callable[..., jax.Array]
     precision: Any
     preferred_element_type: Any
+    frozen: bool
     placement: Placement = "activation"
 
     @classmethod
@@ -177,7 +205,7 @@ class _Call:
         return self.per_batch(one)(self.rows(lhs), dict(adapter))
 
     def in_activations(self, lhs, adapter_lhs, rhs, adapter):
-        base = self.product(lhs, rhs)
+        base = _frozen_product(lhs, rhs, self) if self.frozen else self.product(lhs, rhs)
         _, _, out_features = self.axes.sizes(rhs.shape)
         value = self.delta(adapter_lhs, adapter, out_features)
         return base + value.reshape(base.shape).astype(base.dtype)
@@ -191,6 +219,17 @@ class _Call:
         size = next(iter(adapter.values())).shape[-1]
         forward, backward = best_places(rows, in_features, out_features, size, self.scheme)
         return (forward if self.placement == "auto" else self.placement), backward
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _frozen_product(lhs, rhs, call):
+    return call.product(lhs, rhs)
+
+
+@_frozen_product.defjvp
+def _frozen_product_jvp(call, primals, tangents):
+    (lhs, rhs), (dlhs, _) = primals, tangents
+    return call.product(lhs, rhs), call.product(dlhs, rhs)
 
 
 def _value(lhs, rhs, adapter, call):
@@ -207,7 +246,7 @@ _dot = jax.custom_vjp(_value, nondiff_argnums=(3,))
 
 
 def _dot_forward(lhs, rhs, adapter, call):
-    lhs, rhs_trained, rhs = lhs.value, rhs.perturbed, rhs.value
+    lhs, rhs_trained, rhs = lhs.value, rhs.perturbed and not call.frozen, rhs.value
     adapter = jax.tree.map(lambda leaf: leaf.value, adapter, is_leaf=_is_primal)
     # Not `_dot`: this function is differentiated too, where someone asks for second derivatives.
     y = _value(lhs, rhs, adapter, call)

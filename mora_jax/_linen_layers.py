@@ -76,7 +76,7 @@ class MoRA(nn.Module):
             dropped = dropout(lhs, config.dropout, self.make_rng(ADAPTER))
         return mora_dot_general(
             lhs,
-            rhs if config.train_kernel else lax.stop_gradient(rhs),
+            rhs,
             dimension_numbers,
             adapter,
             config.scheme,
@@ -84,6 +84,7 @@ class MoRA(nn.Module):
             precision=precision,
             preferred_element_type=preferred_element_type,
             adapter_lhs=dropped,
+            frozen=not config.train_kernel,
             dot_general=self.dot_general,
         )
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from mora_jax._layout import add_delta
+from mora_jax._mesh import Places, places_of, put
 from mora_jax._params import Params, check_adapted, check_base, join
 from mora_jax._plan import Plan
 from mora_jax._tree import flatten, is_adapter, join_path, listing, rebuild
@@ -74,7 +75,7 @@ def unmerge(merged: Params, adapters: Params, plan: Plan) -> dict[str, Any]:
 
 def _with_merged(leaves: Mapping[str, Any], plan: Plan, sign: int = 1) -> dict[str, Any]:
     values = {path: value_of(leaf) for path, leaf in leaves.items()}
-    merged = _merge_jitted(values, plan, sign)
+    merged = _merge_jitted(values, plan, places_of(values), sign)
     return {path: with_value(leaves[path], kernel) for path, kernel in merged.items()}
 
 
@@ -101,9 +102,9 @@ def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "sign"))
-def _merge_jitted(leaves: dict[str, jax.Array], plan: Plan, sign: int = 1) -> dict[str, jax.Array]:
-    return merged_kernels(leaves, plan, sign)
+@functools.partial(jax.jit, static_argnames=("plan", "places", "sign"))
+def _merge_jitted(leaves: dict[str, jax.Array], plan: Plan, places: Places, sign: int = 1):
+    return put(merged_kernels(leaves, plan, sign), places)
 
 
 @jax.jit

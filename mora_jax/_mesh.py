@@ -1,12 +1,17 @@
-"""How arrays may be spread over devices, as far as it can be known while tracing."""
+"""How arrays are spread over devices: what is known of it, and how it is kept."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AxisType
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+#: Path -> where the array there lies; static, so an argument of jitted functions.
+Places = tuple[tuple[str, NamedSharding], ...]
 
 
 def may_be_sharded() -> bool:
@@ -39,3 +44,67 @@ def vary_alike(tree: Any) -> Any:
 
 def _varying(leaf: jax.Array) -> frozenset[str]:
     return jax.typeof(leaf).manual_axis_type.varying
+
+
+def explicit_mesh(*arrays: jax.Array) -> AbstractMesh | None:
+    """The mesh of arrays that have a sharding in their type, by `AxisType.Explicit` axes."""
+    for array in arrays:
+        mesh = getattr(jax.typeof(array).sharding, "mesh", None)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def in_auto_axes(
+    function: Callable[..., jax.Array], mesh: AbstractMesh, sharding: NamedSharding, *args: Any
+) -> Any:
+    """Runs a function with the compiler choosing the shardings inside; the result's is stated."""
+    run = jax.sharding.auto_axes(function, out_sharding=sharding)
+    if not jax.sharding.get_abstract_mesh().empty:
+        return run(*args)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return run(*args)
+
+
+def beside(kernel: Any, ndim: int, axes: Mapping[int, int]) -> Any:
+    """Where an adapter's leaf lies, given where its kernel does.
+
+    Its stacks and experts are split as the kernel's are; its matrices are whole on every device,
+    so that no product with them communicates.
+
+    Args:
+      kernel: the kernel's `NamedSharding`, or its `PartitionSpec`; so is what comes back.
+      ndim: axes of the leaf.
+      axes: axis of the leaf -> the axis of the kernel that it has in common.
+    """
+    spec = kernel.spec if isinstance(kernel, NamedSharding) else kernel
+    names = dict(enumerate(spec))
+    own = PartitionSpec(*(names.get(axes[a]) if a in axes else None for a in range(ndim)))
+    return NamedSharding(kernel.mesh, own) if isinstance(kernel, NamedSharding) else own
+
+
+def sharding_of(leaf: Any) -> NamedSharding | None:
+    """Where an array lies, if it lies on a mesh and is no tracer."""
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    named = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    return sharding if named else None
+
+
+def places_of(leaves: Mapping[str, Any]) -> Places:
+    """Where the arrays on a mesh lie."""
+    found = ((path, sharding_of(leaf)) for path, leaf in leaves.items())
+    return tuple((path, sharding) for path, sharding in found if sharding is not None)
+
+
+def put(leaves: dict[str, Any], places: Places) -> dict[str, Any]:
+    """Inside jit: the arrays where they are said to lie."""
+    known = dict(places)
+
+    def move(path, leaf):
+        if (sharding := known.get(path)) is None:
+            return leaf
+        if AxisType.Explicit in sharding.mesh.axis_types:
+            return jax.sharding.reshard(leaf, sharding)
+        return lax.with_sharding_constraint(leaf, sharding)
+
+    return {path: move(path, leaf) for path, leaf in leaves.items()}

@@ -101,18 +101,18 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
     config = mora.config
 
     def dot_general(lhs, rhs, dimension_numbers, precision=None, out_sharding=None, **options):
-        product, key = base, mora.dropout_key()
-        if out_sharding is not None:
-            product = functools.partial(base, out_sharding=out_sharding)
+        key = mora.dropout_key()
         return mora_dot_general(
             lhs,
-            rhs if config.train_kernel else lax.stop_gradient(rhs),
+            rhs,
             dimension_numbers,
             mora.adapter(),
             config.scheme,
             placement=config.placement,
             precision=precision,
-            dot_general=product,
+            frozen=not config.train_kernel,
+            out_sharding=out_sharding,
+            dot_general=base,
             adapter_lhs=None if key is None else dropout(lhs, config.dropout, key),
             **options,
         )
@@ -188,7 +188,8 @@ def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
             copy: Any = nnx.merge(graph, fresh(state))
             # As the base class, so that methods which call each other are adapted once.
             object.__setattr__(copy, "__class__", type(layer).mora_base)
-            getattr(copy, mora.kernel_name)[...] = kernel
+            # Not by `[...] =`, which would write into the old array, and no product see the kernel.
+            getattr(copy, mora.kernel_name).set_value(kernel)
             outputs = method(copy, *args, **kwargs)
             return outputs, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
 

@@ -11,12 +11,14 @@ parameters of linen, variables of NNX), so are the adapters. With a plan that ad
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from mora_jax._initialize import draws_numbers, initialize
+from mora_jax._mesh import beside, sharding_of
 from mora_jax._plan import Plan
 from mora_jax._tree import checksum, flatten, is_adapter, join_path, listing, rebuild
 from mora_jax._variables import box_like, value_of
@@ -49,14 +51,17 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
     """
     leaves = flatten(params)
     check_unadapted(plan, leaves)
-    adapters = {}
-    for path, spec in plan.items():
-        kernel = leaves[join_path(path, spec.kernel_name)]
-        common = dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True))
-        for leaf in plan.leaf_paths(path).values():
-            adapters[leaf] = (kernel, common)
-    new = new_adapters(plan, key)
-    boxed = {path: box_like(kernel, new[path], axes) for path, (kernel, axes) in adapters.items()}
+    owners, shapes = plan.adapter_owners(), plan.adapter_leaves()
+    places = {}
+    for path, (kernel, axes) in owners.items():
+        if sharding := sharding_of(value_of(leaves[kernel])):
+            places[path] = beside(sharding, len(shapes[path].shape), axes)
+    make = functools.partial(new_adapters, plan)
+    if places:
+        # On every device at once, and in every process.
+        make = jax.jit(make, out_shardings={path: places.get(path) for path in owners})
+    new = make(key)
+    boxed = {p: box_like(leaves[kernel], new[p], axes) for p, (kernel, axes) in owners.items()}
     return rebuild(leaves | boxed, params)
 
 

@@ -186,6 +186,20 @@ class Plan(Mapping[str, AdapterSpec]):
         prefix = adapter_path(layer, spec.kernel_name)
         return {name: join_path(prefix, name) for name in spec.shapes}
 
+    def adapter_owners(self) -> dict[str, tuple[str, dict[int, int]]]:
+        """Path of an adapter's leaf -> its kernel's, and which axes the two have in common.
+
+        These are the axes of stacked layers and of experts: axis of the leaf -> axis of the kernel.
+        """
+        return {
+            leaf: (
+                join_path(path, spec.kernel_name),
+                dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True)),
+            )
+            for path, spec in self.layers
+            for leaf in self.leaf_paths(path).values()
+        }
+
     def kernel_paths(self) -> tuple[str, ...]:
         """Path of every adapted kernel."""
         return tuple(join_path(path, spec.kernel_name) for path, spec in self.layers)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._merge import check_finite, merged_kernels
+from mora_jax._mesh import places_of, put
 from mora_jax._optimizer_state import find_adapter_state
 from mora_jax._params import Params, check_adapted, new_adapters
 from mora_jax._plan import Plan
@@ -105,7 +106,7 @@ def merge_and_reset(
     if donate:
         _check_distinct(changing)
     restart = _restart_donating if donate else _restart
-    changed, reset = restart(changing, resetting, key, plan)
+    changed, reset = restart(changing, resetting, key, plan, places_of(changing))
     for index, leaf in reset.items():
         state[index] = leaf
     return ResetResult(
@@ -127,12 +128,14 @@ def _check_distinct(leaves: dict[str, Any]) -> None:
             )
 
 
-def _merge_and_start_anew(leaves, state, key, plan):
+def _merge_and_start_anew(leaves, state, key, plan, places):
     adapters = new_adapters(plan, key)
-    return merged_kernels(leaves, plan) | adapters, jax.tree.map(jnp.zeros_like, state)
+    changed = put(merged_kernels(leaves, plan) | adapters, places)
+    return changed, jax.tree.map(jnp.zeros_like, state)
 
 
-_restart = functools.partial(jax.jit, static_argnames="plan")(_merge_and_start_anew)
-_restart_donating = functools.partial(jax.jit, static_argnames="plan", donate_argnums=(0, 1))(
+_STATIC = ("plan", "places")
+_restart = functools.partial(jax.jit, static_argnames=_STATIC)(_merge_and_start_anew)
+_restart_donating = functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=(0, 1))(
     _merge_and_start_anew
 )

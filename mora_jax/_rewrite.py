@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -181,6 +182,20 @@ def _stop_gradient(params, view):
     return [view.map(lax.stop_gradient)] if isinstance(view, View) else None
 
 
+def _reshard(params, view):
+    """A kernel that is moved, or told where to lie, is still a kernel."""
+    if not isinstance(view, View):
+        return None
+    sharding = params.get("dst_sharding", params.get("sharding"))
+    if not isinstance(sharding, NamedSharding):
+        return None
+    spec = [*sharding.spec, *[None] * (len(view.order) - len(sharding.spec))]
+    stored = [spec[view.order.index(axis)] for axis in range(len(spec))]
+    own = NamedSharding(sharding.mesh, PartitionSpec(*stored))
+    move = jax.sharding.reshard if "dst_sharding" in params else lax.with_sharding_constraint
+    return [dataclasses.replace(view, value=move(view.value, own))]
+
+
 def _slice(params, view):
     if not isinstance(view, View) or not set(params["strides"] or ()) <= {1}:
         return None
@@ -268,6 +283,8 @@ _RULES = {
     "transpose": _transpose,
     "convert_element_type": _convert,
     "stop_gradient": _stop_gradient,
+    "reshard": _reshard,
+    "sharding_constraint": _reshard,
     "slice": _slice,
     "squeeze": _squeeze,
     "unstack": _unstack,

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._config import LayerConfig
 from mora_jax._dot import dropout, mora_dot_general
@@ -91,14 +92,18 @@ class Adapted(View):
         config: LayerConfig,
         key: jax.Array | None = None,
     ) -> Adapted:
-        """The view of a whole kernel, a constant unless it is trained beside the adapter."""
-        kernel = kernel if config.train_kernel else lax.stop_gradient(kernel)
+        """The view of a whole kernel."""
         key = key if config.dropout else None
         return cls(kernel, tuple(range(kernel.ndim)), kernel.dtype, adapter, axes, config, key)
 
     def array(self):
         delta = self.axes.delta(self.adapter, self.value.shape, self.config.scheme)
-        return add_delta(self.value.astype(self.dtype), delta).transpose(self.order)
+        return add_delta(self._base(), delta).transpose(self.order)
+
+    def _base(self):
+        """The kernel in the view's dtype, a constant unless it is trained beside the adapter."""
+        value = self.value.astype(self.dtype)
+        return value if self.config.train_kernel else lax.stop_gradient(value)
 
     def open(self, axis=None):
         if axis is None:
@@ -127,29 +132,33 @@ class Adapted(View):
     def product(self, lhs, contracting, batch, **params):
         pairs = {self.order[right]: left for left, right in contracting}
         batches = {self.order[right]: left for left, right in batch}
-        sharding, axes = params.pop("out_sharding", None), self.axes
-        if batches.keys() == set(axes.batch) and sharding is None:
+        axes = self.axes
+        if batches.keys() == set(axes.batch):
             if pairs.keys() == set(axes.inputs):
                 return self._adapted(lhs, pairs, batches, [right for _, right in batch], **params)
             if pairs.keys() == set(axes.outputs) and len(self.order) == 2:
                 return self._transposed(lhs, contracting, batch, **params)
-        params |= {} if sharding is None else {"out_sharding": sharding}
         return _dot_general(lhs, self.array(), contracting, batch, **params)
 
     def ragged_product(self, lhs, group_sizes, **params):
         found = tuple(self.order[axis] for axis in _ragged_axes(params, lhs))
         if not found or self.axes != KernelAxes(found[1:2], found[2:], found[:1]):
             return lax.ragged_dot_general(lhs, self.array(), group_sizes, **params)
-        kernel = self.value.astype(self.dtype).transpose(self.order)
+        kernel = self._base().transpose(self.order)
         base = lax.ragged_dot_general(lhs, kernel, group_sizes, **params)
         extra = ragged_delta(
             self._adapter_inputs(lhs), self.adapter, group_sizes, base.shape[-1], self.config.scheme
         )
         return base + extra.astype(base.dtype)
 
-    def _adapted(self, lhs, pairs, batches, batch_order, **params):
+    def _adapted(self, lhs, pairs, batches, batch_order, out_sharding=None, **params):
         """The product over the inputs. Its axes: batch, free ones of `lhs`, outputs."""
         axes = self.axes
+        # From the order in which the kernel is stored to the one in which it is seen.
+        lead = lhs.ndim - len(axes.inputs)
+        order = [axes.batch.index(self.order[right]) for right in batch_order]
+        order += range(len(order), lead)
+        order += [lead + axes.outputs.index(a) for a in self.order if a in axes.outputs]
         y = mora_dot_general(
             lhs,
             self.value.astype(self.dtype),
@@ -160,18 +169,17 @@ class Adapted(View):
             self.adapter,
             self.config.scheme,
             placement=self.config.placement,
+            frozen=not self.config.train_kernel,
             adapter_lhs=None if self.key is None else self._adapter_inputs(lhs),
+            out_sharding=_permuted(out_sharding, [order.index(axis) for axis in range(len(order))]),
             **params,
         )
-        # From the order in which the kernel is stored to the one in which it is seen.
-        lead = y.ndim - len(axes.outputs)
-        batch = [axes.batch.index(self.order[right]) for right in batch_order]
-        outputs = [lead + axes.outputs.index(a) for a in self.order if a in axes.outputs]
-        return y.transpose([*batch, *range(len(batch), lead), *outputs])
+        return y.transpose(order)
 
     def _transposed(self, lhs, contracting, batch, **params):
         """The product over the outputs of a matrix, as with a tied embedding."""
-        base = _dot_general(lhs, super().array(), contracting, batch, **params)
+        kernel = self._base().transpose(self.order)
+        base = _dot_general(lhs, kernel, contracting, batch, **params)
         ((left, _),) = contracting
         rows = jnp.moveaxis(self._adapter_inputs(lhs), left, -1)
         in_features = self.value.shape[self.axes.inputs[0]]
@@ -188,6 +196,14 @@ def _dot_general(lhs, rhs, contracting, batch, **params):
     (contract_l, batch_l), (contract_r, batch_r) = axes(0), axes(1)
     numbers = ((contract_l, contract_r), (batch_l, batch_r))
     return lax.dot_general(lhs, rhs, numbers, **params)
+
+
+def _permuted(sharding: NamedSharding | None, order: list[int]) -> NamedSharding | None:
+    """The sharding of an array with its axes permuted."""
+    if sharding is None:
+        return None
+    spec = [*sharding.spec, *[None] * (len(order) - len(sharding.spec))]
+    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in order)))
 
 
 def _ragged_axes(params, lhs) -> tuple[int, ...]:

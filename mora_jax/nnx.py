@@ -195,7 +195,7 @@ def merge_and_reset(
     jax.tree.map(_set, state, result.opt_state, is_leaf=_is_variable)
     params = flatten(result.params)
     for path, variable in _parameters(model).items():
-        variable[...] = params[path]
+        variable.set_value(params[path])
     for path, layer in _adapted(model):
         layer.mora.config = result.plan[path].config
     return result.report
@@ -231,7 +231,7 @@ def _copy_with(model: ModelT, params: dict[str, Any]) -> ModelT:
     copy, values = nnx.merge(*_split(model)), flatten(params)
     for path, variable in _parameters(copy).items():
         if path in values:
-            variable[...] = values[path]
+            variable.set_value(values[path])
     return copy
 
 
@@ -256,4 +256,4 @@ def _is_variable(leaf: Any) -> bool:
 
 
 def _set(variable: nnx.Variable, value: jax.Array) -> None:
-    variable[...] = value
+    variable.set_value(value)

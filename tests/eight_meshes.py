@@ -1,0 +1,125 @@
+"""A program for eight devices: a sharded model on several meshes, Auto and Explicit axes.
+
+Run by test_meshes.py in a process of its own. Checks numbers against one device, and prints, as
+JSON, the collectives of {floor, adapted} x {forward pass, whole step} for each case.
+"""
+
+import functools
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, reshard
+from jax.sharding import PartitionSpec as P
+
+import mora_jax
+from eight_devices import collectives
+
+#: data x fsdp x tensor.
+MESHES = {"8x1": (1, 8, 1), "1x8": (1, 1, 8), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2), "data": (8, 1, 1)}
+NAMES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+SPECS = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
+SCHEMES = {"sharing": mora_jax.Sharing(signs=1), "cycled": mora_jax.Rotation(cycle=True)}
+# R is 14, which divides nothing.
+WIDTH, HIDDEN = 64, 128
+
+
+def forward(explicit, params, x):
+    """Column- and row-parallel, kernels gathered over fsdp where they are used."""
+    up, down = params["up"]["kernel"], params["down"]["kernel"]
+    hidden, result = P(BATCH, None, "tensor"), P(BATCH, None, None)
+    if explicit:
+        up, down = reshard(up, P(None, "tensor")), reshard(down, P("tensor", None))
+        y = jnp.einsum("btd,df->btf", x, up, out_sharding=hidden)
+        return jnp.einsum("btf,fd->btd", jnp.tanh(y), down, out_sharding=result)
+    y = jax.lax.with_sharding_constraint(jnp.einsum("btd,df->btf", x, up), hidden)
+    y = jnp.einsum("btf,fd->btd", jnp.tanh(y), down)
+    return jax.lax.with_sharding_constraint(y, result)
+
+
+def numbers(*shape):
+    rng = np.random.default_rng(len(shape) + shape[-1])
+    return jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32)
+
+
+def alone(params, x):
+    return jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+
+
+def loss_of(run, trainable, frozen, x):
+    return jnp.square(run(mora_jax.join(trainable, frozen), x)).sum()
+
+
+def measure(name, kind, scheme):
+    mesh = jax.make_mesh(MESHES[name], NAMES, axis_types=(kind,) * 3)
+    place = functools.partial(NamedSharding, mesh)
+    base = {layer: {"kernel": numbers(*shape)} for layer, shape in
+            {"down": (HIDDEN, WIDTH), "up": (WIDTH, HIDDEN)}.items()}  # fmt: skip
+    x = numbers(8, 4, WIDTH)
+    where = {layer: {"kernel": place(spec)} for layer, spec in SPECS.items()}
+    spread, rows = jax.device_put(base, where), jax.device_put(x, place(P(BATCH)))
+    run = functools.partial(forward, kind == AxisType.Explicit)
+    config = mora_jax.MoRAConfig(rank=1, scheme=scheme, placement="kernel")
+    single, many = mora_jax.adapt(alone, config), mora_jax.adapt(run, config)
+    with jax.set_mesh(mesh):
+        plan = mora_jax.plan(many, spread, rows)
+        trainable, frozen = mora_jax.split(mora_jax.attach(plan, spread), plan)
+        for leaf in jax.tree.leaves(trainable):
+            assert leaf.sharding.is_equivalent_to(place(P()), leaf.ndim), leaf.sharding
+        draw = lambda leaf: jax.device_put(numbers(*leaf.shape), place(P()))
+        trainable = jax.tree.map(draw, trainable)
+        step = jax.jit(jax.value_and_grad(functools.partial(loss_of, many), (0, 2)))
+        step = step.lower(trainable, frozen, rows).compile()
+        floor = jax.jit(jax.value_and_grad(functools.partial(loss_of, run), 2))
+        found = {
+            "floor forward": jax.jit(run).lower(spread, rows).compile(),
+            "floor step": floor.lower({}, spread, rows).compile(),
+            "forward": jax.jit(many).lower(mora_jax.join(trainable, frozen), rows).compile(),
+            "step": step,
+        }
+        ours = jax.device_get(step(trainable, frozen, rows))
+
+    plan_one = mora_jax.plan(single, base, x)
+    assert plan_one == plan
+    whole = jax.device_get(trainable)
+    theirs = jax.value_and_grad(functools.partial(loss_of, single), (0, 2))(whole, base, x)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.abs(b).max()))
+    with jax.set_mesh(mesh):
+        check_restart(plan, mora_jax.join(trainable, frozen), mora_jax.join(whole, base))
+    return {case: collectives(compiled) for case, compiled in found.items()}
+
+
+def check_restart(plan, params, whole):
+    """Merging and restarting keep every sharding, and give what one device gives."""
+    wanted = mora_jax.merge(whole, plan)
+    merged = mora_jax.merge(params, plan)
+    optimizer = optax.adam(1e-3)
+    trainable, frozen = mora_jax.split(params, plan)
+    state = optimizer.init(trainable)
+    before = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    params, state, *_ = mora_jax.merge_and_reset(params, state, plan)
+    after = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.is_equivalent_to(b, 2), before, after)))
+    _, base = mora_jax.split(params, plan.advance())
+    for found in (merged, base):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    del frozen
+
+
+def main():
+    found = {}
+    for mesh, kind in itertools.product(MESHES, (AxisType.Auto, AxisType.Explicit)):
+        for name, scheme in SCHEMES.items():
+            if name == "sharing" or mesh == "2x2x2":
+                found[f"{mesh} {kind.name} {name}"] = measure(mesh, kind, scheme)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
