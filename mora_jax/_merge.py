@@ -45,6 +45,7 @@ def merge(params: Params, plan: Plan) -> dict[str, Any]:
     leaves = flatten(params)
     check_adapted(plan, leaves)
     check_finite(plan, leaves)
+    check_mergeable(plan, leaves)
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     return rebuild(base | _with_merged(leaves, plan), params)
 
@@ -70,6 +71,7 @@ def unmerge(merged: Params, adapters: Params, plan: Plan) -> dict[str, Any]:
     leaves = flatten(params)
     check_adapted(plan, leaves)
     check_finite(plan, leaves)
+    check_mergeable(plan, leaves)
     return rebuild(leaves | _with_merged(leaves, plan, sign=-1), params)
 
 
@@ -100,6 +102,20 @@ def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
             f"not merged: adapters hold numbers that are not finite: {listing(bad)}. "
             "The parameters are as they were; training has probably diverged."
         )
+
+
+def check_mergeable(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError where a delta cannot be added to what a layer has for a kernel."""
+    for path in plan.kernel_paths():
+        if why := why_unmergeable(leaves[path], plan, leaves):
+            raise ValueError(f"not merged: {why}")
+
+
+@functools.singledispatch
+def why_unmergeable(kernel: Any, plan: Plan, leaves: Mapping[str, Any]) -> str:
+    """Why nothing can be added to a kernel of this type; a door registers types of its own."""
+    del kernel, plan, leaves
+    return ""
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "places", "sign"))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mora_jax._merge import check_finite, merged_kernels
+from mora_jax._merge import check_finite, check_mergeable, merged_kernels
 from mora_jax._mesh import places_of, put
 from mora_jax._optimizer_state import find_adapter_state
 from mora_jax._params import Params, check_adapted, new_adapters
@@ -97,6 +97,7 @@ def merge_and_reset(
     next_plan = plan.advance()
     found = find_adapter_state(opt_state, plan.adapter_leaves())
     check_finite(plan, leaves)
+    check_mergeable(plan, leaves)
     # Only what changes goes through the jitted call; the rest is handed on, untouched.
     changing = {
         path: value_of(leaves[path]) for path in (*plan.kernel_paths(), *plan.adapter_leaves())

@@ -249,6 +249,16 @@ def _jit(params, *inputs):
     return _run_closed(params["jaxpr"], inputs)
 
 
+def _custom_jvp(params, *inputs):
+    """A product alone, such as that of an adapter's own base; its view knows how to differentiate.
+
+    Any other function with derivatives of its own keeps them, and sees arrays.
+    """
+    closed = params["call_jaxpr"]
+    products = [equation.primitive.name == "dot_general" for equation in closed.jaxpr.eqns]
+    return _run_closed(closed, inputs) if products == [True] else None
+
+
 def _remat(params, *inputs):
     leaves, rebuild = _open_all(inputs)
 
@@ -290,6 +300,7 @@ _RULES = {
     "unstack": _unstack,
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot_general,
+    "custom_jvp_call": _custom_jvp,
     "jit": _jit,
     "pjit": _jit,
     "remat2": _remat,

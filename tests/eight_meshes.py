@@ -19,7 +19,7 @@ import mora_jax
 from eight_devices import collectives
 
 #: data x fsdp x tensor.
-MESHES = {"8x1": (1, 8, 1), "1x8": (1, 1, 8), "4x2": (1, 4, 2), "2x2x2": (2, 2, 2), "data": (8, 1, 1)}
+MESHES = {"8x1": (1, 8, 1), "1x8": (1, 1, 8), "4x2": (4, 1, 2), "2x2x2": (2, 2, 2)}
 NAMES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 SPECS = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
