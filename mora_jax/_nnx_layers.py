@@ -21,11 +21,12 @@ from mora_jax._config import LayerConfig, Placement
 from mora_jax._dot import dropout, mora_dot_general
 from mora_jax._initialize import draws_numbers, initialize
 from mora_jax._layout import KernelAxes
+from mora_jax._mesh import beside, sharding_of
 from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import trace
 from mora_jax._schemes import LowRank, Scheme, as_scheme
 from mora_jax._tree import ADAPTER
-from mora_jax._variables import MoRAParam
+from mora_jax._variables import MoRAParam, box_like, value_of
 from mora_jax._views import Adapted
 
 
@@ -47,16 +48,29 @@ class MoRA(nnx.Module):
         kernel_axes: KernelAxes,
         kernel_shape: tuple[int, ...],
         *,
+        kernel: nnx.Variable | None = None,
         key: jax.Array | None = None,
     ):
-        """New adapters of zero delta; `key` is needed where the config draws numbers."""
+        """New adapters of zero delta, beside `kernel` where that lies on a mesh.
+
+        `key` is needed where the config draws numbers.
+        """
         self.config, self.kernel_name = spec.config, spec.kernel_name
         self.kernel_axes, self.kernel_shape = kernel_axes, kernel_shape
         for index, (name, shape) in enumerate(spec.shapes.items()):
             own = None if key is None else jax.random.fold_in(key, index)
-            fan_in = spec.features[0]
-            leaf = initialize(own, shape, spec.config.dtype, name=name, fan_in=fan_in)
-            setattr(self, name, MoRAParam(leaf))
+            make = functools.partial(
+                initialize, shape=shape, dtype=spec.config.dtype, name=name,
+                fan_in=spec.features[0],
+            )  # fmt: skip
+            common = dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True))
+            if kernel is not None and (place := sharding_of(value_of(kernel))):
+                make = jax.jit(make, out_shardings=beside(place, len(shape), common))
+            setattr(
+                self,
+                name,
+                MoRAParam(make(own)) if kernel is None else box_like(kernel, make(own), common),
+            )
         self.deterministic = False
         if self.config.dropout:
             assert key is not None

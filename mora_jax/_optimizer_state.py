@@ -66,7 +66,7 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
     moments: list[int] = []
     trees: set[KeyPath] = set()
     for index, (keys, _) in entries:
-        path = _parameter_path(keys)
+        path = parameter_path(keys)
         if path in adapters:
             moments.append(index)
             trees.add(_out_of_box(keys)[: -path.count("/") - 1])
@@ -116,9 +116,9 @@ def _check_known(owners: set[KeyPath], trees: set[KeyPath], entries) -> None:
 def _check_not_shared(count: KeyPath, trees, adapters, entries) -> None:
     own = [keys for keys in trees if keys[:-1] == count[:-1]]
     others = {
-        _parameter_path(keys)
+        parameter_path(keys)
         for _, (keys, _) in entries
-        if any(keys[: len(tree)] == tree for tree in own) and _parameter_path(keys) not in adapters
+        if any(keys[: len(tree)] == tree for tree in own) and parameter_path(keys) not in adapters
     }
     if others:
         raise ValueError(
@@ -128,7 +128,7 @@ def _check_not_shared(count: KeyPath, trees, adapters, entries) -> None:
         )
 
 
-def _parameter_path(keys: KeyPath) -> str:
+def parameter_path(keys: KeyPath) -> str:
     """The run of dict keys at the end of a key path, as a path of parameters."""
     names: list[str] = []
     for key in reversed(_out_of_box(keys)):

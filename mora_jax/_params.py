@@ -12,7 +12,7 @@ parameters of linen, variables of NNX), so are the adapters. With a plan that ad
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -170,14 +170,23 @@ def check_adapted(plan: Plan, leaves: Mapping[str, Any]) -> None:
     check_base(plan, leaves)
 
 
-def _check_shapes(
-    wanted: Mapping[str, tuple[int, ...]], leaves: Mapping[str, Any], what: str
-) -> None:
-    if missing := wanted.keys() - leaves.keys():
+def check_paths(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError unless there are leaves where the plan has the base model's kernels."""
+    _check_present([*plan.kernel_paths(), *dict(plan.also_train)], leaves, "base model")
+
+
+def _check_present(wanted: Iterable[str], leaves: Mapping[str, Any], what: str) -> None:
+    if missing := set(wanted) - leaves.keys():
         raise ValueError(
             f"the plan does not fit the {what}: no parameter at {listing(missing)}. "
             f"There are: {listing(leaves)}. Was the plan made for another model?"
         )
+
+
+def _check_shapes(
+    wanted: Mapping[str, tuple[int, ...]], leaves: Mapping[str, Any], what: str
+) -> None:
+    _check_present(wanted, leaves, what)
     for path, shape in wanted.items():
         value = value_of(leaves[path])
         if not hasattr(value, "shape"):

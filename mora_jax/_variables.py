@@ -46,10 +46,20 @@ def box_like(kernel: Any, value: jax.Array, axes: Mapping[int, int]) -> Any:
       axes: axis of the leaf -> the axis of the kernel that it has in common (stacks, experts);
         their names go with them, the leaf's other axes have none.
     """
+
+    def names(of_kernel):
+        known = dict(enumerate(of_kernel))
+        return tuple(known.get(axes[a]) if a in axes else None for a in range(value.ndim))
+
     if isinstance(kernel, nnx.Variable):
-        return MoRAParam(value)
-    if not isinstance(kernel, meta.Partitioned):
-        return value
-    names = dict(enumerate(kernel.names))
-    own = tuple(names.get(axes[a]) if a in axes else None for a in range(value.ndim))
-    return kernel.replace(value=value, names=own)
+        # Not in the constructor, which would move the value, and wants a mesh for it.
+        leaf, known = MoRAParam(value), kernel.get_metadata()
+        if of_kernel := known.get("out_sharding"):
+            leaf.set_metadata(out_sharding=names(of_kernel))
+            for key in ("mesh", "sharding_rules"):
+                if key in known:
+                    leaf.set_metadata(**{key: known[key]})
+        return leaf
+    if isinstance(kernel, meta.Partitioned):
+        return kernel.replace(value=value, names=names(kernel.names))
+    return value

@@ -13,9 +13,11 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from mora_jax._params import Params, check_unadapted, join, split
+from mora_jax._mesh import beside, sharding_of
+from mora_jax._params import Params, check_unadapted, split
 from mora_jax._plan import Plan
-from mora_jax._tree import flatten, listing, unflatten
+from mora_jax._tree import flatten, listing, rebuild, unflatten
+from mora_jax._variables import box_like, value_of, with_value
 
 _PLAN = "mora_jax_plan"
 
@@ -48,7 +50,8 @@ def save_adapters(directory: str | os.PathLike[str], params: Params, plan: Plan)
     path = epath.Path(directory).absolute()
     if path.exists():
         raise ValueError(f"{path} exists already; adapters are saved to a new directory.")
-    ocp.save(path, trainable, custom_metadata={_PLAN: plan.to_json()})
+    values = {name: value_of(leaf) for name, leaf in flatten(trainable).items()}
+    ocp.save(path, unflatten(values), custom_metadata={_PLAN: plan.to_json()})
 
 
 def load_adapters(directory: str | os.PathLike[str], params: Params) -> tuple[dict[str, Any], Plan]:
@@ -80,17 +83,23 @@ def load_adapters(directory: str | os.PathLike[str], params: Params) -> tuple[di
     leaves = flatten(params)
     check_unadapted(plan, leaves)
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in plan.adapter_leaves().items()}
-    wanted |= {name: (shape, leaves[name].dtype) for name, shape in plan.also_train}
+    wanted |= {name: (shape, value_of(leaves[name]).dtype) for name, shape in plan.also_train}
     _check_saved(path, wanted, flatten(metadata.metadata))
-    # Orbax wants to be told where arrays go; adapters go where new arrays go.
-    sharding = jax.numpy.zeros(()).sharding
-    abstract = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype) in wanted.items()
-    }
-    loaded = ocp.load(path, unflatten(abstract))
+    # Orbax wants to be told where arrays go: to their kernel's mesh, or where new arrays go.
+    owners, anywhere = plan.adapter_owners(), jax.numpy.zeros(()).sharding
+    abstract = {}
+    for name, (shape, dtype) in wanted.items():
+        kernel, axes = owners.get(name, (name, {axis: axis for axis in range(len(shape))}))
+        place = sharding_of(value_of(leaves[kernel]))
+        sharding = anywhere if place is None else beside(place, len(shape), axes)
+        abstract[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    loaded = flatten(ocp.load(path, unflatten(abstract)))
+    for name, (kernel, axes) in owners.items():
+        loaded[name] = box_like(leaves[kernel], loaded[name], axes)
+    for name, _ in plan.also_train:
+        loaded[name] = with_value(leaves[name], loaded[name])
     frozen = {name: leaf for name, leaf in leaves.items() if name not in wanted}
-    return join(loaded, unflatten(frozen)), plan
+    return rebuild(frozen | loaded, params), plan
 
 
 def _check_saved(path: epath.Path, wanted: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -94,7 +94,8 @@ def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = 
                 )
             own = jax.random.fold_in(key, checksum(path))
         object.__setattr__(kernel.layer, "__class__", adapted_class(type(kernel.layer)))
-        kernel.layer.mora = MoRA(spec, kernel.axes, kernel.shape, key=own)
+        variable = getattr(kernel.layer, kernel.name)
+        kernel.layer.mora = MoRA(spec, kernel.axes, kernel.shape, kernel=variable, key=own)
     for path, variable in _parameters(adapted).items():
         if chooser.trains(path):
             variable.set_metadata(mora_base=type(variable))

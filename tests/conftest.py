@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -119,6 +121,20 @@ class Small(nn.Module):
         x = nn.Dense(16, name="embed", dtype=x.dtype)(x)
         x = nn.LayerNorm(name="norm", dtype=x.dtype)(x)
         return nn.Dense(12, name="head", dtype=x.dtype)(x)
+
+
+def run_on_eight_devices(program):
+    """What a program of this folder prints as JSON, in a process of eight CPU devices."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-W", "error", pathlib.Path(__file__).with_name(program)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 #: One scheme of each family, for tests that compile a whole model.

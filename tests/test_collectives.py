@@ -1,29 +1,14 @@
 """What a layer sends between devices, compiled for eight of them: nothing beyond the floor's."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-PROGRAM = pathlib.Path(__file__).with_name("eight_devices.py")
+from conftest import run_on_eight_devices
 
 
 @pytest.fixture(scope="module")
 def found():
     """Collectives of the floor and of each case, in the forward pass and in the whole step."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-W", "error", PROGRAM]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run_on_eight_devices("eight_devices.py")
 
 
 def test_the_forward_pass_sends_what_the_floor_sends(found):

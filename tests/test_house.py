@@ -21,7 +21,7 @@ FLOORS = [
     {"_linen_layers", "_function", "_nnx_layers", "_merge"},
     {"linen", "_remora", "_hugging_face"},
     {"_linen_plan", "nnx"},
-    {"_adapt", "checkpoint", "quantized"},
+    {"_adapt", "checkpoint", "quantized", "sharding"},
     {"__init__"},
 ]
 

@@ -1,0 +1,108 @@
+"""Where adapters and their optimizer state lie on a mesh, beside a base that is sharded already.
+
+Placing them is JAX's own business, and often there is nothing to do: `attach` puts new adapters on
+the mesh of their kernels, an optimizer's `init` follows its parameters, and every function of this
+library gives back what it was given where it lay. What is here is for what has no arrays yet:
+`out_shardings`, checkpoints to be restored, compiling ahead of time.
+
+Adapters are replicated: then the forward pass needs no collective that the base does not need, and
+the sum of their gradients rides in the reduction that data parallelism makes anyway. Stacks of
+layers and experts alone are split as their kernels are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mora_jax._mesh import beside
+from mora_jax._optimizer_state import parameter_path
+from mora_jax._params import check_paths
+from mora_jax._plan import Plan
+from mora_jax._tree import flatten, rebuild
+from mora_jax._variables import value_of
+
+
+def param_shardings(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Where parameters with adapters lie, given where the base model's lie.
+
+    Args:
+      plan: the plan.
+      base: a tree like the base model's parameters, of `NamedSharding`s or `PartitionSpec`s (what
+        `flax.linen.get_partition_spec` and `flax.nnx.get_partition_spec` give), or of arrays and
+        `jax.ShapeDtypeStruct`s that have a sharding.
+
+    Returns:
+      A tree like `attach` gives, of shardings (or of specs, where `base` has them).
+
+    Raises:
+      ValueError: where `base` lacks a kernel of the plan.
+      TypeError: where a leaf says nothing of where it lies on a mesh.
+
+    >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
+    >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    >>> plan = mora_jax.plan(model, jnp.ones((1, 3)))
+    >>> specs = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec()}
+    >>> param_shardings(plan, specs)["mora"]
+    {'matrix': P(None, None)}
+    """
+    leaves = flatten(base)
+    check_paths(plan, leaves)
+    places = {path: _place(path, leaf) for path, leaf in leaves.items()}
+    shapes = plan.adapter_leaves()
+    for path, (kernel, axes) in plan.adapter_owners().items():
+        places[path] = beside(places[kernel], len(shapes[path].shape), axes)
+    return rebuild(places, base)
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation,
+    params: Mapping[str, Any],
+    shardings: Mapping[str, Any],
+) -> Any:
+    """Where an optimizer's state lies, given where the parameters lie that it is for.
+
+    Moments lie where their parameters do, counts and the like on every device.
+
+    Args:
+      optimizer: any optax transformation.
+      params: what its `init` takes; arrays or `jax.ShapeDtypeStruct`s.
+      shardings: a tree like `params` of `NamedSharding`s, at least one.
+
+    Returns:
+      A tree like `jax.eval_shape(optimizer.init, params)` of shardings, for `out_shardings`.
+
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> params = {"kernel": jax.ShapeDtypeStruct((2, 3), "float32")}
+    >>> shardings = {"kernel": NamedSharding(mesh, PartitionSpec("data"))}
+    >>> state = optimizer_shardings(optax.sgd(0.1, momentum=0.9), params, shardings)
+    >>> state[0].trace["kernel"].spec
+    P('data',)
+    """
+    known = {path: value_of(leaf) for path, leaf in flatten(shardings).items()}
+    shapes = {path: value_of(leaf).shape for path, leaf in flatten(params).items()}
+    everywhere = NamedSharding(next(iter(known.values())).mesh, PartitionSpec())
+
+    def place(keys, leaf):
+        path = parameter_path(keys)
+        # Some moments have another shape than their parameter, such as Adafactor's.
+        return known[path] if path in known and shapes[path] == leaf.shape else everywhere
+
+    return jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+def _place(path: str, leaf: Any) -> Any:
+    leaf = value_of(leaf)
+    place = leaf if isinstance(leaf, NamedSharding | PartitionSpec) else None
+    if place is None and isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding):
+        place = sharding
+    if place is None:
+        raise TypeError(
+            f"{path!r} is a {type(leaf).__name__} that says nothing of a mesh; expected a "
+            "NamedSharding, a PartitionSpec, or an array that lies on a mesh."
+        )
+    return place
