@@ -12,9 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import jax
-
 from mora_jax._blocks import BlockGrid
+from mora_jax._mesh import platform
 from mora_jax._schemes import Decoupling, LowRank, Rotation, Scheme
 
 Place = Literal["kernel", "activation"]
@@ -64,7 +63,7 @@ def best_places(
       out_features: O.
       size: R, or LoRA's rank.
       scheme: the scheme.
-      machine: "gpu", "tpu" or "cpu"; by default where JAX runs.
+      machine: "gpu", "tpu" or "cpu"; by default that of the mesh in use, or where JAX runs.
 
     >>> from mora_jax import Sharing
     >>> best_places(16384, 4096, 4096, 256, Sharing(), "gpu")
@@ -72,7 +71,7 @@ def best_places(
     >>> best_places(8, 4096, 4096, 256, Sharing(), "gpu")
     ('activation', 'activation')
     """
-    costs = MACHINES.get(machine or jax.default_backend(), MACHINES["gpu"])
+    costs = MACHINES.get(machine or platform(), MACHINES["gpu"])
     if isinstance(scheme, LowRank):
         # Its pair is thin: products with it cost a read of the inputs, and no sum is needed.
         return "activation", "activation"
