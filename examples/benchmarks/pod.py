@@ -15,9 +15,9 @@ Attention is written in XLA, softmax and all; a kernel of its own would make eve
 Columns, all for one chip: memory of the arguments and at most in use, in GB; products in TFLOP; the
 compiler's own estimate for its kernels in millions of cycles, loops multiplied out, and over the
 floor's; its other estimate (`optimal_seconds`, in ms), which counts the body of each loop once and
-cannot be taken apart, over the floor's; collectives of the forward pass alone and of the step, how
-often each kind runs and GB that enter it; seconds to compile. Neither estimate has the time of the
-collectives on the links.
+cannot be taken apart, over the floor's ("-" where it comes out negative, as on v6e); collectives of
+the forward pass alone and of the step, how often each kind runs and GB that enter it; seconds to
+compile. Neither estimate has the time of the collectives on the links.
 
 *merge* is `merge_and_reset` on the same shardings, its inputs donated.
 """
@@ -213,7 +213,7 @@ def measure(lowered: Any) -> tuple[dict[str, Any], Any]:
         "peak_gb": (arguments + temp + results) / 1e9,
         "tflop": program.product_flops() / 1e12,
         "mcycles": program.cycles() / 1e6,
-        "optimal_ms": compiled.cost_analysis().get("optimal_seconds", 0) * 1e3,
+        "optimal_ms": max(compiled.cost_analysis().get("optimal_seconds", 0), 0) * 1e3,
         "collectives": program.collectives(),
         "compile_s": seconds,
     }
@@ -265,7 +265,7 @@ def show(title: str, rows: list[dict[str, Any]], memory_gb: float) -> None:
             continue
         step = row["step"]
         ratio = lambda key, step=step: (
-            f"{step[key] / floor[key]:6.3f}" if floor and floor[key] else f"{'-':>6}"
+            f"{step[key] / floor[key]:6.3f}" if floor and floor[key] and step[key] else f"{'-':>6}"
         )
         tqdm.write(
             f"{row['variant']:16}{step['argument_gb']:8.2f}{step['peak_gb']:8.2f}{memory_gb:5g}"
