@@ -255,7 +255,7 @@ def show(title: str, rows: list[dict[str, Any]], memory_gb: float) -> None:
     """Prints the table of one setting."""
     tqdm.write(f"\n{title}")
     tqdm.write(
-        f"{'':16}{'args GB':>8}{'peak GB':>8}{'of':>5}{'TFLOP':>8}{'x':>6}{'Mcycles':>9}{'x':>6}"
+        f"{'':16}{'args GB':>8}{'peak GB':>8}{'of':>5}{'TFLOP':>9}{'x':>6}{'Mcycles':>9}{'x':>6}"
         f"{'ms, once':>9}{'x':>6}{'compile':>9}"
     )
     floor = rows[0].get("step")
@@ -269,7 +269,7 @@ def show(title: str, rows: list[dict[str, Any]], memory_gb: float) -> None:
         )
         tqdm.write(
             f"{row['variant']:16}{step['argument_gb']:8.2f}{step['peak_gb']:8.2f}{memory_gb:5g}"
-            f"{step['tflop']:8.3g}{ratio('tflop')}{step['mcycles']:9.4g}{ratio('mcycles')}"
+            f"{step['tflop']:9.3g}{ratio('tflop')}{step['mcycles']:9.4g}{ratio('mcycles')}"
             f"{step['optimal_ms']:9.4g}{ratio('optimal_ms')}{step['compile_s']:8.1f}s"
         )
     for row in rows:
