@@ -23,6 +23,7 @@ _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 
 
@@ -104,18 +105,27 @@ class Program:
 
     def collectives(self) -> dict[str, dict[str, int]]:
         """Kind -> how often it runs and the bytes that enter it (that leave it, if it gathers)."""
-        found = {kind: collections.Counter() for kind in KINDS}
+        # TPUs run a gather beside products: each of their fusions then names it, by one channel.
+        channels = collections.defaultdict(collections.Counter)
+        sizes = {}
         for instruction, computation, times in self.runs():
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in found:
+            if kind not in KINDS:
                 continue
             taken = sum(_bytes(computation[name].shape) for name in instruction.operands)
             given = _bytes(instruction.shape)
             if instruction.opcode.endswith("-start"):
                 given -= taken  # of the pair of what it takes and gives
-            found[kind]["count"] += times
-            found[kind]["bytes"] += times * (given if kind == "all-gather" else taken)
-        return {kind: dict(counts) for kind, counts in found.items() if counts}
+            number = _CHANNEL.search(instruction.rest)
+            channel = (kind, number[1] if number else instruction.name)
+            channels[channel][instruction.name] += times
+            sizes[channel] = given if kind == "all-gather" else taken
+        found = {}
+        for (kind, number), names in channels.items():
+            counts = found.setdefault(kind, {"count": 0, "bytes": 0})
+            counts["count"] += min(names.values())
+            counts["bytes"] += min(names.values()) * sizes[kind, number]
+        return found
 
     def cycles(self) -> int:
         """The compiler's estimates for its kernels, added up; collectives have none."""
