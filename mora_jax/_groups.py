@@ -4,7 +4,8 @@
 
 - on one device, slices and copies of whole blocks, which compilers fuse into a single pass;
 - where features may lie on several devices, tables of indices, which each device reads for its own
-  features. Blocks that do not divide a shard would have to be sent around.
+  features. Blocks that do not divide a shard would have to be sent around. And on TPUs, whose
+  compiler writes copies of blocks to memory, in float32, but multiplies by a table fast.
 
 Shape letters: F features, R groups.
 """
@@ -19,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from mora_jax._features import blocks_of, expand, fold, tile, wide_dtype, widen
-from mora_jax._mesh import may_be_sharded
+from mora_jax._mesh import may_be_sharded, platform
 from mora_jax._schemes import Grouping
 
 
@@ -50,7 +51,7 @@ class Groups:
 
     def sum(self, x: jax.Array) -> jax.Array:
         """[..., F] -> [..., R], added in float32 or better."""
-        if may_be_sharded():
+        if _by_table():
             return self._sum_by_table(x)
         return self._sum_runs(x) if self.grouping == "contiguous" else self._sum_strides(x)
 
@@ -58,7 +59,7 @@ class Groups:
         """[..., R] -> [..., F]."""
         # In float32, because JAX's transpose of it is a sum.
         wide = widen(z)
-        if may_be_sharded():
+        if _by_table():
             spread = self._spread_by_table(wide)
         elif self.grouping == "contiguous":
             spread = self._repeat_runs(wide)
@@ -150,6 +151,10 @@ class Groups:
 
         # TPUs look up slowly, and multiply fast.
         return lax.platform_dependent(z, tpu=multiply, default=look_up)
+
+
+def _by_table() -> bool:
+    return may_be_sharded() or platform() == "tpu"
 
 
 def _exact_product(x: jax.Array, one_hot: jax.Array) -> jax.Array:

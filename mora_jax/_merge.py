@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 
 from mora_jax._layout import add_delta
-from mora_jax._mesh import Places, places_of, put
+from mora_jax._mesh import Places, may_be_sharded, places_of, put
+from mora_jax._operators import Adapter
 from mora_jax._params import Params, check_adapted, check_base, join
-from mora_jax._plan import Plan
+from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._tree import flatten, is_adapter, join_path, listing, rebuild
 from mora_jax._variables import value_of, with_value
 
@@ -87,8 +89,29 @@ def merged_kernels(leaves: Mapping[str, Any], plan: Plan, sign: int = 1) -> dict
     for path, spec in plan.items():
         kernel = join_path(path, spec.kernel_name)
         adapter = {name: leaves[leaf] for name, leaf in plan.leaf_paths(path).items()}
-        kernels[kernel] = add_delta(leaves[kernel], sign * spec.delta(adapter))
+        kernels[kernel] = _add(leaves[kernel], spec, spec.batch_first(adapter), sign)
     return kernels
+
+
+def _add(kernel: jax.Array, spec: AdapterSpec, adapter: Adapter, sign: int) -> jax.Array:
+    """The kernel plus (or minus) delta; adapter leaves are [B..., rows, columns]."""
+    axes = spec.kernel_axes
+
+    def add(kernel, adapter):
+        return add_delta(kernel, sign * axes.delta(adapter, kernel.shape, spec.scheme))
+
+    if not axes.batch or may_be_sharded():
+        return add(kernel, adapter)
+
+    # A stack one layer at a time, in place: TPUs form the delta before they add it, in float32,
+    # and that of a whole stack is larger than its kernels. Not where the stack may lie on several
+    # devices: each has its own part there, and sums by tables, which are formed as they are added.
+    def add_one(index, kernel):
+        part = lax.dynamic_slice_in_dim(kernel, index, 1, axes.batch[0])
+        one = {k: lax.dynamic_slice_in_dim(leaf, index, 1) for k, leaf in adapter.items()}
+        return lax.dynamic_update_slice_in_dim(kernel, add(part, one), index, axes.batch[0])
+
+    return lax.fori_loop(0, kernel.shape[axes.batch[0]], add_one, kernel)
 
 
 def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:

@@ -27,6 +27,17 @@ def may_be_sharded() -> bool:
     return any(kind != AxisType.Manual and size > 1 for kind, size in axes)
 
 
+def platform() -> str:
+    """The kind of machine that is compiled for: "gpu", "tpu" or "cpu".
+
+    A mesh knows its devices, which need not be this process's: programs are compiled for a pod on a
+    machine without one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def vary_alike(tree: Any) -> Any:
     """Inside `shard_map`, the arrays as ones that differ between devices where any of them does.
 

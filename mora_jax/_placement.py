@@ -12,10 +12,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import jax
-
 from mora_jax._blocks import BlockGrid
-from mora_jax._schemes import Decoupling, LowRank, Rotation, Scheme
+from mora_jax._mesh import platform
+from mora_jax._schemes import Decoupling, LowRank, Rotation, Scheme, Sharing
 
 Place = Literal["kernel", "activation"]
 
@@ -29,18 +28,21 @@ class Machine:
       launch: numbers moved while one more kernel is started.
       adding: passes over a result to which a delta is added. It is read and written, but for what
         compilers merge into the operation that follows.
+      tables: whether `Sharing` is spread by products with a table, R terms to a number.
     """
 
     arithmetic: float
     launch: float
     adding: float = 1.5
+    tables: bool = False
 
 
 #: "gpu" is an H100 (3 TB/s, 5 us a kernel); its constants were set by hand after timing single
-#: kernels and whole steps of examples/benchmarks/step.py. The others are untimed: the right order.
+#: kernels and whole steps of examples/benchmarks/step.py. "tpu" is untimed; it agrees with the
+#: cycles that the compiler estimates for a v5p. "cpu" is the right order.
 MACHINES = {
     "gpu": Machine(arithmetic=500, launch=7_500_000),
-    "tpu": Machine(arithmetic=500, launch=500_000),
+    "tpu": Machine(arithmetic=250, launch=500_000, tables=True),
     "cpu": Machine(arithmetic=20, launch=20_000),
 }
 
@@ -64,7 +66,7 @@ def best_places(
       out_features: O.
       size: R, or LoRA's rank.
       scheme: the scheme.
-      machine: "gpu", "tpu" or "cpu"; by default where JAX runs.
+      machine: "gpu", "tpu" or "cpu"; by default that of the mesh in use, or where JAX runs.
 
     >>> from mora_jax import Sharing
     >>> best_places(16384, 4096, 4096, 256, Sharing(), "gpu")
@@ -72,7 +74,7 @@ def best_places(
     >>> best_places(8, 4096, 4096, 256, Sharing(), "gpu")
     ('activation', 'activation')
     """
-    costs = MACHINES.get(machine or jax.default_backend(), MACHINES["gpu"])
+    costs = MACHINES.get(machine or platform(), MACHINES["gpu"])
     if isinstance(scheme, LowRank):
         # Its pair is thin: products with it cost a read of the inputs, and no sum is needed.
         return "activation", "activation"
@@ -83,9 +85,12 @@ def best_places(
         entries = grid.count * size * size
         kernel += 4 * entries  # a matrix for each block, in float32, written and read
         moved = 2 * rows * grid.side * size  # the blocks of the result, before they are added
+    spreading = size / costs.arithmetic if costs.tables and isinstance(scheme, Sharing) else 0
+    # Exact in float32, as the kernel's sum is, a product takes six passes.
+    kernel += 6 * spreading * in_features * out_features
     product = 2 * rows * entries / costs.arithmetic + moved + 2 * costs.launch
 
     def place(added: int) -> Place:
-        return "activation" if product + costs.adding * added < kernel else "kernel"
+        return "activation" if product + (costs.adding + spreading) * added < kernel else "kernel"
 
     return place(rows * out_features), place(rows * in_features)

@@ -9,11 +9,12 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run(script, *arguments):
+def run(script, *arguments, **environment):
     path = ROOT / "examples" / "benchmarks" / script
+    fixed = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
     done = subprocess.run(
-        [sys.executable, path, "--tiny", "--turns", "1", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"},
+        [sys.executable, path, "--tiny", *map(str, arguments)],
+        env={**os.environ, **fixed, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -24,7 +25,8 @@ def run(script, *arguments):
 
 def test_step(tmp_path):
     rows, picture = tmp_path / "rows.json", tmp_path / "rows.png"
-    flags = ("--tokens", 64, "--rank", 2, "--turn-seconds", 0, "--json", rows, "--picture", picture)
+    flags = ("--tokens", 64, "--rank", 2, "--turns", 1, "--turn-seconds", 0, "--json", rows)
+    flags += ("--picture", picture)
     table = run("step.py", *flags, "--schemes", "lora", "sharing", "--placements", "auto")
     written = json.loads(rows.read_text())
     assert [(r["remat"], r["scheme"]) for r in written["rows"]] == [
@@ -37,8 +39,40 @@ def test_step(tmp_path):
 
 def test_generate(tmp_path):
     rows = tmp_path / "rows.json"
-    flags = ("--batch", 2, "--prompt", 4, "--new", 4, "--schemes", "cycled", "--json", rows)
+    flags = (
+        "--turns",
+        1,
+        "--batch",
+        2,
+        "--prompt",
+        4,
+        "--new",
+        4,
+        "--schemes",
+        "cycled",
+        "--json",
+        rows,
+    )
     table = run("generate.py", *flags)
     written = json.loads(rows.read_text())
     assert [row["variant"] for row in written["rows"]] == ["floor", "cycled auto", "merged"]
     assert "batch 2" in table
+
+
+def test_pod(tmp_path):
+    rows = tmp_path / "rows.json"
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    table = run("pod.py", "--schemes", "sharing", "--json", rows, **quick)
+    floor, sharing = json.loads(rows.read_text())["rows"]
+    assert "tiny, 2 layers on cpu-8" in table
+    # For 32 tokens, 16 a sequence, on 2 parts: kernels forward, again in the backward but for the
+    # last one of a layer, and for the inputs' gradients; 8 products of attention; the head.
+    kernels = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160
+    layer = 3 * kernels - 160 * 64 + 8 * 16 * 64
+    assert floor["step"]["tflop"] * 1e12 == 2 * 32 * (2 * layer + 2 * 64 * 256) / 2
+    # The forward pass sends nothing that the floor does not, and a merge nothing at all.
+    assert sharing["forward"] == floor["forward"]
+    assert floor["forward"]["all-gather"]["count"] == 2 * 7 + 1  # kernels in parts, and the head
+    merge = sharing["merge"]
+    assert merge["shardings_kept"]
+    assert merge["collectives"] == {}

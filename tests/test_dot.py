@@ -241,6 +241,21 @@ def test_auto_may_split_the_passes():
     assert places(5000, 14336, 4096, mora_jax.Sharing(), "gpu") == ("activation", "kernel")
 
 
+def test_a_table_makes_the_kernels_sum_dear():
+    # Where the compiler's estimates for one v5p cross: near 16,384 rows.
+    assert places(8192, 4096, 14336, mora_jax.Sharing(), "gpu")[0] == "kernel"
+    assert places(8192, 4096, 14336, mora_jax.Sharing(), "tpu")[0] == "activation"
+    assert places(65536, 4096, 14336, mora_jax.Sharing(), "tpu") == ("kernel", "kernel")
+
+
+@pytest.mark.parametrize(("machine", "place"), [("gpu", "kernel"), ("tpu", "activation")])
+def test_auto_goes_by_the_mesh_that_is_compiled_for(machine, place):
+    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=machine)
+    mesh = jax.sharding.AbstractMesh((8,), ("d",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert places(200, 1024, 1024, mora_jax.Sharing(), None) == (place, place)
+
+
 @pytest.mark.parametrize("scheme", FAMILIES, ids=str)
 @pytest.mark.parametrize(
     ("forward", "backward"), [("kernel", "activation"), ("activation", "kernel")]

@@ -87,3 +87,12 @@ def test_a_mesh_tells_whether_arrays_are_local(monkeypatch):
         mesh = jax.sharding.AbstractMesh((4,), ("d",), axis_types=(kind,))
         with jax.sharding.use_abstract_mesh(mesh):
             assert may_be_sharded() == sharded
+
+
+def test_tpus_multiply_by_tables_on_one_chip_too():
+    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("d",), abstract_device=device)
+    groups, x = Groups(6, 4), jnp.ones((2, 6))
+    assert "dot_general" not in str(jax.make_jaxpr(groups.sum)(x))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert "dot_general" in str(jax.make_jaxpr(groups.sum)(x))
