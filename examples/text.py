@@ -15,6 +15,7 @@ import json
 import pathlib
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -128,11 +129,11 @@ class Windows:
         count = shape[0] * shape[1]
         rows = self.rows(step * count, count).reshape(shape)
         length = self.tokens.shape[1]
-        return jax.make_array_from_callback(
-            (*shape, length),
-            sharding,
-            lambda index: self.tokens[rows[index[:2]]][..., index[2]],
-        )
+
+        def read(index: Any) -> np.ndarray:
+            return self.tokens[rows[index[:2]]][..., index[2]]
+
+        return jax.make_array_from_callback((*shape, length), sharding, read)
 
 
 @functools.lru_cache(maxsize=4)

@@ -47,9 +47,11 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._set_torn_ones_aside()
         multihost_utils.sync_global_devices("torn checkpoints are set aside")
+        # Orbax's stubs declare its own policies to be none.
+        latest: Any = ocp.training.preservation_policies.LatestN(self.keep)
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(self.keep),
+            preservation_policy=latest,
             cleanup_tmp_directories=True,
         )
         return self

@@ -39,8 +39,8 @@ FROM_SCRATCH = r".*norm/scale|embed_tokens/embedding|lm_head/kernel"
 
 #: What the losses do not depend on: the machine, how memory is saved, what is written and where.
 _FREE = {
-    "accumulate", "coordinator", "csv", "data", "distributed", "fsdp", "json", "keep", "out", "process",
-    "processes", "remat", "save_every", "stop_at", "tensor", "text", "text_fields",
+    "accumulate", "coordinator", "csv", "data", "distributed", "fsdp", "json", "keep", "out",
+    "process", "processes", "remat", "save_every", "stop_at", "tensor", "text", "text_fields",
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def _cut(path: pathlib.Path, step: int) -> None:
     rows = read(path) if path.exists() else []
     scratch = path.with_suffix(".partial")
     with scratch.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= step)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(row.values() for row in rows if int(row["step"]) <= step)
     os.replace(scratch, path)

@@ -42,8 +42,10 @@ def part(tree: Mapping[str, Any], trains: Callable[[str], bool]) -> tuple[Any, A
     ({'norm': {'scale': 1}}, {'dense': {'kernel': 2}})
     """
     flat = traverse_util.flatten_dict(tree, sep="/")
-    halves = [{p: x for p, x in flat.items() if trains(p) is wanted} for wanted in (True, False)]
-    return tuple(traverse_util.unflatten_dict(half, sep="/") for half in halves)
+    trained = {path: leaf for path, leaf in flat.items() if trains(path)}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    unflatten = traverse_util.unflatten_dict
+    return unflatten(trained, sep="/"), unflatten(frozen, sep="/")
 
 
 def param_shardings(plan: mora_jax.Plan, base_shardings: Mapping[str, Any]) -> dict[str, Any]:
