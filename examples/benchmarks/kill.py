@@ -130,6 +130,7 @@ def main() -> int:
                 rows = run.rows()
                 if rows and int(rows[-1]["step"]) > target and (run.is_saving() or not at_save):
                     break
+                time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.01) if at_save else draw.uniform(0, 0.1))
             if not run.kill():
                 print(run.printed())
