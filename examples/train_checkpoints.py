@@ -69,7 +69,7 @@ class Checkpoints:
           shardings: where it is to lie, on this run's mesh.
 
         Returns:
-          The frozen half of the state is None where checkpoints do not hold it.
+          The frozen half of the state is None where there is one that checkpoints do not hold.
 
         Raises:
           OtherRunError: the run that wrote it had other flags.
@@ -97,7 +97,8 @@ class Checkpoints:
         )
         loaded: Any = self._checkpointer.load(step, self._tree(abstract))
         self.say(f"resumed at step {step} of {self.directory}")
-        state = TrainState(loaded["trainable"], loaded["opt_state"], loaded.get("frozen"))
+        frozen = loaded.get("frozen", None if shapes.frozen else {})
+        state = TrainState(loaded["trainable"], loaded["opt_state"], frozen)
         plan = saved["plan"] and mora_jax.Plan.from_json(saved["plan"])
         return step, state, plan
 

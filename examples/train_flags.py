@@ -67,7 +67,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, default=50, help="the length of the schedule")
     add("--stop-at", type=int, help="save and end at this step of it")
-    add("--batch", type=int, default=8, help="sequences in a step, on all devices together")
+    add("--batch", type=int, default=4, help="sequences in a step, on all devices together")
     add("--accumulate", type=int, default=1, help="microbatches in a step")
     add("--lr", type=float, help="learning rate; by default one that fits the method")
     add("--warmup", type=int, default=10, help="steps of it")

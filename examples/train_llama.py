@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from etils import epath
 from flax import linen as nn
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import text
@@ -53,7 +53,23 @@ def load(args: argparse.Namespace) -> tuple[LlamaConfig, Any, text.Windows]:
     return config, pretrained, text.Windows.cut(documents, encode, end, args.length, args.seed)
 
 
-def plan_state(args, mesh, base_model: Llama, pretrained: Any, method: Method, optimizer):
+def mesh_of(args: argparse.Namespace) -> Mesh:
+    """The mesh that the flags name, over all devices of all processes.
+
+    A single process may leave devices out.
+    """
+    there, parts = jax.device_count(), args.fsdp * args.tensor
+    copies = args.data or there // parts
+    taken = copies * parts
+    if not 0 < taken <= there or (taken < there and (not args.data or jax.process_count() > 1)):
+        raise SystemExit(
+            f"data x fsdp x tensor is {copies} x {args.fsdp} x {args.tensor}; there are {there} "
+            f"devices in {jax.process_count()} processes."
+        )
+    return make_mesh(copies, args.fsdp, args.tensor)
+
+
+def lay_out(args, mesh, base_model: Llama, pretrained: Any, method: Method, optimizer):
     """(shapes, shardings, make): the whole state as shapes, where it lies, and how it begins."""
     keys = jax.random.split(jax.random.key(args.seed))
 
@@ -76,6 +92,7 @@ def plan_state(args, mesh, base_model: Llama, pretrained: Any, method: Method, o
 
     def make() -> TrainState:
         base = pretrained and place(pretrained, base_shardings)
+        # Donated, the frozen kernels stay where they are.
         return jax.jit(begin, out_shardings=shardings, donate_argnums=0)(base)
 
     return shapes, shardings, make
@@ -88,9 +105,7 @@ def preempted(step: int) -> bool:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the training and gives its summary."""
-    mesh = make_mesh(
-        args.data or jax.device_count() // (args.fsdp * args.tensor), args.fsdp, args.tensor
-    )
+    mesh = mesh_of(args)
     config, pretrained, windows = load(args)
     shape = (args.accumulate, args.batch // args.accumulate)
     if shape[1] % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -102,7 +117,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     base_model = Llama(config, dtype=args.dtype, param_dtype=base_dtype, remat=args.remat)
     method = make_method(args, base_model)
     optimizer, schedule = make_optimizer(args, method.plan)
-    shapes, shardings, make = plan_state(args, mesh, base_model, pretrained, method, optimizer)
+    shapes, shardings, make = lay_out(args, mesh, base_model, pretrained, method, optimizer)
     step_once = make_step(optimizer, schedule, shardings)
     batch_place = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
     key = jax.random.fold_in(jax.random.key(args.seed), 1)
