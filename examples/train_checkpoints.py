@@ -8,10 +8,12 @@ them stand the plan, with each layer's current scheme, and the flags that the lo
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
@@ -47,6 +49,12 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._set_torn_ones_aside()
         multihost_utils.sync_global_devices("torn checkpoints are set aside")
+        if jax.process_count() > 1:
+            # Orbax's threads wait for each other while a step runs. They are to do it through the
+            # coordinator: a collective of their own would come between the step's, and not on all
+            # processes at the same place.
+            flags.FLAGS.mark_as_parsed()
+            flags.FLAGS.experimental_orbax_use_distributed_barrier = True
         # Orbax's stubs declare its own policies to be none.
         latest: Any = ocp.training.preservation_policies.LatestN(self.keep)
         self._checkpointer = ocp.training.Checkpointer(
@@ -95,7 +103,13 @@ class Checkpoints:
             shapes,
             shardings,
         )
-        loaded: Any = self._checkpointer.load(step, self._tree(abstract))
+        try:
+            loaded: Any = self._checkpointer.load(step, self._tree(abstract))
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.directory}/{step} cannot be read: {error!r:.300}. If files are damaged, "
+                "rename it, and the run goes back to the checkpoint before it."
+            ) from error
         self.say(f"resumed at step {step} of {self.directory}")
         frozen = loaded.get("frozen", None if shapes.frozen else {})
         state = TrainState(loaded["trainable"], loaded["opt_state"], frozen)
@@ -117,14 +131,14 @@ class Checkpoints:
     def _set_torn_ones_aside(self) -> None:
         for path in sorted(self.directory.iterdir()):
             name, _, suffix = path.name.partition(".")
-            if not name.isdigit() or suffix == "torn":
+            if not name.isdigit() or suffix.startswith("torn"):
                 continue
             if suffix:
                 # Orbax's name for what it has not finished; the Checkpointer deletes it.
                 self.say(f"step {name} was being saved when the run ended: not used")
             elif not _is_whole(path):
-                path.rename(path.with_name(f"{name}.torn"))
-                self.say(f"step {name} is torn: not used, and renamed to {path}.torn")
+                aside = path.rename(path.with_name(f"{name}.torn-{time.time_ns()}"))
+                self.say(f"step {name} is torn: not used, and renamed to {aside}")
 
 
 def _is_whole(path: epath.Path) -> bool:
