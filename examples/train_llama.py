@@ -12,6 +12,7 @@ losses.
 import argparse
 import json
 import math
+import os
 from typing import Any
 
 import jax
@@ -189,7 +190,12 @@ def main() -> None:
     """Joins the other processes if there are any, trains, and prints a summary as JSON."""
     args = parse_args()
     if args.distributed or args.coordinator:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            # Gloo matches messages by their order alone, and XLA's default schedule for CPUs was
+            # seen to mix up those of a sharded step.
+            flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
     try:
         summary = json.dumps(train(args))
