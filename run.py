@@ -2,6 +2,7 @@
 
     python3 run.py test                      # all tests; further arguments go to pytest
     python3 run.py memorize                  # examples/memorize.py; further arguments go to it
+    python3 run.py train                     # examples/train_llama.py, likewise
     python3 run.py step                      # examples/benchmarks/step.py, likewise; generate too
 
 The first call makes `.venv` beside this file and installs the library there with what the tests and
@@ -17,8 +18,13 @@ import venv
 
 ROOT = pathlib.Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
-EXTRAS = {"test": "test", "memorize": "examples", "step": "examples", "generate": "examples"}
-FOLDERS = {"step": "examples/benchmarks", "generate": "examples/benchmarks"}
+EXTRAS = {"test": "test"} | dict.fromkeys(("memorize", "train", "step", "generate"), "examples")
+SCRIPTS = {
+    "memorize": "examples/memorize.py",
+    "train": "examples/train_llama.py",
+    "step": "examples/benchmarks/step.py",
+    "generate": "examples/benchmarks/generate.py",
+}
 
 
 def python_with(extra: str) -> pathlib.Path:
@@ -47,8 +53,7 @@ def main() -> int:
         return 2
     name, arguments = sys.argv[1], sys.argv[2:]
     python = python_with(EXTRAS[name])
-    script = ROOT / FOLDERS.get(name, "examples") / f"{name}.py"
-    program = ["-m", "pytest"] if name == "test" else [str(script)]
+    program = ["-m", "pytest"] if name == "test" else [str(ROOT / SCRIPTS[name])]
     folder = ROOT if name == "test" else None
     return subprocess.run([python, *program, *arguments], check=False, cwd=folder).returncode
 

@@ -206,8 +206,10 @@ class Llama(_Block):
             self.put_variable("cache", "slot", slot + length)
             self.put_variable("cache", "real", real)
         slots = slot + jnp.arange(length)
-        causal = jnp.arange(real.shape[1])[None, :] <= slots[:, None]
-        attend = causal[None, None] & real[:, None, None, :]
+        attend = None  # Whole sequences without a cache: causal is all that attention need know.
+        if mask is not None or self.has_variable("cache", "real"):
+            causal = jnp.arange(real.shape[1])[None, :] <= slots[:, None]
+            attend = causal[None, None] & real[:, None, None, :]
         if positions is None:
             positions = (jnp.cumsum(real, axis=1) - 1).clip(0)[:, slots]
         angles = rotary_angles(positions, config.head_features, config.rope_theta)
