@@ -26,10 +26,11 @@ from jax.sharding import PartitionSpec as P
 import text
 from llama import Llama, LlamaConfig
 from llama_mesh import RULES, batch_sharding, make_mesh, param_shardings
+from mora_jax.sharding import optimizer_shardings
 from train_checkpoints import Checkpoints, OtherRunError
 from train_flags import of_the_run, parse_args, sizes
 from train_log import TrainLog
-from train_state import TrainState, optimizer_shardings, part, place
+from train_state import TrainState, part, place
 from train_step import Method, make_method, make_optimizer, make_step, merge
 
 
@@ -164,7 +165,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 log.write(step, metrics)
                 if args.remora_every and step % args.remora_every == 0 and step < args.steps:
                     merge_key = jax.random.fold_in(key, step)
-                    state, method, report = merge(state, method, shardings, merge_key)
+                    state, method, report = merge(state, method, merge_key)
                     log.say(f"step {step}: merged and restarted, {report}")
                 ends = preempted(step)
                 if step % args.save_every == 0 or step == last or ends:

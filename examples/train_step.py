@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import mora_jax
 from llama import Llama
-from train_state import TrainState, param_shardings, part
+from mora_jax.sharding import param_shardings
+from train_state import TrainState, part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _shifted(shift: jax.Array | None):
 
 
 def merge(
-    state: TrainState, method: Method, shardings: TrainState, key: jax.Array
+    state: TrainState, method: Method, key: jax.Array
 ) -> tuple[TrainState, Method, mora_jax.ResetReport]:
     """ReMoRA's restart: the state with merged kernels and new adapters, and the next grouping."""
     assert method.plan is not None
@@ -165,6 +166,4 @@ def merge(
     )
     method = dataclasses.replace(method, plan=plan)
     trainable, frozen = part(params, method.trains)
-    state = TrainState(trainable, opt_state, frozen)
-    # Where a merge leaves its results is the compiler's choice; the step's programs want one place.
-    return jax.device_put(state, shardings), method, report
+    return TrainState(trainable, opt_state, frozen), method, report

@@ -29,7 +29,7 @@ from jax import lax
 
 from mora_jax._config import Placement
 from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
-from mora_jax._mesh import explicit_mesh, in_auto_axes, vary_alike
+from mora_jax._mesh import explicit_mesh, in_auto_axes, may_be_sharded, vary_alike
 from mora_jax._operators import (
     Adapter,
     adapter_gradient,
@@ -233,13 +233,20 @@ def _frozen_product_jvp(call, primals, tangents):
 
 
 def _value(lhs, rhs, adapter, call):
+    return _value_and_adapter(lhs, rhs, adapter, call)[0]
+
+
+def _value_and_adapter(lhs, rhs, adapter, call):
+    """The product, and the adapter as its sum has it."""
     forward, _ = call.places(lhs, rhs, adapter)
     if forward == "activation":
-        return call.in_activations(lhs, lhs, rhs, adapter)
+        return call.in_activations(lhs, lhs, rhs, adapter), adapter
     # The barrier holds the sum back until the inputs are there. It needs the weights alone, so a
-    # scheduler would make those of all layers first, a second copy of the model.
-    lhs, rhs, adapter = lax.optimization_barrier((lhs, rhs, adapter))
-    return call.product(lhs, call.kernel(rhs, adapter))
+    # scheduler would make those of all layers first, a second copy of the model. The kernel does
+    # not pass it: a scan would keep what comes out, a copy of the whole stack.
+    if not may_be_sharded():
+        lhs, adapter = lax.optimization_barrier((lhs, adapter))
+    return call.product(lhs, call.kernel(rhs, adapter)), adapter
 
 
 _dot = jax.custom_vjp(_value, nondiff_argnums=(3,))
@@ -249,7 +256,7 @@ def _dot_forward(lhs, rhs, adapter, call):
     lhs, rhs_trained, rhs = lhs.value, rhs.perturbed and not call.frozen, rhs.value
     adapter = jax.tree.map(lambda leaf: leaf.value, adapter, is_leaf=_is_primal)
     # Not `_dot`: this function is differentiated too, where someone asks for second derivatives.
-    y = _value(lhs, rhs, adapter, call)
+    y, adapter = _value_and_adapter(lhs, rhs, adapter, call)
 
     def compressed(x, adapter):
         return to_compressed(x, adapter, call.scheme)
@@ -268,10 +275,14 @@ def _dot_backward(call, residuals, dy):
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)  # pyright: ignore
-    # Without the barrier XLA takes the kernel's sum for the forward's and keeps it alive between
-    # the two, a second copy of every adapted kernel. And it may compute dy anew inside the sum over
-    # its groups: with rolled groups behind a rotary embedding that took ten milliseconds.
-    dy, rhs, adapter = lax.optimization_barrier((dy, rhs, adapter))
+    # Without the barrier XLA may compute dy anew inside the sum over its groups: with rolled groups
+    # behind a rotary embedding that took ten milliseconds. And it takes the kernel's sum for the
+    # forward's and keeps it alive between the two, a second copy of every adapted kernel. On
+    # several devices that is wanted: under remat it spares a second gathering of the kernel.
+    if may_be_sharded():
+        dy = lax.optimization_barrier(dy)
+    else:
+        dy, rhs, adapter = lax.optimization_barrier((dy, rhs, adapter))
     dy_rows = dy.reshape(*batch, -1, out_features)
 
     def input_gradient(dy, kernel):

@@ -195,7 +195,8 @@ class Variant:
         flat = jax.tree.leaves(state)
         resetting = {index: flat[index] for index in (*found.moments, *found.counts)}
         key = jax.eval_shape(lambda: jax.random.key(0))
-        lowered = _remora._restart_donating.lower(changing, resetting, key, self.plan)
+        places = tuple((path, leaf.sharding) for path, leaf in changing.items())
+        lowered = _remora._restart_donating.lower(changing, resetting, key, self.plan, places)
         return lowered, jax.tree.map(lambda a: a.sharding, (changing, resetting))
 
 
