@@ -69,6 +69,7 @@ def make_method(args: argparse.Namespace, base_model: Llama) -> Method:
         targets=args.targets,
         dropout=args.dropout,
         also_train=args.also_train or None,
+        whole_features=args.tensor == 1,
     )
     model = mora_jax.adapt(base_model, config)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)

@@ -31,6 +31,7 @@ class LayerConfig:
       dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
       dtype: name of the adapter's dtype.
       train_kernel: whether the kernel itself is trained beside its adapter (`also_train`).
+      whole_features: see `MoRAConfig`.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class LayerConfig:
     dropout: float = 0.0
     dtype: str = "float32"
     train_kernel: bool = False
+    whole_features: bool = False
 
     def __post_init__(self):
         check_rank(self.rank)
@@ -78,6 +80,9 @@ class MoRAConfig:
       dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
       placement: "kernel", "activation" or "auto", see `mora_dot_general`.
       dtype: dtype of the adapters.
+      whole_features: True where no layer's inputs or outputs are split by their features over
+        devices: data parallelism and FSDP, but no tensor parallelism. A step is then faster; were
+        it not so, activations would be sent around. Explicit mesh axes tell it by themselves.
 
     Raises:
       ValueError: for a rank that is not positive, an unknown name, a rate out of range.
@@ -100,6 +105,7 @@ class MoRAConfig:
     dropout: float = 0.0
     placement: Placement = "auto"
     dtype: Any = "float32"
+    whole_features: bool = False
 
     def __post_init__(self):
         # Tuples instead of dicts and names instead of dtypes make the config hashable.
@@ -164,6 +170,7 @@ class MoRAConfig:
             dropout=self.dropout,
             dtype=self.dtype,
             train_kernel=train_kernel,
+            whole_features=self.whole_features,
         )
 
 

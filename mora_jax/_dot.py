@@ -29,7 +29,14 @@ from jax import lax
 
 from mora_jax._config import Placement
 from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
-from mora_jax._mesh import explicit_mesh, in_auto_axes, may_be_sharded, vary_alike
+from mora_jax._mesh import (
+    explicit_mesh,
+    features_whole,
+    in_auto_axes,
+    may_be_sharded,
+    splits,
+    vary_alike,
+)
 from mora_jax._operators import (
     Adapter,
     adapter_gradient,
@@ -54,6 +61,7 @@ def mora_dot_general(
     preferred_element_type: Any = None,
     adapter_lhs: jax.Array | None = None,
     frozen: bool = False,
+    whole_features: bool = False,
     out_sharding: Any = None,
     dot_general: Callable[..., jax.Array] = lax.dot_general,
 ) -> jax.Array:
@@ -77,6 +85,9 @@ def mora_dot_general(
         then in the activations whatever `placement` says.
       frozen: take the kernel as a constant: its gradient is zero, and never formed. Unlike with
         `jax.lax.stop_gradient`, a scan over stacked kernels keeps no copy of them.
+      whole_features: inputs and outputs are not split by their features over devices, as they are
+        in tensor parallelism; compressing them is then cheaper. Known without it where axes are
+        `AxisType.Explicit`.
       out_sharding: as for `jax.lax.dot_general`. With `AxisType.Explicit` axes the result lies
         where the base product's does, and how the adapter gets there is left to the compiler.
       dot_general: the base product, by default `jax.lax.dot_general`.
@@ -99,7 +110,9 @@ def mora_dot_general(
     if out_sharding is not None:
         product = functools.partial(dot_general, out_sharding=out_sharding)
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    call = _Call.of(lhs, rhs, dimension_numbers, scheme, product, frozen=frozen, **options)
+    call = _Call.of(
+        lhs, rhs, dimension_numbers, scheme, product, frozen=frozen, whole=whole_features, **options
+    )
     if not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
@@ -110,12 +123,15 @@ def mora_dot_general(
     if (mesh := explicit_mesh(lhs, rhs)) is not None:
         # Its shardings are those of the base product, or what JAX says of that is raised.
         result = jax.eval_shape(call.product, lhs, rhs)
+        outputs = range(result.ndim - len(call.axes.outputs), result.ndim)
+        split = splits(jax.typeof(lhs).sharding, call.dimension_numbers[0][0])
         again = functools.partial(
             mora_dot_general,
             dimension_numbers=dimension_numbers,
             scheme=scheme,
             placement=placement,
             frozen=frozen,
+            whole_features=whole_features or not (split or splits(result.sharding, outputs)),
             dot_general=dot_general,
             **options,
         )
@@ -149,6 +165,7 @@ class _Call:
     precision: Any
     preferred_element_type: Any
     frozen: bool
+    whole: bool
     placement: Placement = "activation"
 
     @classmethod
@@ -200,7 +217,8 @@ class _Call:
         """[B..., T, O] of the delta."""
 
         def one(x, adapter):
-            return delta(x, adapter, out_features, self.scheme)
+            with features_whole(self.whole):
+                return delta(x, adapter, out_features, self.scheme)
 
         return self.per_batch(one)(self.rows(lhs), dict(adapter))
 
@@ -259,7 +277,8 @@ def _dot_forward(lhs, rhs, adapter, call):
     y, adapter = _value_and_adapter(lhs, rhs, adapter, call)
 
     def compressed(x, adapter):
-        return to_compressed(x, adapter, call.scheme)
+        with features_whole(call.whole):
+            return to_compressed(x, adapter, call.scheme)
 
     rows = call.rows(lhs)
     z = jax.eval_shape(call.per_batch(compressed), rows, adapter)
@@ -289,15 +308,17 @@ def _dot_backward(call, residuals, dy):
         return jax.linear_transpose(lambda lhs: call.product(lhs, kernel), inputs)(dy)[0]
 
     def gradient(z, dy, adapter):
-        if keeps_inputs:
-            z = to_compressed(z, adapter, call.scheme)
-        return adapter_gradient(z, dy, adapter, in_features, call.scheme)
+        with features_whole(call.whole):
+            if keeps_inputs:
+                z = to_compressed(z, adapter, call.scheme)
+            return adapter_gradient(z, dy, adapter, in_features, call.scheme)
 
     _, backward = call.places(inputs, rhs, adapter)
     if backward == "activation":
 
         def delta_gradient(dy, adapter):
-            return delta_transpose(dy, adapter, in_features, call.scheme)
+            with features_whole(call.whole):
+                return delta_transpose(dy, adapter, in_features, call.scheme)
 
         extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), inputs.shape)
         dlhs = input_gradient(dy, rhs) + extra.astype(inputs.dtype)

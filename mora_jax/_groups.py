@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from mora_jax._features import blocks_of, expand, fold, tile, wide_dtype, widen
-from mora_jax._mesh import may_be_sharded, platform
+from mora_jax._mesh import features_may_be_sharded, may_be_sharded, platform
 from mora_jax._schemes import Grouping
 
 
@@ -51,7 +51,7 @@ class Groups:
 
     def sum(self, x: jax.Array) -> jax.Array:
         """[..., F] -> [..., R], added in float32 or better."""
-        if _by_table():
+        if features_may_be_sharded() or platform() == "tpu":
             return self._sum_by_table(x)
         return self._sum_runs(x) if self.grouping == "contiguous" else self._sum_strides(x)
 
@@ -59,7 +59,7 @@ class Groups:
         """[..., R] -> [..., F]."""
         # In float32, because JAX's transpose of it is a sum.
         wide = widen(z)
-        if _by_table():
+        if may_be_sharded() or platform() == "tpu":
             spread = self._spread_by_table(wide)
         elif self.grouping == "contiguous":
             spread = self._repeat_runs(wide)
@@ -151,10 +151,6 @@ class Groups:
 
         # TPUs look up slowly, and multiply fast.
         return lax.platform_dependent(z, tpu=multiply, default=look_up)
-
-
-def _by_table() -> bool:
-    return may_be_sharded() or platform() == "tpu"
 
 
 def _exact_product(x: jax.Array, one_hot: jax.Array) -> jax.Array:

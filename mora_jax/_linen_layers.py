@@ -85,6 +85,7 @@ class MoRA(nn.Module):
             preferred_element_type=preferred_element_type,
             adapter_lhs=dropped,
             frozen=not config.train_kernel,
+            whole_features=config.whole_features,
             dot_general=self.dot_general,
         )
 

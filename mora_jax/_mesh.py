@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +27,31 @@ def may_be_sharded() -> bool:
         return jax.device_count() > 1
     axes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
     return any(kind != AxisType.Manual and size > 1 for kind, size in axes)
+
+
+#: Whether inputs and outputs of the layer at hand are known to be whole on every device.
+_WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("_WHOLE", default=False)
+
+
+@contextlib.contextmanager
+def features_whole(known: bool) -> Iterator[None]:
+    """Within it, whether a layer's inputs and outputs are known not to be split by features."""
+    token = _WHOLE.set(known)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def features_may_be_sharded() -> bool:
+    """Whether the features of a layer's inputs and outputs may lie on several devices."""
+    return may_be_sharded() and not _WHOLE.get()
+
+
+def splits(sharding: NamedSharding, axes: Sequence[int]) -> bool:
+    """Whether an array lies in parts along one of these axes."""
+    spec = dict(enumerate(sharding.spec))
+    return any(spec.get(axis) is not None for axis in axes)
 
 
 def platform() -> str:

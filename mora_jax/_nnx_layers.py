@@ -125,6 +125,7 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
             placement=config.placement,
             precision=precision,
             frozen=not config.train_kernel,
+            whole_features=config.whole_features,
             out_sharding=out_sharding,
             dot_general=base,
             adapter_lhs=None if key is None else dropout(lhs, config.dropout, key),
