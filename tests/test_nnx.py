@@ -226,15 +226,6 @@ def test_unmerging_takes_the_deltas_out_again():
     chex.assert_trees_all_close(numbers(again), numbers(model), atol=1e-6)
 
 
-def test_the_layer_is_a_linear_layer():
-    layer = mora_nnx.MoRALinear(6, 4, rank=1, scheme="sharing", rngs=nnx.Rngs(0))
-    plain, x = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
-    np.testing.assert_array_equal(layer(x), plain(x))
-    y = draw(layer)(x)
-    np.testing.assert_allclose(mora_nnx.merge(layer)(x), y, atol=1e-6)
-    assert not jnp.allclose(y, plain(x))
-
-
 def test_also_train_is_trained_with_the_adapters():
     base, model, plan = adapted(also_train=r"blocks/0/up/kernel|conv/kernel")
     assert dict(plan.also_train) == {"blocks/0/up/kernel": (8, 12), "conv/kernel": (3, 8, 8)}
@@ -275,31 +266,6 @@ def test_errors_say_what_is_wrong():
         mora_jax.adapt(square, mora_jax.MoRAConfig(rank=1))
 
 
-class Tied(nnx.Module):
-    def __init__(self, rngs):
-        self.first, self.second = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
-        self.second.kernel = self.first.kernel
-
-    def __call__(self, x):
-        return self.second(self.first(x))
-
-
-def test_weights_that_two_layers_share_are_refused():
-    config = mora_jax.MoRAConfig(rank=1)
-    with pytest.raises(ValueError, match="'first/kernel', 'second/kernel' are one tied weight"):
-        mora_jax.adapt(Tied(nnx.Rngs(0)), config)
-
-
-def test_one_adapter_a_layer():
-    class Experts(nnx.Module):
-        def __init__(self):
-            self.up, self.down = nnx.Param(jnp.ones((4, 6))), nnx.Param(jnp.ones((6, 4)))
-
-    config = mora_jax.MoRAConfig(rank=1, kernels={"up|down": KernelAxes((0,), (1,))})
-    with pytest.raises(ValueError, match=r"several kernels, '(up|down)'.*one adapter"):
-        mora_jax.adapt(Experts(), config)
-
-
 def test_dropout_follows_train_and_eval():
     _, quiet, _ = adapted()
     _, model, _ = adapted(dropout=0.5)
@@ -312,31 +278,6 @@ def test_dropout_follows_train_and_eval():
     assert (first != second).any()
     assert (first != wanted).any()
     np.testing.assert_array_equal(nnx.view(model, deterministic=True)(IDS), wanted)
-
-
-class Own(nnx.Linear):
-    """Ignores `dot_general`, and has methods that call each other."""
-
-    def __call__(self, x):
-        return self.project(x) + 1
-
-    def project(self, x):
-        return x @ self.kernel[...]
-
-    def note(self, x):
-        return {"kind": "own", "sizes": x.shape, "y": self.project(x)}
-
-
-def test_a_layer_that_ignores_its_field_is_adapted_all_the_same():
-    base, x = Own(6, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
-    model = draw(mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, scheme="sharing")))
-    merged = mora_nnx.merge(model)
-    assert jnp.abs(model(x) - base(x)).max() > 0.05
-    np.testing.assert_allclose(model(x), merged(x), atol=1e-6)
-    np.testing.assert_allclose(model.project(x), merged.project(x), atol=1e-6)
-    noted = model.note(x)
-    assert (noted["kind"], noted["sizes"]) == ("own", (2, 6))
-    np.testing.assert_allclose(noted["y"], merged.project(x), atol=1e-6)
 
 
 def test_two_models_in_threads_do_not_disturb_each_other():

@@ -27,7 +27,7 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
         "loss_fn": loss_fn,
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         # Rank 8 is more than the smallest layers of this small model can use, and warns.
         exec(block.replace("rank=8", "rank=2"), namespace)

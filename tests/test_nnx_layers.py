@@ -1,0 +1,80 @@
+"""Single NNX layers: `MoRALinear`, subclasses, shared weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mora_jax
+from mora_jax import nnx as mora_nnx
+from mora_jax._layout import KernelAxes
+
+
+def draw(model):
+    """Gives every adapter numbers."""
+    state = nnx.state(model, mora_nnx.MoRAParam)
+    keys = iter(jax.random.split(jax.random.key(2), 100))
+    nnx.update(
+        model, jax.tree.map(lambda leaf: 0.1 * jax.random.normal(next(keys), leaf.shape), state)
+    )
+    return model
+
+
+def test_the_layer_is_a_linear_layer():
+    layer = mora_nnx.MoRALinear(6, 4, rank=1, scheme="sharing", rngs=nnx.Rngs(0))
+    plain, x = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
+    np.testing.assert_array_equal(layer(x), plain(x))
+    y = draw(layer)(x)
+    np.testing.assert_allclose(mora_nnx.merge(layer)(x), y, atol=1e-6)
+    assert not jnp.allclose(y, plain(x))
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.second = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self.second.kernel = self.first.kernel
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def test_weights_that_two_layers_share_are_refused():
+    config = mora_jax.MoRAConfig(rank=1)
+    with pytest.raises(ValueError, match="'first/kernel', 'second/kernel' are one tied weight"):
+        mora_jax.adapt(Tied(nnx.Rngs(0)), config)
+
+
+def test_one_adapter_a_layer():
+    class Experts(nnx.Module):
+        def __init__(self):
+            self.up, self.down = nnx.Param(jnp.ones((4, 6))), nnx.Param(jnp.ones((6, 4)))
+
+    config = mora_jax.MoRAConfig(rank=1, kernels={"up|down": KernelAxes((0,), (1,))})
+    with pytest.raises(ValueError, match=r"several kernels, '(up|down)'.*one adapter"):
+        mora_jax.adapt(Experts(), config)
+
+
+class Own(nnx.Linear):
+    """Ignores `dot_general`, and has methods that call each other."""
+
+    def __call__(self, x):
+        return self.project(x) + 1
+
+    def project(self, x):
+        return x @ self.kernel[...]
+
+    def note(self, x):
+        return {"kind": "own", "sizes": x.shape, "y": self.project(x)}
+
+
+def test_a_layer_that_ignores_its_field_is_adapted_all_the_same():
+    base, x = Own(6, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
+    model = draw(mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, scheme="sharing")))
+    merged = mora_nnx.merge(model)
+    assert jnp.abs(model(x) - base(x)).max() > 0.05
+    np.testing.assert_allclose(model(x), merged(x), atol=1e-6)
+    np.testing.assert_allclose(model.project(x), merged.project(x), atol=1e-6)
+    noted = model.note(x)
+    assert (noted["kind"], noted["sizes"]) == ("own", (2, 6))
+    np.testing.assert_allclose(noted["y"], merged.project(x), atol=1e-6)
