@@ -70,6 +70,7 @@ def make_method(args: argparse.Namespace, base_model: Llama) -> Method:
         dropout=args.dropout,
         also_train=args.also_train or None,
         whole_features=args.tensor == 1,
+        keep_sums=args.remat,
     )
     model = mora_jax.adapt(base_model, config)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)

@@ -32,6 +32,7 @@ class LayerConfig:
       dtype: name of the adapter's dtype.
       train_kernel: whether the kernel itself is trained beside its adapter (`also_train`).
       whole_features: see `MoRAConfig`.
+      keep_sums: see `MoRAConfig`.
     """
 
     rank: int
@@ -42,6 +43,7 @@ class LayerConfig:
     dtype: str = "float32"
     train_kernel: bool = False
     whole_features: bool = False
+    keep_sums: bool = False
 
     def __post_init__(self):
         check_rank(self.rank)
@@ -83,6 +85,9 @@ class MoRAConfig:
       whole_features: True where no layer's inputs or outputs are split by their features over
         devices: data parallelism and FSDP, but no tensor parallelism. A step is then faster; were
         it not so, activations would be sent around. Explicit mesh axes tell it by themselves.
+      keep_sums: True for a model whose layers run under remat: the sum of a kernel and its delta is
+        then kept until the layer's backward pass, which spares a sum, and with FSDP a gathering.
+        Without remat it would be a second copy of the model.
 
     Raises:
       ValueError: for a rank that is not positive, an unknown name, a rate out of range.
@@ -106,6 +111,7 @@ class MoRAConfig:
     placement: Placement = "auto"
     dtype: Any = "float32"
     whole_features: bool = False
+    keep_sums: bool = False
 
     def __post_init__(self):
         # Tuples instead of dicts and names instead of dtypes make the config hashable.
@@ -171,6 +177,7 @@ class MoRAConfig:
             dtype=self.dtype,
             train_kernel=train_kernel,
             whole_features=self.whole_features,
+            keep_sums=self.keep_sums,
         )
 
 

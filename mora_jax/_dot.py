@@ -62,6 +62,7 @@ def mora_dot_general(
     adapter_lhs: jax.Array | None = None,
     frozen: bool = False,
     whole_features: bool = False,
+    keep_sum: bool = False,
     out_sharding: Any = None,
     dot_general: Callable[..., jax.Array] = lax.dot_general,
 ) -> jax.Array:
@@ -88,6 +89,9 @@ def mora_dot_general(
       whole_features: inputs and outputs are not split by their features over devices, as they are
         in tensor parallelism; compressing them is then cheaper. Known without it where axes are
         `AxisType.Explicit`.
+      keep_sum: keep the sum of kernel and delta for the backward pass, where both passes have one,
+        instead of making it again. For what runs under remat, which keeps it no longer than a
+        layer; elsewhere it is a second copy of the kernel.
       out_sharding: as for `jax.lax.dot_general`. With `AxisType.Explicit` axes the result lies
         where the base product's does, and how the adapter gets there is left to the compiler.
       dot_general: the base product, by default `jax.lax.dot_general`.
@@ -111,8 +115,9 @@ def mora_dot_general(
         product = functools.partial(dot_general, out_sharding=out_sharding)
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
     call = _Call.of(
-        lhs, rhs, dimension_numbers, scheme, product, frozen=frozen, whole=whole_features, **options
-    )
+        lhs, rhs, dimension_numbers, scheme, product,
+        frozen=frozen, whole=whole_features, keep_sum=keep_sum, **options,
+    )  # fmt: skip
     if not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
@@ -131,6 +136,7 @@ def mora_dot_general(
             scheme=scheme,
             placement=placement,
             frozen=frozen,
+            keep_sum=keep_sum,
             whole_features=whole_features or not (split or splits(result.sharding, outputs)),
             dot_general=dot_general,
             **options,
@@ -166,6 +172,7 @@ class _Call:
     preferred_element_type: Any
     frozen: bool
     whole: bool
+    keep_sum: bool
     placement: Placement = "activation"
 
     @classmethod
@@ -251,20 +258,22 @@ def _frozen_product_jvp(call, primals, tangents):
 
 
 def _value(lhs, rhs, adapter, call):
-    return _value_and_adapter(lhs, rhs, adapter, call)[0]
+    return _value_and_sum(lhs, rhs, adapter, call)[0]
 
 
-def _value_and_adapter(lhs, rhs, adapter, call):
-    """The product, and the adapter as its sum has it."""
+def _value_and_sum(lhs, rhs, adapter, call):
+    """The product, the adapter as its sum has it, and the sum, None where there is none."""
     forward, _ = call.places(lhs, rhs, adapter)
     if forward == "activation":
-        return call.in_activations(lhs, lhs, rhs, adapter), adapter
+        return call.in_activations(lhs, lhs, rhs, adapter), adapter, None
     # The barrier holds the sum back until the inputs are there. It needs the weights alone, so a
     # scheduler would make those of all layers first, a second copy of the model. The kernel does
-    # not pass it: a scan would keep what comes out, a copy of the whole stack.
+    # not pass it: a scan would keep what comes out, a copy of the whole stack. On several devices
+    # the gathering of a sum is to begin before its layer does.
     if not may_be_sharded():
         lhs, adapter = lax.optimization_barrier((lhs, adapter))
-    return call.product(lhs, call.kernel(rhs, adapter)), adapter
+    total = call.kernel(rhs, adapter)
+    return call.product(lhs, total), adapter, total
 
 
 _dot = jax.custom_vjp(_value, nondiff_argnums=(3,))
@@ -274,7 +283,7 @@ def _dot_forward(lhs, rhs, adapter, call):
     lhs, rhs_trained, rhs = lhs.value, rhs.perturbed and not call.frozen, rhs.value
     adapter = jax.tree.map(lambda leaf: leaf.value, adapter, is_leaf=_is_primal)
     # Not `_dot`: this function is differentiated too, where someone asks for second derivatives.
-    y, adapter = _value_and_adapter(lhs, rhs, adapter, call)
+    y, adapter, total = _value_and_sum(lhs, rhs, adapter, call)
 
     def compressed(x, adapter):
         with features_whole(call.whole):
@@ -285,19 +294,21 @@ def _dot_forward(lhs, rhs, adapter, call):
     # What is kept for the gradient is the smaller of x and f_comp(x), and x where W asks for it.
     keeps_inputs = rhs_trained or z.size >= rows.size
     kept = lhs if keeps_inputs else call.per_batch(compressed)(rows, adapter)
-    return y, (kept, rhs, adapter, _Static((keeps_inputs, rhs_trained, jax.typeof(lhs))))
+    total = total if call.keep_sum and call.places(lhs, rhs, adapter)[1] == "kernel" else None
+    static = _Static((keeps_inputs, rhs_trained, jax.typeof(lhs)))
+    return y, (kept, rhs, adapter, total, static)
 
 
 def _dot_backward(call, residuals, dy):
-    kept, rhs, adapter, static = residuals
+    kept, rhs, adapter, total, static = residuals
     keeps_inputs, rhs_trained, inputs = static.value
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)  # pyright: ignore
     # Without the barrier XLA may compute dy anew inside the sum over its groups: with rolled groups
     # behind a rotary embedding that took ten milliseconds. And it takes the kernel's sum for the
-    # forward's and keeps it alive between the two, a second copy of every adapted kernel. On
-    # several devices that is wanted: under remat it spares a second gathering of the kernel.
+    # forward's and keeps it alive between the two, a second copy of every adapted kernel. (On
+    # several devices, see the forward pass.)
     if may_be_sharded():
         dy = lax.optimization_barrier(dy)
     else:
@@ -323,7 +334,7 @@ def _dot_backward(call, residuals, dy):
         extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), inputs.shape)
         dlhs = input_gradient(dy, rhs) + extra.astype(inputs.dtype)
     else:
-        dlhs = input_gradient(dy, call.kernel(rhs, adapter))
+        dlhs = input_gradient(dy, call.kernel(rhs, adapter) if total is None else total)
     drhs = None
     if rhs_trained:
         total, total_transpose = jax.vjp(lambda rhs: call.kernel(rhs, adapter), rhs)

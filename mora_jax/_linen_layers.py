@@ -86,6 +86,7 @@ class MoRA(nn.Module):
             adapter_lhs=dropped,
             frozen=not config.train_kernel,
             whole_features=config.whole_features,
+            keep_sum=config.keep_sums,
             dot_general=self.dot_general,
         )
 

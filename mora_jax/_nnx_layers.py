@@ -126,6 +126,7 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
             precision=precision,
             frozen=not config.train_kernel,
             whole_features=config.whole_features,
+            keep_sum=config.keep_sums,
             out_sharding=out_sharding,
             dot_general=base,
             adapter_lhs=None if key is None else dropout(lhs, config.dropout, key),

@@ -171,6 +171,7 @@ class Adapted(View):
             placement=self.config.placement,
             frozen=not self.config.train_kernel,
             whole_features=self.config.whole_features,
+            keep_sum=self.config.keep_sums,
             adapter_lhs=None if self.key is None else self._adapter_inputs(lhs),
             out_sharding=_permuted(out_sharding, [order.index(axis) for axis in range(len(order))]),
             **params,

@@ -103,9 +103,15 @@ def main():
             floor = measure(mesh, in_features, out_features, rank, None, layout, False)
             # Where tokens are sharded all features are at hand; the backward's place is one matter.
             places = ("kernel", "activation") if layout in ("row", "column") else ("kernel",)
-            for (name, scheme), place in itertools.product(SCHEMES.items(), places):
+            # Where sizes divide, only blocks have a case of their own.
+            names = ("rotation", "cycled") if rank > 1 else SCHEMES
+            if len(places) == 1:
+                names = ("rotation",) if rank > 1 else ("sharing", "rotation")
+            chosen = {name: SCHEMES[name] for name in names}
+            for (name, scheme), place in itertools.product(chosen.items(), places):
                 _dot.best_places = lambda *_, backward=place: ("kernel", backward)
-                counts = measure(mesh, in_features, out_features, rank, scheme, layout, True)
+                check = place == "kernel"
+                counts = measure(mesh, in_features, out_features, rank, scheme, layout, check)
                 case = f"{in_features}x{out_features} {layout} {name}, backward in the {place}"
                 found[case] = (floor, counts)
     print(json.dumps(found))

@@ -228,3 +228,21 @@ def test_weights_are_held_back_from_sums_of_other_passes(call):
     adapter = random_adapter(16, 24, 2, mora_jax.Sharing())
     text = str(jax.make_jaxpr(backward)(jnp.ones((6, 16)), adapter))
     assert text.count("optimization_barrier") == 3
+
+
+@pytest.mark.parametrize("scheme", FAMILIES[:3], ids=str)
+def test_a_kept_sum_gives_the_same_gradients(scheme, float64):
+    product, x, kernel, adapter = products("dense", scheme)
+    del product
+
+    def gradients(keep_sum):
+        def run(x, adapter):
+            y = mora_jax.mora_dot_general(
+                x, kernel, LAYOUTS["dense"][2], adapter, scheme, placement="kernel",
+                keep_sum=keep_sum,
+            )  # fmt: skip
+            return jnp.sin(y).sum()
+
+        return jax.jit(jax.grad(jax.checkpoint(run), (0, 1)))(x, adapter)
+
+    chex.assert_trees_all_close(gradients(True), gradients(False), rtol=1e-12)
