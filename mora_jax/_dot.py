@@ -189,6 +189,14 @@ class _Call:
             **options,
         )
 
+    @property
+    def is_plain(self):
+        """Whether the base product is JAX's own, whose derivatives are known."""
+        product = self.dot_general
+        while isinstance(product, functools.partial):
+            product = product.func
+        return product is lax.dot_general
+
     def product(self, lhs, rhs):
         return self.dot_general(
             lhs,
@@ -230,7 +238,10 @@ class _Call:
         return self.per_batch(one)(self.rows(lhs), dict(adapter))
 
     def in_activations(self, lhs, adapter_lhs, rhs, adapter):
-        base = _frozen_product(lhs, rhs, self) if self.frozen else self.product(lhs, rhs)
+        if self.frozen and self.is_plain:
+            base = frozen_product(lhs, rhs, self)
+        else:
+            base = self.product(lhs, lax.stop_gradient(rhs) if self.frozen else rhs)
         _, _, out_features = self.axes.sizes(rhs.shape)
         value = self.delta(adapter_lhs, adapter, out_features)
         return base + value.reshape(base.shape).astype(base.dtype)
@@ -247,12 +258,13 @@ class _Call:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _frozen_product(lhs, rhs, call):
+def frozen_product(lhs, rhs, call):
+    """The base product with a constant kernel; known by this name where it is traced again."""
     return call.product(lhs, rhs)
 
 
-@_frozen_product.defjvp
-def _frozen_product_jvp(call, primals, tangents):
+@frozen_product.defjvp
+def _jvp_of_frozen(call, primals, tangents):
     (lhs, rhs), (dlhs, _) = primals, tangents
     return call.product(lhs, rhs), call.product(dlhs, rhs)
 
@@ -303,6 +315,8 @@ def _dot_backward(call, residuals, dy):
     kept, rhs, adapter, total, static = residuals
     keeps_inputs, rhs_trained, inputs = static.value
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
+    if call.frozen:
+        rhs, total = lax.stop_gradient((rhs, total))  # of second derivatives
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)  # pyright: ignore
     # Without the barrier XLA may compute dy anew inside the sum over its groups: with rolled groups
@@ -316,7 +330,12 @@ def _dot_backward(call, residuals, dy):
     dy_rows = dy.reshape(*batch, -1, out_features)
 
     def input_gradient(dy, kernel):
-        return jax.linear_transpose(lambda lhs: call.product(lhs, kernel), inputs)(dy)[0]
+        def product(lhs):
+            return call.product(lhs, kernel)
+
+        if call.is_plain:
+            return jax.linear_transpose(product, inputs)(dy)[0]
+        return jax.vjp(product, jnp.zeros(inputs.shape, inputs.dtype))[1](dy)[0]
 
     def gradient(z, dy, adapter):
         with features_whole(call.whole):

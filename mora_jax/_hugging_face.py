@@ -20,6 +20,7 @@ from mora_jax._config import MoRAConfig
 from mora_jax._function import AdaptedFunction
 from mora_jax._params import attach
 from mora_jax._plan import Plan
+from mora_jax._tree import ADAPTER, checksum
 
 
 def is_pretrained_model(model: Any) -> bool:
@@ -34,6 +35,7 @@ def adapt(model: Any, chooser: MoRAConfig | Plan, *, key: jax.Array | None = Non
         raise TypeError("the model is adapted already; adapt the base model instead.")
     plan = chooser if isinstance(chooser, Plan) else _plan(model, chooser)
     adapted = copy.copy(model)
+    adapted.generation_config = copy.deepcopy(model.generation_config)
     adapted._module = _AdaptedModule(model.module, plan)
     if model._is_initialized:
         adapted.params = attach(plan, model.params, key=key)
@@ -63,7 +65,10 @@ class _AdaptedModule:
         """As `flax.linen.Module.apply`; "params" holds the adapters too."""
         rest = {name: value for name, value in variables.items() if name != "params"}
         run = AdaptedFunction(functools.partial(_apply, self.mora_base), self.mora_plan)
-        return run(variables["params"], rest, *args, **kwargs)
+        # The adapters' dropout goes with the model's own: `dropout_rng` in training.
+        key = (kwargs.get("rngs") or {}).get("dropout")
+        key = None if key is None else jax.random.fold_in(key, checksum(ADAPTER))
+        return run(variables["params"], rest, *args, mora_key=key, **kwargs)
 
 
 def _apply(module: nn.Module, params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:

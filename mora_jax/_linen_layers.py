@@ -115,7 +115,8 @@ def _make_leaves(
     batch, in_features, out_features = axes.sizes(kernel.shape)
     shapes = adapter_shapes(in_features, out_features, config.rank, config.scheme)
     # As it is stored, in its box where it is partitioned.
-    stored = module.scope.parent.get_variable("params", name)
+    layer = module.scope.parent
+    stored = None if layer is None else layer.get_variable("params", name)
     common = dict(enumerate(axes.batch))
 
     def start(key, *shape_and_dtype, name):

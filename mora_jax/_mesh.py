@@ -123,6 +123,8 @@ def beside(kernel: Any, ndim: int, axes: Mapping[int, int]) -> Any:
 
 def sharding_of(leaf: Any) -> NamedSharding | None:
     """Where an array lies, if it lies on a mesh and is no tracer."""
+    # A quantised kernel lies where its integers do.
+    leaf = getattr(leaf, "qvalue", leaf)
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     named = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
     return sharding if named else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -173,7 +174,7 @@ class _WithEinsum(AdaptedLayer):
             def call(kernel, inputs):
                 return base(equation, inputs, kernel, **options)
 
-            return _run(call, self.mora, kernel, inputs)
+            return _run(call, self.mora, self.mora.dropout_key(), kernel, inputs)
 
         return einsum
 
@@ -187,7 +188,9 @@ def _as_functions(cls: type) -> dict[str, Callable[..., Any]]:
     methods = {}
     for owner in reversed([owner for owner in cls.__mro__ if owner not in nnx.Module.__mro__]):
         for name, value in vars(owner).items():
-            if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_")):
+            public = name == "__call__" or not name.startswith("_")
+            # Settings stay what they are: what a copy is told is lost.
+            if inspect.isfunction(value) and public and not name.startswith("set_"):
                 methods[name] = _as_function(value)
     return methods
 
@@ -198,6 +201,8 @@ def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def run(layer, *args, **kwargs):
         mora = layer.mora
+        # Before the layer is copied, whose state comes back.
+        key = mora.dropout_key()
         graph, state = nnx.split(layer)
 
         def call(kernel, args, kwargs):
@@ -209,7 +214,8 @@ def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
             outputs = method(copy, *args, **kwargs)
             return outputs, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
 
-        outputs, rest = _run(call, mora, getattr(layer, mora.kernel_name)[...], args, kwargs)
+        kernel = getattr(layer, mora.kernel_name)[...]
+        outputs, rest = _run(call, mora, key, kernel, args, kwargs)
         if rest:
             nnx.update(layer, rest)
         return outputs
@@ -217,10 +223,9 @@ def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _run(function: Callable[..., Any], mora: MoRA, kernel: jax.Array, *args: Any) -> Any:
+def _run(function: Callable[..., Any], mora: MoRA, key: Any, kernel: jax.Array, *args: Any) -> Any:
     traced = trace(function, kernel, *args)
     value, *others = traced.arrays
-    key = mora.dropout_key()
     view = Adapted.of(value, mora.adapter(), mora.kernel_axes, mora.config, key)
     return traced.run([view, *others])
 
@@ -265,9 +270,17 @@ _MIXINS: dict[type, type] = {
 }
 
 
-@functools.cache
+_LOCK = threading.Lock()
+
+
 def adapted_class(cls: type) -> type:
     """The subclass of an adapted layer, one for each class, so that graphs compare equal."""
+    with _LOCK:
+        return _make_class(cls)
+
+
+@functools.cache
+def _make_class(cls: type) -> type:
     namespace: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": cls.__module__}
     mixin = AdaptedLayer
     for kind, own in _MIXINS.items():

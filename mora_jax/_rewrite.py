@@ -196,6 +196,13 @@ def _reshard(params, view):
     return [dataclasses.replace(view, value=move(view.value, own))]
 
 
+def _vary(params, view):
+    """Inside `shard_map`, a kernel that all devices have in common meets what differs."""
+    if not isinstance(view, View):
+        return None
+    return [view.map(lambda leaf: lax.pcast(leaf, tuple(params["axes"]), to="varying"))]
+
+
 def _slice(params, view):
     if not isinstance(view, View) or not set(params["strides"] or ()) <= {1}:
         return None
@@ -233,8 +240,15 @@ def _dot_general(params, lhs, rhs):
     batch = tuple(zip(batch_r, batch_l, strict=True))
     rhs = as_array(rhs)
     # Results lead with the batch axes, then come those of the first operand.
+    lead, free = len(batch), rhs.ndim - len(pairs) - len(batch)
+    own = len(lhs.order) - len(pairs) - lead
+    if (sharding := params.get("out_sharding")) is not None:
+        spec = [*sharding.spec, *[None] * (lead + own + free - len(sharding.spec))]
+        spec = [*spec[:lead], *spec[lead + own :], *spec[lead : lead + own]]
+        params["out_sharding"] = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    if isinstance(params.get("precision"), tuple):
+        params["precision"] = params["precision"][::-1]
     swapped = lhs.product(rhs, pairs, batch, **params)
-    free = rhs.ndim - len(pairs) - len(batch)
     return [jnp.moveaxis(swapped, range(len(batch), len(batch) + free), range(-free, 0))]
 
 
@@ -250,13 +264,13 @@ def _jit(params, *inputs):
 
 
 def _custom_jvp(params, *inputs):
-    """A product alone, such as that of an adapter's own base; its view knows how to differentiate.
+    """The base product of a layer that is adapted already; its view knows how to differentiate.
 
     Any other function with derivatives of its own keeps them, and sees arrays.
     """
     closed = params["call_jaxpr"]
-    products = [equation.primitive.name == "dot_general" for equation in closed.jaxpr.eqns]
-    return _run_closed(closed, inputs) if products == [True] else None
+    ours = closed.jaxpr.debug_info.func_name == "frozen_product"
+    return _run_closed(closed, inputs) if ours else None
 
 
 def _remat(params, *inputs):
@@ -295,6 +309,7 @@ _RULES = {
     "stop_gradient": _stop_gradient,
     "reshard": _reshard,
     "sharding_constraint": _reshard,
+    "pvary": _vary,
     "slice": _slice,
     "squeeze": _squeeze,
     "unstack": _unstack,

@@ -81,14 +81,12 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rebuild(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
-    """`unflatten` in the form of other trees: an `nnx.State` where one of them is, with its keys.
+    """`unflatten` with the keys of other trees, and an `nnx.State` where one of them is.
 
     >>> state = nnx.State({"layers": {0: {"kernel": 1}}})
     >>> nnx.to_pure_dict(rebuild({"layers/0/mora/matrix": 2}, state))
     {'layers': {0: {'mora': {'matrix': 2}}}}
     """
-    if not any(isinstance(like, nnx.State) for like in likes):
-        return unflatten(leaves)
     keys: dict[str, Any] = {}
     for like in likes:
         _note_keys(like, "", keys)
@@ -103,7 +101,7 @@ def rebuild(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = value
-    return nnx.State(tree)
+    return nnx.State(tree) if any(isinstance(like, nnx.State) for like in likes) else tree
 
 
 def _note_keys(tree: Mapping[Any, Any], prefix: str, keys: dict[str, Any]) -> None:
