@@ -1,6 +1,6 @@
 """Runs the tests or an example in an environment of its own: Python 3.11 or newer, nothing else.
 
-    python3 run.py test                      # all tests; further arguments go to pytest
+    python3 run.py test                      # all tests, two files at a time; or pytest's arguments
     python3 run.py memorize                  # examples/memorize.py; further arguments go to it
     python3 run.py train                     # examples/train_llama.py, likewise
     python3 run.py step                      # examples/benchmarks/step.py, likewise; generate too
@@ -54,6 +54,8 @@ def main() -> int:
     name, arguments = sys.argv[1], sys.argv[2:]
     python = python_with(EXTRAS[name])
     program = ["-m", "pytest"] if name == "test" else [str(ROOT / SCRIPTS[name])]
+    if name == "test" and not arguments:
+        arguments = ["-n", "2", "--dist", "loadfile"]
     folder = ROOT if name == "test" else None
     return subprocess.run([python, *program, *arguments], check=False, cwd=folder).returncode
 

@@ -183,6 +183,35 @@ def test_training_and_merging():
     chex.assert_trees_all_close(forward(params, IDS), before, atol=1e-4)
 
 
+def test_derivatives_of_ones_own_stay():
+    @jax.custom_jvp
+    def reversed_product(x, w):
+        return x @ w
+
+    @reversed_product.defjvp
+    def _(primals, tangents):
+        return primals[0] @ primals[1], -(tangents[0] @ primals[1])
+
+    params, x = {"w": jnp.ones((4, 3)), "v": {"w": jnp.ones((3, 2))}}, jnp.ones((2, 4))
+    function = lambda params, x: reversed_product(x, params["w"]) @ params["v"]["w"]
+    forward = mora_jax.adapt(function, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    plan = mora_jax.plan(forward, params, x)
+    of = lambda run, params: jax.grad(lambda x: run(params, x).sum())(x)
+    np.testing.assert_array_equal(of(forward, mora_jax.attach(plan, params)), of(function, params))
+
+
+def test_numbers_may_be_keys_and_kernels_may_stand_on_the_left():
+    params, x = {"layers": {0: {"w": jnp.ones((5, 4))}}}, jnp.ones((4, 3))
+    function = lambda params, x: jnp.einsum("oi,ib->ob", params["layers"][0]["w"], x)
+    forward = mora_jax.adapt(function, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    plan = mora_jax.plan(forward, params, x)
+    params = mora_jax.attach(plan, params)
+    params["layers"][0]["mora"]["matrix"] += 1
+    merged = mora_jax.merge(params, plan)
+    assert list(merged["layers"]) == [0]
+    np.testing.assert_allclose(forward(params, x), function(merged, x), rtol=1e-6)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Perceptron:

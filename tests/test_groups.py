@@ -27,6 +27,7 @@ def spread_over_devices(monkeypatch):
     """Makes the spelling for several devices the one that runs."""
     for module in (_groups, _blocks):
         monkeypatch.setattr(module, "may_be_sharded", lambda: True)
+    monkeypatch.setattr(_groups, "features_may_be_sharded", lambda: True)
 
 
 @pytest.mark.parametrize("side", SIDES, ids=str)
@@ -57,6 +58,13 @@ def test_tables_are_taken_where_arrays_may_be_sharded(spread_over_devices):
     text = str(jax.make_jaxpr(Groups(10, 4).sum)(jnp.ones((3, 10))))
     assert "dot_general" in text
     assert "slice" not in text
+
+
+def test_features_that_are_whole_take_slices(monkeypatch):
+    monkeypatch.setattr(_mesh, "may_be_sharded", lambda: True)
+    with _mesh.features_whole(True):
+        assert "slice" in str(jax.make_jaxpr(Groups(10, 4).sum)(jnp.ones((3, 10))))
+    assert "slice" not in str(jax.make_jaxpr(Groups(10, 4).sum)(jnp.ones((3, 10))))
 
 
 @pytest.mark.parametrize("cycle", [False, True])

@@ -30,6 +30,31 @@ def test_the_layer_is_a_linear_layer():
     assert not jnp.allclose(y, plain(x))
 
 
+def test_masks_of_dropout_differ_from_call_to_call():
+    config = mora_jax.MoRAConfig(rank=1, scheme="sharing", dropout=0.5)
+    for base in (Own(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(6, 4, rngs=nnx.Rngs(0))):
+        model, x = draw(mora_jax.adapt(base, config, key=jax.random.key(0))), jnp.ones((20, 6))
+        assert (model(x) != model(x)).any()
+
+
+@pytest.mark.parametrize("placement", ["kernel", "activation"])
+def test_base_products_with_derivatives_of_their_own(placement):
+    @jax.custom_vjp
+    def rounded(x, w):
+        return x @ jnp.round(w, 2)
+
+    rounded.defvjp(lambda x, w: (x @ jnp.round(w, 2), w), lambda w, g: (g @ w.T, None))
+
+    def product(lhs, rhs, dimension_numbers, **options):
+        return rounded(lhs, rhs)
+
+    base, x = nnx.Linear(6, 4, dot_general=product, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
+    config = mora_jax.MoRAConfig(rank=1, scheme="sharing", placement=placement)
+    model = mora_jax.adapt(base, config)
+    of = lambda model: jax.grad(lambda x: model(x).sum())(x)
+    np.testing.assert_allclose(of(model), of(base), rtol=1e-6)
+
+
 class Tied(nnx.Module):
     def __init__(self, rngs):
         self.first, self.second = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
