@@ -246,3 +246,11 @@ def test_a_kept_sum_gives_the_same_gradients(scheme, float64):
         return jax.jit(jax.grad(jax.checkpoint(run), (0, 1)))(x, adapter)
 
     chex.assert_trees_all_close(gradients(True), gradients(False), rtol=1e-12)
+
+
+def test_low_ranks_hidden_features_may_leave_float16(call):
+    adapter = {"a": jnp.ones((16, 1)), "b": jnp.full((1, 24), 1e-6)}
+    x, scheme = jnp.full((2, 16), 3e4, "float16"), mora_jax.LowRank()
+    kernel = jnp.zeros((16, 24), "float16")
+    y = mora_jax.mora_dot_general(x, kernel, MATMUL, adapter, scheme)
+    np.testing.assert_allclose(y, 16 * 3e4 * 1e-6, rtol=2e-3)
