@@ -44,6 +44,7 @@ from mora_jax._quantize import (
 )
 from mora_jax._rewrite import trace
 from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._variables import value_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def quantize(
     Raises:
       ValueError: where the plan does not fit the parameters, a layer has another placement, or is
         to be trained in full, or cannot be tiled; for another `qtype`.
-      TypeError: for a kernel that is quantised already, or not floating.
+      TypeError: for a kernel that is quantised already, or not floating; for parameters in boxes.
 
     >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
     >>> config = mora_jax.MoRAConfig(rank=1, scheme="sharing", placement="activation")
@@ -91,6 +92,11 @@ def quantize(
         raise ValueError(f"qtype={qtype!r}; there are {', '.join(map(repr, BOUNDS))}.")
     leaves = flatten(params)
     check_base(plan, leaves)
+    if boxed := [path for path, leaf in leaves.items() if value_of(leaf) is not leaf]:
+        raise TypeError(
+            f"{listing(boxed)} are in boxes; take them out first, by flax.linen.unbox(params) or "
+            "flax.nnx.to_pure_dict(state)."
+        )
     if done := [path for path in plan.kernel_paths() if is_quantized(leaves[path])]:
         raise TypeError(f"quantised already: {listing(done)}; dequantize(params) undoes it.")
     _check_layers(plan)

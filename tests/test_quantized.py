@@ -286,6 +286,9 @@ def test_refusals():
     with pytest.raises(TypeError, match=r"'kernel' is not quantised; mora_jax\.merge"):
         quantized.merge(params, plan)
     done = quantized.quantize(params, plan, "int4", tile_size=8)
+    boxed = {**params, "kernel": nn.Partitioned(params["kernel"], (None, None))}
+    with pytest.raises(TypeError, match="'kernel' are in boxes; take them out first"):
+        quantized.quantize(boxed, plan)
     with pytest.raises(TypeError, match="quantised already: 'kernel'"):
         quantized.quantize(done, plan, "int8")
     for kernel, why in (
