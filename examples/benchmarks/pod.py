@@ -327,7 +327,6 @@ def setting(args: argparse.Namespace, model: str, name: str, bar: tqdm) -> list[
                 scheme=SCHEMES[scheme],
                 placement=args.placement,
                 targets=".*_proj",
-                keep_sums=True,
             )
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             row = rows_of(Variant(base, chosen, mesh, tokens), pod.memory_gb)
