@@ -22,9 +22,12 @@ from flax import traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+#: Mesh axes that the batch is split over.
+BATCH_AXES = ("data", "fsdp")
+
 #: Logical axis -> mesh axes.
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH_AXES),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("hidden", "tensor"),

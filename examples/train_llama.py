@@ -10,6 +10,7 @@ losses.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -71,12 +72,17 @@ def mesh_of(args: argparse.Namespace) -> Mesh:
     return make_mesh(copies, args.fsdp, args.tensor)
 
 
-def lay_out(args, mesh, base_model: Llama, pretrained: Any, method: Method, optimizer):
+def random_params(base_model: Llama, key: jax.Array) -> Any:
+    """A base model's parameters, drawn."""
+    return base_model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+
+
+def lay_out(args, base_shardings, base_model: Llama, pretrained: Any, method: Method, optimizer):
     """(shapes, shardings, make): the whole state as shapes, where it lies, and how it begins."""
     keys = jax.random.split(jax.random.key(args.seed))
 
     def random_base():
-        return base_model.init(keys[0], jnp.zeros((1, 8), jnp.int32))["params"]
+        return random_params(base_model, keys[0])
 
     def begin(base):
         base = random_base() if base is None else base
@@ -86,7 +92,6 @@ def lay_out(args, mesh, base_model: Llama, pretrained: Any, method: Method, opti
         trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
         return TrainState(trainable, optimizer.init(trainable), frozen)
 
-    base_shardings = param_shardings(jax.eval_shape(random_base), mesh)
     shapes = jax.eval_shape(begin, None)
     trainable, frozen = part(method.shardings(base_shardings), method.trains)
     opt_state = optimizer_shardings(optimizer, shapes.trainable, trainable)
@@ -117,9 +122,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         )
     base_dtype = "float32" if args.method == "full" else args.param_dtype
     base_model = Llama(config, dtype=args.dtype, param_dtype=base_dtype, remat=args.remat)
-    method = make_method(args, base_model)
+    base = jax.eval_shape(functools.partial(random_params, base_model), jax.random.key(0))
+    base_shardings = param_shardings(base, mesh)
+    method = make_method(args, base_model).on_mesh(base_shardings)
     optimizer, schedule = make_optimizer(args, method.plan)
-    shapes, shardings, make = lay_out(args, mesh, base_model, pretrained, method, optimizer)
+    shapes, shardings, make = lay_out(
+        args, base_shardings, base_model, pretrained, method, optimizer
+    )
     step_once = make_step(optimizer, schedule, shardings)
     batch_place = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
     key = jax.random.fold_in(jax.random.key(args.seed), 1)
@@ -146,7 +155,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         state, first = None, 0
         if (restored := checkpoints.restore(shapes, shardings)) is not None:
             first, state, plan = restored
-            method = Method(plan, method.floor)
+            method = Method(plan, method.floor).on_mesh(base_shardings)
         if state is None or state.frozen is None:
             begun = make()
             state = begun if state is None else state._replace(frozen=begun.frozen)

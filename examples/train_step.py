@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import mora_jax
 from llama import Llama
-from mora_jax.sharding import param_shardings
+from llama_mesh import BATCH_AXES
+from mora_jax.sharding import on_mesh, param_shardings
 from train_state import TrainState, part
 
 
@@ -51,6 +52,13 @@ class Method:
         everywhere = NamedSharding(jax.tree.leaves(base_shardings)[0].mesh, P())
         return {**base_shardings, "shift": everywhere} if self.floor else {**base_shardings}
 
+    def on_mesh(self, base_shardings: Mapping[str, Any]) -> "Method":
+        """The method, told which features are split over devices."""
+        if self.plan is None:
+            return self
+        plan = on_mesh(self.plan, base_shardings, BATCH_AXES)
+        return dataclasses.replace(self, plan=plan)
+
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` is trained."""
         if self.plan is not None:
@@ -69,7 +77,6 @@ def make_method(args: argparse.Namespace, base_model: Llama) -> Method:
         targets=args.targets,
         dropout=args.dropout,
         also_train=args.also_train or None,
-        whole_features=args.tensor == 1,
         keep_sums=args.remat,
     )
     model = mora_jax.adapt(base_model, config)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mora_jax._cycles import Cycle, check_cycle
 from mora_jax._layout import KernelAxes
+from mora_jax._mesh import UNKNOWN, FeatureAxes
 from mora_jax._schemes import Scheme, as_scheme, check_rank
 from mora_jax._tree import join_path, listing
 
@@ -31,7 +32,7 @@ class LayerConfig:
       dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
       dtype: name of the adapter's dtype.
       train_kernel: whether the kernel itself is trained beside its adapter (`also_train`).
-      whole_features: see `MoRAConfig`.
+      feature_axes: see `mora_dot_general`; stated by `mora_jax.sharding.on_mesh`.
       keep_sums: see `MoRAConfig`.
     """
 
@@ -42,7 +43,7 @@ class LayerConfig:
     dropout: float = 0.0
     dtype: str = "float32"
     train_kernel: bool = False
-    whole_features: bool = False
+    feature_axes: FeatureAxes = UNKNOWN
     keep_sums: bool = False
 
     def __post_init__(self):
@@ -82,9 +83,6 @@ class MoRAConfig:
       dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
       placement: "kernel", "activation" or "auto", see `mora_dot_general`.
       dtype: dtype of the adapters.
-      whole_features: True where no layer's inputs or outputs are split by their features over
-        devices: data parallelism and FSDP, but no tensor parallelism. A step is then faster; were
-        it not so, activations would be sent around. Explicit mesh axes tell it by themselves.
       keep_sums: True for a model whose layers run under remat: the sum of a kernel and its delta is
         then kept until the layer's backward pass, which spares a sum, and with FSDP a gathering.
         Without remat it would be a second copy of the model.
@@ -110,7 +108,6 @@ class MoRAConfig:
     dropout: float = 0.0
     placement: Placement = "auto"
     dtype: Any = "float32"
-    whole_features: bool = False
     keep_sums: bool = False
 
     def __post_init__(self):
@@ -176,7 +173,6 @@ class MoRAConfig:
             dropout=self.dropout,
             dtype=self.dtype,
             train_kernel=train_kernel,
-            whole_features=self.whole_features,
             keep_sums=self.keep_sums,
         )
 

@@ -30,11 +30,13 @@ from jax import lax
 from mora_jax._config import Placement
 from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
 from mora_jax._mesh import (
+    UNKNOWN,
+    FeatureAxes,
     explicit_mesh,
-    features_whole,
     in_auto_axes,
+    known_features,
     may_be_sharded,
-    splits,
+    split_over,
     vary_alike,
 )
 from mora_jax._operators import (
@@ -61,7 +63,7 @@ def mora_dot_general(
     preferred_element_type: Any = None,
     adapter_lhs: jax.Array | None = None,
     frozen: bool = False,
-    whole_features: bool = False,
+    feature_axes: FeatureAxes = UNKNOWN,
     keep_sum: bool = False,
     out_sharding: Any = None,
     dot_general: Callable[..., jax.Array] = lax.dot_general,
@@ -86,9 +88,9 @@ def mora_dot_general(
         then in the activations whatever `placement` says.
       frozen: take the kernel as a constant: its gradient is zero, and never formed. Unlike with
         `jax.lax.stop_gradient`, a scan over stacked kernels keeps no copy of them.
-      whole_features: inputs and outputs are not split by their features over devices, as they are
-        in tensor parallelism; compressing them is then cheaper. Known without it where axes are
-        `AxisType.Explicit`.
+      feature_axes: mesh axes over which inputs and outputs are split by their features, as in
+        tensor parallelism: a tuple of names for each, empty where they are whole on every device,
+        None where it is not known; compressing them is then dearer. `AxisType.Explicit` axes tell.
       keep_sum: keep the sum of kernel and delta for the backward pass, where both passes have one,
         instead of making it again. For what runs under remat, which keeps it no longer than a
         layer; elsewhere it is a second copy of the kernel.
@@ -116,7 +118,7 @@ def mora_dot_general(
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
     call = _Call.of(
         lhs, rhs, dimension_numbers, scheme, product,
-        frozen=frozen, whole=whole_features, keep_sum=keep_sum, **options,
+        frozen=frozen, feature_axes=feature_axes, keep_sum=keep_sum, **options,
     )  # fmt: skip
     if not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
@@ -129,7 +131,11 @@ def mora_dot_general(
         # Its shardings are those of the base product, or what JAX says of that is raised.
         result = jax.eval_shape(call.product, lhs, rhs)
         outputs = range(result.ndim - len(call.axes.outputs), result.ndim)
-        split = splits(jax.typeof(lhs).sharding, call.dimension_numbers[0][0])
+        inputs = call.dimension_numbers[0][0]
+        feature_axes = (
+            split_over(jax.typeof(lhs).sharding.spec, inputs, lhs.shape),
+            split_over(result.sharding.spec, outputs, result.shape),
+        )
         again = functools.partial(
             mora_dot_general,
             dimension_numbers=dimension_numbers,
@@ -137,7 +143,7 @@ def mora_dot_general(
             placement=placement,
             frozen=frozen,
             keep_sum=keep_sum,
-            whole_features=whole_features or not (split or splits(result.sharding, outputs)),
+            feature_axes=feature_axes,
             dot_general=dot_general,
             **options,
         )
@@ -171,7 +177,7 @@ class _Call:
     precision: Any
     preferred_element_type: Any
     frozen: bool
-    whole: bool
+    feature_axes: FeatureAxes
     keep_sum: bool
     placement: Placement = "activation"
 
@@ -232,7 +238,7 @@ class _Call:
         """[B..., T, O] of the delta."""
 
         def one(x, adapter):
-            with features_whole(self.whole):
+            with known_features(self.feature_axes):
                 return delta(x, adapter, out_features, self.scheme)
 
         return self.per_batch(one)(self.rows(lhs), dict(adapter))
@@ -298,7 +304,7 @@ def _dot_forward(lhs, rhs, adapter, call):
     y, adapter, total = _value_and_sum(lhs, rhs, adapter, call)
 
     def compressed(x, adapter):
-        with features_whole(call.whole):
+        with known_features(call.feature_axes):
             return to_compressed(x, adapter, call.scheme)
 
     rows = call.rows(lhs)
@@ -338,7 +344,7 @@ def _dot_backward(call, residuals, dy):
         return jax.vjp(product, jnp.zeros(inputs.shape, inputs.dtype))[1](dy)[0]
 
     def gradient(z, dy, adapter):
-        with features_whole(call.whole):
+        with known_features(call.feature_axes):
             if keeps_inputs:
                 z = to_compressed(z, adapter, call.scheme)
             return adapter_gradient(z, dy, adapter, in_features, call.scheme)
@@ -347,7 +353,7 @@ def _dot_backward(call, residuals, dy):
     if backward == "activation":
 
         def delta_gradient(dy, adapter):
-            with features_whole(call.whole):
+            with known_features(call.feature_axes):
                 return delta_transpose(dy, adapter, in_features, call.scheme)
 
         extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), inputs.shape)

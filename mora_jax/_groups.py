@@ -13,14 +13,16 @@ Shape letters: F features, R groups.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from mora_jax._features import blocks_of, expand, fold, tile, wide_dtype, widen
-from mora_jax._mesh import features_may_be_sharded, may_be_sharded, platform
+from mora_jax._features import add_blocks, blocks_of, expand, fold, tile, wide_dtype, widen
+from mora_jax._mesh import MeshAxes, may_be_sharded, platform, shards_of
 from mora_jax._schemes import Grouping
 
 
@@ -36,6 +38,8 @@ class Groups:
       signs: index of the Walsh function by which blocks of R features are multiplied.
       shift: block b is rolled by `shift * b`.
       circular: whether the last block is filled up by the first features, or is short.
+      axes: mesh axes over which the features to sum are split, none where they are whole on every
+        device, None where it is not known.
 
     >>> groups = Groups(features=5, size=2)
     >>> groups.sum(jnp.arange(5)), groups.spread(jnp.arange(2))
@@ -48,12 +52,56 @@ class Groups:
     signs: int = 0
     shift: int = 0
     circular: bool = False
+    axes: MeshAxes | None = ()
 
     def sum(self, x: jax.Array) -> jax.Array:
         """[..., F] -> [..., R], added in float32 or better."""
-        if features_may_be_sharded() or platform() == "tpu":
+        if self.axes != () or platform() == "tpu":
             return self._sum_by_table(x)
         return self._sum_runs(x) if self.grouping == "contiguous" else self._sum_strides(x)
+
+    def partial_sums(self, x: jax.Array) -> jax.Array:
+        """[..., F] -> [P, ..., R], whose sum over P is `sum(x)`; in the dtype of `x`.
+
+        Where features are split over P devices, each has the sum over its own: nothing is sent.
+        Elsewhere P is 1.
+        """
+        axes = self.axes or ()
+        parts, filled = shards_of(axes), -self.features % self.size
+        in_shards = (
+            axes
+            and platform() != "tpu"
+            and self.grouping == "stride"
+            and not self.shift
+            and self.features % parts == 0
+            and self.size <= self.features
+            and (not self.circular or filled <= self.features // parts)
+        )
+        if not in_shards:
+            return self.sum(x)[None]
+        lead = [None] * (x.ndim - 1)
+        return jax.shard_map(
+            functools.partial(self._sum_of_shard, axes=axes),
+            in_specs=PartitionSpec(*lead, axes),
+            out_specs=PartitionSpec(axes, *lead, None),
+            axis_names=frozenset(axes),
+        )(x)
+
+    def _sum_of_shard(self, x: jax.Array, axes: MeshAxes) -> jax.Array:
+        """What the features of one device add to every group: [..., F / P] -> [1, ..., R]."""
+        start = lax.axis_index(axes) * x.shape[-1]
+        signed = x
+        if self.signs:
+            # Blocks are counted from the first feature of all, not from that of the shard.
+            block = (start + lax.broadcasted_iota(np.int32, x.shape, x.ndim - 1)) // self.size
+            odd = lax.population_count(block & self.signs) % 2 == 1
+            signed = jnp.where(odd, -x, x)
+        total = widen(add_blocks(signed, self.size))
+        total = jnp.roll(total, start % self.size, axis=-1)
+        if self.circular and (end := self.features % self.size):
+            again = _walsh(self.signs, self.features // self.size) * x[..., : self.size - end]
+            total = total.at[..., end:].add(jnp.where(start == 0, widen(again), 0))
+        return total.astype(x.dtype)[None]
 
     def spread(self, z: jax.Array) -> jax.Array:
         """[..., R] -> [..., F]."""

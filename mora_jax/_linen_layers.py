@@ -85,7 +85,7 @@ class MoRA(nn.Module):
             preferred_element_type=preferred_element_type,
             adapter_lhs=dropped,
             frozen=not config.train_kernel,
-            whole_features=config.whole_features,
+            feature_axes=config.feature_axes,
             keep_sum=config.keep_sums,
             dot_general=self.dot_general,
         )

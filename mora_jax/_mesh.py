@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,29 +30,61 @@ def may_be_sharded() -> bool:
     return any(kind != AxisType.Manual and size > 1 for kind, size in axes)
 
 
-#: Whether inputs and outputs of the layer at hand are known to be whole on every device.
-_WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("_WHOLE", default=False)
+#: Mesh axes over which features are split; none where they are whole on every device.
+MeshAxes = tuple[str, ...]
+
+#: Those of a layer's inputs and of its outputs; None for a side of which nothing is known.
+FeatureAxes = tuple[MeshAxes | None, MeshAxes | None]
+
+UNKNOWN: FeatureAxes = (None, None)
+_AT_HAND: contextvars.ContextVar[FeatureAxes] = contextvars.ContextVar("_AT_HAND", default=UNKNOWN)
 
 
 @contextlib.contextmanager
-def features_whole(known: bool) -> Iterator[None]:
-    """Within it, whether a layer's inputs and outputs are known not to be split by features."""
-    token = _WHOLE.set(known)
+def known_features(axes: FeatureAxes) -> Iterator[None]:
+    """Within it, what is known of the features of the layer at hand."""
+    token = _AT_HAND.set(axes)
     try:
         yield
     finally:
-        _WHOLE.reset(token)
+        _AT_HAND.reset(token)
 
 
-def features_may_be_sharded() -> bool:
-    """Whether the features of a layer's inputs and outputs may lie on several devices."""
-    return may_be_sharded() and not _WHOLE.get()
+def feature_axes() -> FeatureAxes:
+    """What is known here of a layer's inputs and outputs."""
+    if not may_be_sharded():
+        return (), ()
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def here(axes):
+        if axes is None or not kinds.keys() >= set(axes):
+            return None  # or they are of another mesh
+        # Inside `shard_map` arrays are local.
+        split = (name for name in axes if kinds[name] != AxisType.Manual)
+        return tuple(name for name in split if mesh.shape[name] > 1)
+
+    inputs, outputs = _AT_HAND.get()
+    return here(inputs), here(outputs)
 
 
-def splits(sharding: NamedSharding, axes: Sequence[int]) -> bool:
-    """Whether an array lies in parts along one of these axes."""
-    spec = dict(enumerate(sharding.spec))
-    return any(spec.get(axis) is not None for axis in axes)
+def shards_of(axes: MeshAxes) -> int:
+    """Over how many devices features are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in axes)
+
+
+def split_over(spec: PartitionSpec, axes: Sequence[int], shape: Sequence[int]) -> MeshAxes | None:
+    """Mesh axes over which features are split that several axes of an array make up together.
+
+    None where a part is no run of neighbours: where any but the first of them is split.
+    """
+    names = dict(enumerate(spec))
+    first, *others = [axis for axis in axes if shape[axis] > 1] or [axes[0]]
+    if any(names.get(axis) is not None for axis in others):
+        return None
+    split = names.get(first)
+    return () if split is None else (split,) if isinstance(split, str) else tuple(split)
 
 
 def platform() -> str:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from mora_jax import _features as features
 from mora_jax._blocks import BlockGrid, block_matrices, block_matrices_transpose
 from mora_jax._groups import Groups
+from mora_jax._mesh import feature_axes
 from mora_jax._schemes import (
     Decoupling,
     LowRank,
@@ -209,10 +210,17 @@ def delta_kernel(
 
 
 def to_compressed(x: jax.Array, adapter: Adapter, scheme: Scheme) -> jax.Array:
-    """All of `x` that the adapter's gradient needs: [T, R] where one block is, else `x` itself."""
+    """All of `x` that the adapter's gradient needs: [P, T, R] where one block is, else `x` itself.
+
+    P parts that add up to `compress(x)`, one on each of the devices that the features of `x` are
+    known to be split over.
+    """
     if not isinstance(scheme, Sharing | Truncation):
         return x
-    return compress(features.summable(x), adapter["matrix"].shape[0], scheme)
+    size = adapter["matrix"].shape[0]
+    if isinstance(scheme, Truncation):
+        return compress(features.summable(x), size, scheme)[None]
+    return _input_groups(x.shape[-1], size, scheme).partial_sums(features.summable(x))
 
 
 def adapter_gradient(
@@ -224,7 +232,7 @@ def adapter_gradient(
     the adapter's own, no `[I, O]` gradient is ever formed.
 
     Args:
-      z: `to_compressed(x)`, [T, ...] with T rows.
+      z: `to_compressed(x)`: [P, T, R], or [T, I].
       dy: [T, O].
       adapter: as for `delta`.
       in_features: I.
@@ -243,8 +251,16 @@ def adapter_gradient(
         grid = BlockGrid(in_features, dy.shape[-1], size, scheme.cycle)
         gradient = {"matrix": block_matrices_transpose(grid.gradient(z, dy), scheme)}
     else:
-        dz = decompress_transpose(features.summable(dy), z.shape[-1], scheme)
-        gradient = {"matrix": _product(z.T, dz)}
+        dz = _parts_of_output_gradient(features.summable(dy), z.shape[-1], scheme)
+        # Parts and rows are contracted at once, so that one sum over devices does for both: what is
+        # sent has the size of the matrix, not of the activations. Of two that have parts, one sums.
+        z = z.sum(0, keepdims=True) if len(z) > 1 and len(dz) > 1 else z
+        parts = max(len(z), len(dz))
+        z, dz = (jnp.broadcast_to(part, (parts, *part.shape[1:])) for part in (z, dz))
+        wide = features.wide_dtype(z.dtype)
+        dot = jax.lax.dot_general
+        dims = (((0, 1), (0, 1)), ((), ()))
+        gradient = {"matrix": dot(z, dz.astype(z.dtype), dims, preferred_element_type=wide)}
     return {name: value.astype(adapter[name].dtype) for name, value in gradient.items()}
 
 
@@ -307,9 +323,18 @@ def lora_scale(adapter: Adapter, scheme: LowRank) -> float:
     return 1.0 if scheme.alpha is None else scheme.alpha / adapter["a"].shape[-1]
 
 
+def _parts_of_output_gradient(dy: jax.Array, size: int, scheme: Scheme) -> jax.Array:
+    """[T, O] -> [P, T, R], which add up to `decompress_transpose(dy)`."""
+    if isinstance(scheme, Sharing):
+        return _output_groups(dy.shape[-1], size, scheme).partial_sums(dy)
+    return decompress_transpose(dy, size, scheme)[None]
+
+
 def _input_groups(in_features: int, size: int, scheme: Sharing) -> Groups:
-    return Groups(in_features, size, scheme.input, scheme.signs, scheme.shift, circular=True)
+    axes, _ = feature_axes()
+    return Groups(in_features, size, scheme.input, scheme.signs, scheme.shift, True, axes)
 
 
 def _output_groups(out_features: int, size: int, scheme: Sharing) -> Groups:
-    return Groups(out_features, size, scheme.output, scheme.signs, scheme.shift)
+    _, axes = feature_axes()
+    return Groups(out_features, size, scheme.output, scheme.signs, scheme.shift, False, axes)

@@ -12,18 +12,19 @@ layers and experts alone are split as their kernels are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._mesh import beside
+from mora_jax._mesh import UNKNOWN, FeatureAxes, beside, split_over
 from mora_jax._optimizer_state import parameter_path
 from mora_jax._params import check_paths
-from mora_jax._plan import Plan
-from mora_jax._tree import flatten, rebuild
+from mora_jax._plan import AdapterSpec, Plan
+from mora_jax._tree import flatten, join_path, rebuild
 from mora_jax._variables import value_of
 
 
@@ -57,6 +58,63 @@ def param_shardings(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
     for path, (kernel, axes) in plan.adapter_owners().items():
         places[path] = beside(places[kernel], len(shapes[path].shape), axes)
     return rebuild(places, base)
+
+
+def on_mesh(plan: Plan, base: Mapping[str, Any], batch: str | Sequence[str]) -> Plan:
+    """The plan of a model on a mesh: it knows which layers' features are split over devices.
+
+    A layer cannot see that from inside, unless the mesh's axes are `AxisType.Explicit`. Where it is
+    known, each device compresses the features that it has: faster, and nothing is sent but the
+    gradient of the matrix. Numbers stay the same but for the order of sums. Adapt the model with
+    this plan. It is of this mesh alone: saved adapters do not hold what is said here.
+
+    Args:
+      plan: the plan.
+      base: as for `param_shardings`.
+      batch: the mesh axes that the batch is split over. Kernels that are split over these are
+        gathered where they are used, so their features are whole; those split over others are used
+        where they lie.
+
+    Returns:
+      A plan like `plan`.
+
+    Raises:
+      ValueError: where `base` lacks a kernel of the plan.
+      TypeError: where a leaf says nothing of where it lies on a mesh.
+
+    >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
+    >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    >>> plan = mora_jax.plan(model, jnp.ones((1, 3)))
+    >>> specs = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec()}
+    >>> plan = on_mesh(plan, specs, batch=("data", "fsdp"))
+    >>> plan[""].config.feature_axes  # of the inputs, of the outputs
+    ((), ('tensor',))
+    """
+    leaves = flatten(base)
+    check_paths(plan, leaves)
+    gathered = {batch} if isinstance(batch, str) else {*batch}
+    layers = []
+    for path, spec in plan.layers:
+        kernel = join_path(path, spec.kernel_name)
+        place = _place(kernel, leaves[kernel])
+        axes = _feature_axes(place, spec, gathered)
+        config = dataclasses.replace(spec.config, feature_axes=axes)
+        layers.append((path, dataclasses.replace(spec, config=config)))
+    return dataclasses.replace(plan, layers=tuple(layers))
+
+
+def _feature_axes(place: Any, spec: AdapterSpec, gathered: set[str]) -> FeatureAxes:
+    names = place.spec if isinstance(place, NamedSharding) else place
+    kept = []
+    for name in names:
+        axes = () if name is None else (name,) if isinstance(name, str) else name
+        left = tuple(axis for axis in axes if axis not in gathered)
+        if left and len(left) < len(axes):
+            return UNKNOWN  # what is gathered of it may be no run of neighbours
+        kept.append(left or None)
+    own, layout = PartitionSpec(*kept), spec.kernel_axes
+    inputs = split_over(own, layout.inputs, spec.kernel_shape)
+    return inputs, split_over(own, layout.outputs, spec.kernel_shape)
 
 
 def optimizer_shardings(

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
-import mora_jax
+import mora_jax.sharding
 from eight_devices import collectives
 
 #: data x fsdp x tensor.
@@ -67,6 +67,10 @@ def measure(name, kind, scheme):
     single, many = mora_jax.adapt(alone, config), mora_jax.adapt(run, config)
     with jax.set_mesh(mesh):
         plan = mora_jax.plan(many, spread, rows)
+        assert plan == mora_jax.plan(single, base, x)
+        if kind == AxisType.Auto:
+            plan = mora_jax.sharding.on_mesh(plan, where, BATCH)
+            many = mora_jax.adapt(run, plan)
         trainable, frozen = mora_jax.split(mora_jax.attach(plan, spread), plan)
         for leaf in jax.tree.leaves(trainable):
             assert leaf.sharding.is_equivalent_to(place(P()), leaf.ndim), leaf.sharding
@@ -83,8 +87,6 @@ def measure(name, kind, scheme):
         }
         ours = jax.device_get(step(trainable, frozen, rows))
 
-    plan_one = mora_jax.plan(single, base, x)
-    assert plan_one == plan
     whole = jax.device_get(trainable)
     theirs = jax.value_and_grad(functools.partial(loss_of, single), (0, 2))(whole, base, x)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

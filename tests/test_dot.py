@@ -110,7 +110,7 @@ def test_what_is_kept_for_the_gradient_is_the_compressed_input():
         return {leaf.shape for leaf in jax.tree.leaves(transpose) if hasattr(leaf, "shape")}
 
     # 32 features instead of 256 for sharing; rotation has no smaller form than the inputs.
-    assert (64, 32) in kept(mora_jax.Sharing())
+    assert (1, 64, 32) in kept(mora_jax.Sharing())
     assert (64, 256) not in kept(mora_jax.Sharing())
     assert (64, 256) in kept(mora_jax.Rotation())
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mora_jax import _blocks, _groups, _mesh
+import mora_jax
+from mora_jax import _blocks, _groups, _mesh, compress
 from mora_jax._blocks import BlockGrid
 from mora_jax._groups import Groups
 from mora_jax._mesh import may_be_sharded
@@ -27,7 +28,6 @@ def spread_over_devices(monkeypatch):
     """Makes the spelling for several devices the one that runs."""
     for module in (_groups, _blocks):
         monkeypatch.setattr(module, "may_be_sharded", lambda: True)
-    monkeypatch.setattr(_groups, "features_may_be_sharded", lambda: True)
 
 
 @pytest.mark.parametrize("side", SIDES, ids=str)
@@ -54,17 +54,17 @@ def test_sum_and_spread_are_transposes(side):
     np.testing.assert_array_equal(groups.sum(eye).T, groups.spread(jnp.eye(4)))
 
 
-def test_tables_are_taken_where_arrays_may_be_sharded(spread_over_devices):
-    text = str(jax.make_jaxpr(Groups(10, 4).sum)(jnp.ones((3, 10))))
-    assert "dot_general" in text
-    assert "slice" not in text
-
-
-def test_features_that_are_whole_take_slices(monkeypatch):
+def test_tables_are_taken_where_nothing_is_known(monkeypatch):
     monkeypatch.setattr(_mesh, "may_be_sharded", lambda: True)
-    with _mesh.features_whole(True):
-        assert "slice" in str(jax.make_jaxpr(Groups(10, 4).sum)(jnp.ones((3, 10))))
-    assert "slice" not in str(jax.make_jaxpr(Groups(10, 4).sum)(jnp.ones((3, 10))))
+
+    def text():
+        x = jnp.ones((3, 10))
+        return str(jax.make_jaxpr(lambda x: compress(x, 4, mora_jax.Sharing()))(x))
+
+    assert "dot_general" in text()
+    assert "slice" not in text()
+    with _mesh.known_features(((), None)):
+        assert "slice" in text()
 
 
 @pytest.mark.parametrize("cycle", [False, True])
