@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from mora_jax import _features as features
-from mora_jax._mesh import may_be_sharded
+from mora_jax._mesh import MeshAxes, feature_axes, may_be_sharded, platform, shards_of
 from mora_jax._schemes import Decoupling, Rotation
 
 
@@ -140,15 +141,72 @@ class BlockGrid:
         return features.fold(x, self.in_features)
 
     def gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
-        """Gradient of `sum(dy * product(x, matrices))` by the matrices: [N, R, R], not rounded."""
+        """Gradient of `sum(dy * product(x, matrices))` by the matrices: [P, N, R, R], not rounded.
+
+        Where the features of one side are known to be split over P devices, each has the part that
+        its own features make, and the gradient is their sum; elsewhere P is 1.
+        """
         x = features.summable(x)
-        blocks = jnp.einsum(
-            "tiar,tjas->ijars",
-            self.read(x),
-            self.write_transpose(features.summable(dy)).astype(x.dtype),
-            preferred_element_type=features.wide_dtype(x.dtype),
-        )
-        return blocks.reshape(self.count, self.size, self.size)
+        dy = features.summable(dy).astype(x.dtype)
+        inputs, outputs = feature_axes()
+        if inputs and not outputs and self._fits_shards(self.in_features, inputs):
+            filled = self.input_blocks * self.size - self.in_features
+            blocks = self.write_transpose(dy)
+            total = self._gradient_of_shards(x, blocks, inputs, self.rows, filled)
+            total = total.reshape(-1, self.rows, self.side, self.columns, self.size, self.size)
+            total = total.transpose(0, 1, 3, 2, 4, 5)
+        elif outputs and not inputs and self._fits_shards(self.out_features, outputs):
+            total = self._gradient_of_shards(dy, self.read(x), outputs, self.columns, None)
+            total = total.reshape(-1, self.columns, self.side, self.rows, self.size, self.size)
+            total = total.transpose(0, 3, 1, 2, 5, 4)
+        else:
+            wide = features.wide_dtype(x.dtype)
+            blocks = self.read(x), self.write_transpose(dy)
+            total = jnp.einsum("tiar,tjas->ijars", *blocks, preferred_element_type=wide)
+        return total.reshape(-1, self.count, self.size, self.size)
+
+    def _fits_shards(self, width: int, axes: MeshAxes) -> bool:
+        parts = shards_of(axes)
+        return width % parts == 0 and self.size <= width // parts and platform() != "tpu"
+
+    def _gradient_of_shards(
+        self, split: jax.Array, whole: jax.Array, axes: MeshAxes, squares: int, filled: int | None
+    ) -> jax.Array:
+        """[P, squares * side, M, R, R] of [T, F] split over P devices, and of [T, M, side, R].
+
+        Squares of blocks along the split side. Blocks do not fill a shard: each device moves its
+        features to where its first block begins, and takes the blocks of the other side that these
+        meet. `filled`: how many features at the start fill the last block of inputs once more; None
+        for outputs.
+        """
+        size, total = self.size, squares * self.side
+
+        def local(split, whole):
+            width = split.shape[-1]
+            start = lax.axis_index(axes) * width
+            count = -(-(width + size - 1) // size)
+            place = (0, start % size)
+            room = jnp.zeros((len(split), count * size), split.dtype)
+            blocks = lax.dynamic_update_slice(room, split, place)
+            ids = start // size + jnp.arange(count)
+            if filled is None:
+                ids = ids % total  # outputs beyond the last block repeat the first ones
+            elif filled:
+                again = jnp.where(start == 0, split[:, :filled], 0)
+                blocks = jnp.concatenate([blocks, jnp.pad(again, ((0, 0), (size - filled, 0)))], 1)
+                ids = jnp.append(ids, self.input_blocks - 1)
+            blocks = blocks.reshape(len(split), -1, size)
+            met = jnp.take(whole, ids % self.side, axis=2, mode="clip")
+            wide = features.wide_dtype(split.dtype)
+            part = jnp.einsum("tkr,tmks->kmrs", blocks, met, preferred_element_type=wide)
+            return jnp.zeros((total, *part.shape[1:]), wide).at[ids].add(part, mode="drop")[None]
+
+        return jax.shard_map(
+            local,
+            in_specs=(PartitionSpec(None, axes), PartitionSpec()),
+            out_specs=PartitionSpec(axes),
+            axis_names=frozenset(axes),
+        )(split, whole)
 
 
 def block_matrices(matrix: jax.Array, count: int, scheme: Rotation | Decoupling) -> jax.Array:
@@ -159,7 +217,7 @@ def block_matrices(matrix: jax.Array, count: int, scheme: Rotation | Decoupling)
 
 
 def block_matrices_transpose(gradients: jax.Array, scheme: Rotation | Decoupling) -> jax.Array:
-    """[N, R, R] -> [R, R]."""
+    """[P, N, R, R] -> [R, R]; the sum over P is the last one, and the smallest."""
     if isinstance(scheme, Decoupling):
-        return gradients.sum(0)
-    return features.rotate_rows_transpose(gradients)
+        return gradients.sum(1).sum(0)
+    return jax.vmap(features.rotate_rows_transpose)(gradients).sum(0)

@@ -17,6 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import mora_jax.sharding
 from eight_devices import collectives
+from mora_jax._blocks import BlockGrid
+from mora_jax._groups import Groups
+from mora_jax._mesh import known_features
 
 #: data x fsdp x tensor.
 MESHES = {"8x1": (1, 8, 1), "1x8": (1, 1, 8), "4x2": (4, 1, 2), "2x2x2": (2, 2, 2)}
@@ -26,6 +29,14 @@ SPECS = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
 SCHEMES = {"sharing": mora_jax.Sharing(signs=1), "cycled": mora_jax.Rotation(cycle=True)}
 # R is 14, which divides nothing.
 WIDTH, HIDDEN = 64, 128
+#: I, O, R, cycle: wider and higher, blocks that divide a shard and that do not.
+GRIDS = [(32, 64, 6, True), (64, 32, 6, False), (128, 16, 4, True), (16, 128, 3, False)]
+#: F, R, and what else a side of sharing has.
+GROUPS = [
+    (64, 14, {"circular": True, "signs": 3}),
+    (128, 14, {"signs": 5}),
+    (32, 8, {"circular": True}),
+]
 
 
 def forward(explicit, params, x):
@@ -96,6 +107,37 @@ def measure(name, kind, scheme):
     return {case: collectives(compiled) for case, compiled in found.items()}
 
 
+def check_parts_of_shards():
+    """What each device makes of its own features adds up to what one device makes of all."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    place = lambda x, name: jax.device_put(x, NamedSharding(mesh, P("data", name)))
+    sides = {("tensor", None): (("tensor",), ()), (None, "tensor"): ((), ("tensor",))}
+    for in_features, out_features, size, cycle in GRIDS:
+        grid = BlockGrid(in_features, out_features, size, cycle)
+        x, dy = numbers(8, in_features), numbers(8, out_features)
+        for (left, right), axes in sides.items():
+
+            def gradient(x, dy, axes=axes, grid=grid):
+                with known_features(axes):
+                    return grid.gradient(x, dy)
+
+            with jax.set_mesh(mesh):
+                parts = jax.jit(gradient)(place(x, left), place(dy, right))
+            assert len(parts) == 4
+            np.testing.assert_allclose(parts.sum(0), grid.gradient(x, dy)[0], atol=1e-6)
+    for features, size, options in GROUPS:
+        x = numbers(8, features)
+        groups = Groups(features, size, axes=("tensor",), **options)
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(groups.partial_sums).lower(place(x, "tensor")).compile()
+            parts = compiled(place(x, "tensor"))
+        assert len(parts) == 4
+        assert not collectives(compiled)["numbers"]
+        np.testing.assert_allclose(
+            parts.sum(0), Groups(features, size, **options).sum(x), atol=1e-6
+        )
+
+
 def check_restart(plan, params, whole):
     """Merging and restarting keep every sharding, and give what one device gives."""
     wanted = mora_jax.merge(whole, plan)
@@ -120,6 +162,7 @@ def main():
         for name, scheme in SCHEMES.items():
             if name == "sharing" or mesh == "2x2x2":
                 found[f"{mesh} {kind.name} {name}"] = measure(mesh, kind, scheme)
+    check_parts_of_shards()
     print(json.dumps(found))
 
 
