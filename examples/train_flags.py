@@ -40,7 +40,8 @@ FROM_SCRATCH = r".*norm/scale|embed_tokens/embedding|lm_head/kernel"
 #: What the losses do not depend on: the machine, how memory is saved, what is written and where.
 _FREE = {
     "accumulate", "coordinator", "csv", "data", "distributed", "fsdp", "json", "keep", "out",
-    "process", "processes", "remat", "save_every", "stop_at", "tensor", "text", "text_fields",
+    "process", "processes", "remat", "save_every", "split_adapters", "stop_at", "tensor", "text",
+    "text_fields",
 }  # fmt: skip
 
 
@@ -83,6 +84,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=int, default=0, help="copies of the model; 0: as many as devices allow")
     add("--fsdp", type=int, default=1, help="parts of the batch and of every kernel")
     add("--tensor", type=int, default=1, help="parts of heads and of hidden features")
+    add("--split-adapters", action="store_true", help="keep adapters and their optimizer's state "
+        "in parts over the fsdp devices, for large ranks")  # fmt: skip
     add("--distributed", action="store_true", help="several processes, which JAX finds by itself "
         "under Slurm, Open MPI, on Cloud TPU and GKE")  # fmt: skip
     add("--coordinator", help="HOST:PORT of process 0, where nothing else says; then also:")

@@ -10,6 +10,7 @@ losses.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -129,7 +130,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     shapes, shardings, make = lay_out(
         args, base_shardings, base_model, pretrained, method, optimizer
     )
-    step_once = make_step(optimizer, schedule, shardings)
+    used, _ = part(method.shardings(base_shardings, used=True), method.trains)
+    step_once = make_step(optimizer, schedule, shardings, used)
     batch_place = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
     key = jax.random.fold_in(jax.random.key(args.seed), 1)
     dropout_key = jax.random.fold_in(key, 0) if args.dropout else None
@@ -155,7 +157,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         state, first = None, 0
         if (restored := checkpoints.restore(shapes, shardings)) is not None:
             first, state, plan = restored
-            method = Method(plan, method.floor).on_mesh(base_shardings)
+            method = dataclasses.replace(method, plan=plan).on_mesh(base_shardings)
         if state is None or state.frozen is None:
             begun = make()
             state = begun if state is None else state._replace(frozen=begun.frozen)

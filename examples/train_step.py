@@ -28,12 +28,14 @@ class Method:
 
     Attributes:
       plan: of the adapters, in the scheme of their cycle that is current; None without adapters.
+      split: mesh axis that adapters and their optimizer's state are kept in parts over, or None.
       floor: a vector [D] added to the embeddings is trained and nothing else, so that every layer
         goes forward and back as it does under adapters.
     """
 
     plan: mora_jax.Plan | None
     floor: bool = False
+    split: str | None = None
 
     def adapt(self, base_model: Llama) -> Llama:
         """The model that has what is added."""
@@ -45,10 +47,11 @@ class Method:
             return mora_jax.attach(self.plan, base, key=key)
         return {**base, "shift": jnp.zeros(features)} if self.floor else {**base}
 
-    def shardings(self, base_shardings: Mapping[str, Any]) -> dict[str, Any]:
-        """Where these parameters lie."""
+    def shardings(self, base_shardings: Mapping[str, Any], *, used: bool = False) -> dict[str, Any]:
+        """Where these parameters lie between steps, or where they are used within one."""
         if self.plan is not None:
-            return param_shardings(self.plan, base_shardings)
+            split = None if used else self.split
+            return param_shardings(self.plan, base_shardings, split=split)
         everywhere = NamedSharding(jax.tree.leaves(base_shardings)[0].mesh, P())
         return {**base_shardings, "shift": everywhere} if self.floor else {**base_shardings}
 
@@ -82,7 +85,8 @@ def make_method(args: argparse.Namespace, base_model: Llama) -> Method:
     model = mora_jax.adapt(base_model, config)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     rngs = {name: jax.random.key(0) for name in ("params", "mora")} if args.dropout else None
-    return Method(mora_jax.plan(model, tokens, rngs=rngs))
+    split = "fsdp" if args.split_adapters else None
+    return Method(mora_jax.plan(model, tokens, rngs=rngs), split=split)
 
 
 def make_optimizer(args: argparse.Namespace, plan: mora_jax.Plan | None):
@@ -107,16 +111,19 @@ def make_optimizer(args: argparse.Namespace, plan: mora_jax.Plan | None):
     return optax.chain(optax.clip_by_global_norm(args.clip), optimizer), schedule
 
 
-def make_step(optimizer: Any, schedule: optax.Schedule, shardings: TrainState) -> Callable:
+def make_step(
+    optimizer: Any, schedule: optax.Schedule, shardings: TrainState, used: Any
+) -> Callable:
     """The jitted step, compiled once for each model: ReMoRA has one for each of its groupings.
 
     It takes (model, trainable, opt_state, frozen, batch, step, key): batch [A, B / A, T + 1] int32,
     step from 0, key for dropout or None. It gives (trainable, opt_state, metrics), the metrics
-    float32 scalars, and gives up the trainable and opt_state that it took.
+    float32 scalars, and gives up the trainable and opt_state that it took. `shardings` says where
+    the state lies between steps, `used` where what is trained lies within one.
     """
 
     def loss_of(trainable, frozen, model, tokens, key):
-        trainable = dict(trainable)
+        trainable = dict(jax.lax.with_sharding_constraint(trainable, used))
         shift = trainable.pop("shift", None)
         rngs = None if key is None else {"mora": key}
         params = mora_jax.join(trainable, frozen)

@@ -28,7 +28,9 @@ from mora_jax._tree import flatten, join_path, rebuild
 from mora_jax._variables import value_of
 
 
-def param_shardings(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
+def param_shardings(
+    plan: Plan, base: Mapping[str, Any], *, split: str | None = None
+) -> dict[str, Any]:
     """Where parameters with adapters lie, given where the base model's lie.
 
     Args:
@@ -36,6 +38,11 @@ def param_shardings(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
       base: a tree like the base model's parameters, of `NamedSharding`s or `PartitionSpec`s (what
         `flax.linen.get_partition_spec` and `flax.nnx.get_partition_spec` give), or of arrays and
         `jax.ShapeDtypeStruct`s that have a sharding.
+      split: a mesh axis to keep the matrices of large ranks in parts over, by their rows where
+        their number divides. A step then begins by making them whole
+        (`jax.lax.with_sharding_constraint`, to what this gives without `split`), and each device
+        updates its own part: less memory for optimizer states, for one gathering a step. Needs
+        `NamedSharding`s.
 
     Returns:
       A tree like `attach` gives, of shardings (or of specs, where `base` has them).
@@ -56,8 +63,18 @@ def param_shardings(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
     places = {path: _place(path, leaf) for path, leaf in leaves.items()}
     shapes = plan.adapter_leaves()
     for path, (kernel, axes) in plan.adapter_owners().items():
-        places[path] = beside(places[kernel], len(shapes[path].shape), axes)
+        place = beside(places[kernel], len(shapes[path].shape), axes)
+        places[path] = _split_rows(place, shapes[path].shape, axes, split) if split else place
     return rebuild(places, base)
+
+
+def _split_rows(
+    place: NamedSharding, shape: tuple[int, ...], axes: Mapping[int, int], name: str
+) -> NamedSharding:
+    rows = min(axis for axis in range(len(shape)) if axis not in axes)
+    if shape[rows] % place.mesh.shape[name]:
+        return place
+    return place.update(spec=PartitionSpec(*place.spec[:rows], name, *place.spec[rows + 1 :]))
 
 
 def on_mesh(plan: Plan, base: Mapping[str, Any], batch: str | Sequence[str]) -> Plan:

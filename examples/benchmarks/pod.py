@@ -54,7 +54,7 @@ from tqdm import tqdm
 import mora_jax
 from llama import Llama
 from llama_mesh import RULES, batch_sharding, param_shardings
-from mora_jax import _remora
+from mora_jax import _remora, sharding
 
 Shape = jax.ShapeDtypeStruct
 
@@ -128,26 +128,39 @@ class Variant:
       arguments: (trainable, optimizer state, scale, frozen, tokens), all shapes.
     """
 
-    def __init__(self, base: Llama, config: mora_jax.MoRAConfig | None, mesh: Mesh, tokens: Shape):
+    def __init__(
+        self,
+        base: Llama,
+        config: mora_jax.MoRAConfig | None,
+        mesh: Mesh,
+        tokens: Shape,
+        split: str | None = None,
+    ):
         """Makes shapes alone; to be called within the mesh and its rules."""
         everywhere = NamedSharding(mesh, P())
         draw = lambda tokens: base.init(jax.random.key(0), tokens)
         shapes = jax.eval_shape(draw, tokens)["params"]
-        frozen = placed(shapes, param_shardings(shapes, mesh))
+        places = param_shardings(shapes, mesh)
+        frozen = placed(shapes, places)
         trainable, self.model, self.plan = {}, base, None
         if config is not None:
             self.model = mora_jax.adapt(base, config)
             plan = self.plan = mora_jax.plan(self.model, tokens)
             attach = lambda params: mora_jax.attach(plan, params, key=jax.random.key(1))
             full = jax.eval_shape(attach, frozen)
-            trainable = placed(mora_jax.split(full, plan)[0], everywhere)
+            everything = sharding.param_shardings(plan, frozen, split=split)
+            places, _ = mora_jax.split(everything, plan)
+            trainable = placed(mora_jax.split(full, plan)[0], places)
+        self.used = jax.tree.map(lambda _: everywhere, trainable)
         self.optimizer = optax.adamw(2e-4)
-        state = placed(jax.eval_shape(self.optimizer.init, trainable), everywhere)
+        shapes = jax.eval_shape(self.optimizer.init, trainable)
+        state = placed(shapes, sharding.optimizer_shardings(self.optimizer, trainable, places))
         scale = Shape((), jnp.float32, sharding=everywhere)
         self.arguments = (trainable, state, scale, frozen, tokens)
 
     def loss(self, trainable, scale, frozen, tokens):
         """Mean cross-entropy of each token but the first."""
+        trainable = jax.lax.with_sharding_constraint(trainable, self.used)
         params = frozen if self.plan is None else mora_jax.join(trainable, frozen)
 
         def scaled(call, args, kwargs, context):
@@ -329,7 +342,7 @@ def setting(args: argparse.Namespace, model: str, name: str, bar: tqdm) -> list[
                 targets=".*_proj",
             )
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            row = rows_of(Variant(base, chosen, mesh, tokens), pod.memory_gb)
+            row = rows_of(Variant(base, chosen, mesh, tokens, args.split), pod.memory_gb)
         rows.append({**shared, "variant": label, "scheme": scheme, "rank": rank, **row})
         bar.update()
     title = (
@@ -351,6 +364,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["lora", "sharing"], choices=SCHEMES)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8])
     parser.add_argument("--placement", default="auto", choices=["kernel", "activation", "auto"])
+    parser.add_argument("--split", help="mesh axis to keep adapters in parts over")
     parser.add_argument("--data", type=int, default=1, help="copies of the model")
     parser.add_argument("--fsdp", type=int, help="default: all chips that are left")
     parser.add_argument("--tensor", type=int, help="default: 4 for 8b, 8 for 70b")
