@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mora_jax._cycles import Cycle, check_cycle
 from mora_jax._layout import KernelAxes
-from mora_jax._mesh import UNKNOWN, FeatureAxes
+from mora_jax._mesh import UNKNOWN, Spread
 from mora_jax._schemes import Scheme, as_scheme, check_rank
 from mora_jax._tree import join_path, listing
 
@@ -32,7 +32,7 @@ class LayerConfig:
       dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
       dtype: name of the adapter's dtype.
       train_kernel: whether the kernel itself is trained beside its adapter (`also_train`).
-      feature_axes: see `mora_dot_general`; stated by `mora_jax.sharding.on_mesh`.
+      spread: how its activations lie on a mesh; stated by `mora_jax.sharding.on_mesh`.
       keep_sums: see `MoRAConfig`.
     """
 
@@ -43,7 +43,7 @@ class LayerConfig:
     dropout: float = 0.0
     dtype: str = "float32"
     train_kernel: bool = False
-    feature_axes: FeatureAxes = UNKNOWN
+    spread: Spread = UNKNOWN
     keep_sums: bool = False
 
     def __post_init__(self):

@@ -31,12 +31,13 @@ from mora_jax._config import Placement
 from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
 from mora_jax._mesh import (
     UNKNOWN,
-    FeatureAxes,
+    Spread,
     explicit_mesh,
     in_auto_axes,
-    known_features,
     may_be_sharded,
+    shards_of,
     split_over,
+    spread_is,
     vary_alike,
 )
 from mora_jax._operators import (
@@ -63,7 +64,7 @@ def mora_dot_general(
     preferred_element_type: Any = None,
     adapter_lhs: jax.Array | None = None,
     frozen: bool = False,
-    feature_axes: FeatureAxes = UNKNOWN,
+    spread: Spread = UNKNOWN,
     keep_sum: bool = False,
     out_sharding: Any = None,
     dot_general: Callable[..., jax.Array] = lax.dot_general,
@@ -88,9 +89,10 @@ def mora_dot_general(
         then in the activations whatever `placement` says.
       frozen: take the kernel as a constant: its gradient is zero, and never formed. Unlike with
         `jax.lax.stop_gradient`, a scan over stacked kernels keeps no copy of them.
-      feature_axes: mesh axes over which inputs and outputs are split by their features, as in
-        tensor parallelism: a tuple of names for each, empty where they are whole on every device,
-        None where it is not known; compressing them is then dearer. `AxisType.Explicit` axes tell.
+      spread: mesh axes over which inputs and outputs are split by their features, as in tensor
+        parallelism, and those of the rows: a tuple of names for each, empty where they are whole on
+        every device, None where it is not known; compressing is then dearer, and "auto" counts the
+        rows of all devices. `AxisType.Explicit` axes tell.
       keep_sum: keep the sum of kernel and delta for the backward pass, where both passes have one,
         instead of making it again. For what runs under remat, which keeps it no longer than a
         layer; elsewhere it is a second copy of the kernel.
@@ -118,7 +120,7 @@ def mora_dot_general(
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
     call = _Call.of(
         lhs, rhs, dimension_numbers, scheme, product,
-        frozen=frozen, feature_axes=feature_axes, keep_sum=keep_sum, **options,
+        frozen=frozen, spread=spread, keep_sum=keep_sum, **options,
     )  # fmt: skip
     if not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
@@ -132,9 +134,12 @@ def mora_dot_general(
         result = jax.eval_shape(call.product, lhs, rhs)
         outputs = range(result.ndim - len(call.axes.outputs), result.ndim)
         inputs = call.dimension_numbers[0][0]
-        feature_axes = (
-            split_over(jax.typeof(lhs).sharding.spec, inputs, lhs.shape),
+        names = jax.typeof(lhs).sharding.spec
+        rows = (axis for axis in call.lhs_free if names[axis] is not None)
+        spread = Spread(
+            split_over(names, inputs, lhs.shape),
             split_over(result.sharding.spec, outputs, result.shape),
+            sum((split_over(names, [axis], lhs.shape) or () for axis in rows), ()),
         )
         again = functools.partial(
             mora_dot_general,
@@ -143,7 +148,7 @@ def mora_dot_general(
             placement=placement,
             frozen=frozen,
             keep_sum=keep_sum,
-            feature_axes=feature_axes,
+            spread=spread,
             dot_general=dot_general,
             **options,
         )
@@ -177,7 +182,7 @@ class _Call:
     precision: Any
     preferred_element_type: Any
     frozen: bool
-    feature_axes: FeatureAxes
+    spread: Spread
     keep_sum: bool
     placement: Placement = "activation"
 
@@ -238,7 +243,7 @@ class _Call:
         """[B..., T, O] of the delta."""
 
         def one(x, adapter):
-            with known_features(self.feature_axes):
+            with spread_is(self.spread):
                 return delta(x, adapter, out_features, self.scheme)
 
         return self.per_batch(one)(self.rows(lhs), dict(adapter))
@@ -258,6 +263,7 @@ class _Call:
         rows = math.prod(lhs.shape) // math.prod((*batch, in_features))
         if not isinstance(rows, int):  # a symbol, in a function to export
             return ("kernel" if self.placement == "auto" else self.placement), "kernel"
+        rows = max(1, rows // shards_of(self.spread.rows))
         size = next(iter(adapter.values())).shape[-1]
         forward, backward = best_places(rows, in_features, out_features, size, self.scheme)
         return (forward if self.placement == "auto" else self.placement), backward
@@ -304,7 +310,7 @@ def _dot_forward(lhs, rhs, adapter, call):
     y, adapter, total = _value_and_sum(lhs, rhs, adapter, call)
 
     def compressed(x, adapter):
-        with known_features(call.feature_axes):
+        with spread_is(call.spread):
             return to_compressed(x, adapter, call.scheme)
 
     rows = call.rows(lhs)
@@ -344,7 +350,7 @@ def _dot_backward(call, residuals, dy):
         return jax.vjp(product, jnp.zeros(inputs.shape, inputs.dtype))[1](dy)[0]
 
     def gradient(z, dy, adapter):
-        with known_features(call.feature_axes):
+        with spread_is(call.spread):
             if keeps_inputs:
                 z = to_compressed(z, adapter, call.scheme)
             return adapter_gradient(z, dy, adapter, in_features, call.scheme)
@@ -353,7 +359,7 @@ def _dot_backward(call, residuals, dy):
     if backward == "activation":
 
         def delta_gradient(dy, adapter):
-            with known_features(call.feature_axes):
+            with spread_is(call.spread):
                 return delta_transpose(dy, adapter, in_features, call.scheme)
 
         extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), inputs.shape)

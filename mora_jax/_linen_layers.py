@@ -85,7 +85,7 @@ class MoRA(nn.Module):
             preferred_element_type=preferred_element_type,
             adapter_lhs=dropped,
             frozen=not config.train_kernel,
-            feature_axes=config.feature_axes,
+            spread=config.spread,
             keep_sum=config.keep_sums,
             dot_general=self.dot_general,
         )

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -30,28 +30,40 @@ def may_be_sharded() -> bool:
     return any(kind != AxisType.Manual and size > 1 for kind, size in axes)
 
 
-#: Mesh axes over which features are split; none where they are whole on every device.
+#: Mesh axes over which something is split; none where it is whole on every device.
 MeshAxes = tuple[str, ...]
 
-#: Those of a layer's inputs and of its outputs; None for a side of which nothing is known.
-FeatureAxes = tuple[MeshAxes | None, MeshAxes | None]
 
-UNKNOWN: FeatureAxes = (None, None)
-_AT_HAND: contextvars.ContextVar[FeatureAxes] = contextvars.ContextVar("_AT_HAND", default=UNKNOWN)
+class Spread(NamedTuple):
+    """How a layer's activations are known to lie on a mesh.
+
+    Attributes:
+      inputs: the axes that input features are split over; None where it is not known.
+      outputs: those of output features, likewise.
+      rows: those of the batch.
+    """
+
+    inputs: MeshAxes | None = None
+    outputs: MeshAxes | None = None
+    rows: MeshAxes = ()
+
+
+UNKNOWN = Spread()
+_AT_HAND: contextvars.ContextVar[Spread] = contextvars.ContextVar("_AT_HAND", default=UNKNOWN)
 
 
 @contextlib.contextmanager
-def known_features(axes: FeatureAxes) -> Iterator[None]:
-    """Within it, what is known of the features of the layer at hand."""
-    token = _AT_HAND.set(axes)
+def spread_is(spread: Spread) -> Iterator[None]:
+    """Within it, how the layer at hand is known to lie."""
+    token = _AT_HAND.set(spread)
     try:
         yield
     finally:
         _AT_HAND.reset(token)
 
 
-def feature_axes() -> FeatureAxes:
-    """What is known here of a layer's inputs and outputs."""
+def feature_axes() -> tuple[MeshAxes | None, MeshAxes | None]:
+    """What the input and the output features of the layer at hand are split over here."""
     if not may_be_sharded():
         return (), ()
     mesh = jax.sharding.get_abstract_mesh()
@@ -64,14 +76,16 @@ def feature_axes() -> FeatureAxes:
         split = (name for name in axes if kinds[name] != AxisType.Manual)
         return tuple(name for name in split if mesh.shape[name] > 1)
 
-    inputs, outputs = _AT_HAND.get()
+    inputs, outputs, _ = _AT_HAND.get()
     return here(inputs), here(outputs)
 
 
 def shards_of(axes: MeshAxes) -> int:
-    """Over how many devices features are split."""
+    """Over how many devices something is split here; axes of another mesh count for nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in axes)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    split = (name for name in axes if kinds.get(name, AxisType.Manual) != AxisType.Manual)
+    return math.prod(mesh.shape[name] for name in split)
 
 
 def split_over(spec: PartitionSpec, axes: Sequence[int], shape: Sequence[int]) -> MeshAxes | None:

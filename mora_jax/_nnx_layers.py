@@ -126,7 +126,7 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
             placement=config.placement,
             precision=precision,
             frozen=not config.train_kernel,
-            feature_axes=config.feature_axes,
+            spread=config.spread,
             keep_sum=config.keep_sums,
             out_sharding=out_sharding,
             dot_general=base,

@@ -284,7 +284,7 @@ class Plan(Mapping[str, AdapterSpec]):
 
 def _spec_to_dict(spec: AdapterSpec) -> dict[str, Any]:
     fields = dataclasses.asdict(spec)
-    del fields["config"]["feature_axes"]  # of a mesh, not of the adapter
+    del fields["config"]["spread"]  # of a mesh, not of the adapter
     fields["config"]["scheme"] = spec.scheme.to_dict()
     if isinstance(spec.config.cycle, tuple):
         fields["config"]["cycle"] = [scheme.to_dict() for scheme in spec.config.cycle]

@@ -170,7 +170,7 @@ class Adapted(View):
             self.config.scheme,
             placement=self.config.placement,
             frozen=not self.config.train_kernel,
-            feature_axes=self.config.feature_axes,
+            spread=self.config.spread,
             keep_sum=self.config.keep_sums,
             adapter_lhs=None if self.key is None else self._adapter_inputs(lhs),
             out_sharding=_permuted(out_sharding, [order.index(axis) for axis in range(len(order))]),

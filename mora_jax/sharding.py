@@ -20,7 +20,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._mesh import UNKNOWN, FeatureAxes, beside, split_over
+from mora_jax._mesh import UNKNOWN, Spread, beside, split_over
 from mora_jax._optimizer_state import parameter_path
 from mora_jax._params import check_paths
 from mora_jax._plan import AdapterSpec, Plan
@@ -82,8 +82,9 @@ def on_mesh(plan: Plan, base: Mapping[str, Any], batch: str | Sequence[str]) -> 
 
     A layer cannot see that from inside, unless the mesh's axes are `AxisType.Explicit`. Where it is
     known, each device compresses the features that it has: faster, and nothing is sent but the
-    gradient of the matrix. Numbers stay the same but for the order of sums. Adapt the model with
-    this plan. It is of this mesh alone: saved adapters do not hold what is said here.
+    gradient of the matrix; and "auto" counts a device's rows, not those of all. Numbers stay the
+    same but for the order of sums. Adapt the model with this plan. It is of this mesh alone: saved
+    adapters do not hold what is said here.
 
     Args:
       plan: the plan.
@@ -104,34 +105,35 @@ def on_mesh(plan: Plan, base: Mapping[str, Any], batch: str | Sequence[str]) -> 
     >>> plan = mora_jax.plan(model, jnp.ones((1, 3)))
     >>> specs = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec()}
     >>> plan = on_mesh(plan, specs, batch=("data", "fsdp"))
-    >>> plan[""].config.feature_axes  # of the inputs, of the outputs
-    ((), ('tensor',))
+    >>> plan[""].config.spread
+    Spread(inputs=(), outputs=('tensor',), rows=('data', 'fsdp'))
     """
     leaves = flatten(base)
     check_paths(plan, leaves)
-    gathered = {batch} if isinstance(batch, str) else {*batch}
+    batch = (batch,) if isinstance(batch, str) else tuple(batch)
     layers = []
     for path, spec in plan.layers:
         kernel = join_path(path, spec.kernel_name)
         place = _place(kernel, leaves[kernel])
-        axes = _feature_axes(place, spec, gathered)
-        config = dataclasses.replace(spec.config, feature_axes=axes)
+        config = dataclasses.replace(spec.config, spread=_spread(place, spec, batch))
         layers.append((path, dataclasses.replace(spec, config=config)))
     return dataclasses.replace(plan, layers=tuple(layers))
 
 
-def _feature_axes(place: Any, spec: AdapterSpec, gathered: set[str]) -> FeatureAxes:
+def _spread(place: Any, spec: AdapterSpec, batch: tuple[str, ...]) -> Spread:
     names = place.spec if isinstance(place, NamedSharding) else place
     kept = []
     for name in names:
         axes = () if name is None else (name,) if isinstance(name, str) else name
-        left = tuple(axis for axis in axes if axis not in gathered)
+        left = tuple(axis for axis in axes if axis not in batch)
         if left and len(left) < len(axes):
-            return UNKNOWN  # what is gathered of it may be no run of neighbours
+            return UNKNOWN._replace(
+                rows=batch
+            )  # what is gathered of it may be no run of neighbours
         kept.append(left or None)
     own, layout = PartitionSpec(*kept), spec.kernel_axes
-    inputs = split_over(own, layout.inputs, spec.kernel_shape)
-    return inputs, split_over(own, layout.outputs, spec.kernel_shape)
+    sides = (split_over(own, axes, spec.kernel_shape) for axes in (layout.inputs, layout.outputs))
+    return Spread(*sides, rows=batch)
 
 
 def optimizer_shardings(

@@ -19,7 +19,7 @@ import mora_jax.sharding
 from eight_devices import collectives
 from mora_jax._blocks import BlockGrid
 from mora_jax._groups import Groups
-from mora_jax._mesh import known_features
+from mora_jax._mesh import Spread, spread_is
 
 #: data x fsdp x tensor.
 MESHES = {"8x1": (1, 8, 1), "1x8": (1, 1, 8), "4x2": (4, 1, 2), "2x2x2": (2, 2, 2)}
@@ -118,7 +118,7 @@ def check_parts_of_shards():
         for (left, right), axes in sides.items():
 
             def gradient(x, dy, axes=axes, grid=grid):
-                with known_features(axes):
+                with spread_is(Spread(*axes)):
                     return grid.gradient(x, dy)
 
             with jax.set_mesh(mesh):
