@@ -1,55 +1,35 @@
 """A Llama with the authors' adapter: logits, a whole training run, the merged model."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file
 
 import mora_jax
 from conftest import GOLDEN
 from llama import Llama
 from llama_hf import load_hf
+from mora_jax import peft
 
 
 @pytest.fixture(params=["llama_type1", "llama_type6"])
 def golden(request):
-    """(expected arrays, base model, its params, adapted model, plan, the authors' adapters)."""
+    """(expected arrays, base model, its params, these with the authors' adapter, its plan)."""
     folder = GOLDEN / request.param
-    config, params = load_hf(folder / "base")
-    saved_config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    scheme = mora_jax.scheme_from_mora_type(saved_config["mora_type"])
-    base, rank = Llama(config), saved_config["r"]
-    model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=rank, scheme=scheme, targets=".*_proj"))
-    plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 16), jnp.int32))
-    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    config, pretrained = load_hf(folder / "base")
     with np.load(folder / "expected.npz", allow_pickle=False) as file:
         expected = dict(file)
-    adapters = {}
-    for path in plan:
-        _, group, name = path.split("/")
-        prefix = "base_model.model.model.layers.{}." + f"{group}.{name}.lora_A.weight"
-        # Their files hold the transpose, one layer at a time.
-        adapters[path] = np.stack([saved[prefix.format(layer)].T for layer in range(2)])
-    return expected, base, params, model, plan, adapters
-
-
-def with_adapters(plan, params, adapters):
-    params = mora_jax.attach(plan, params)
-    for path, matrix in adapters.items():
-        _, group, name = path.split("/")
-        assert params["layers"][group][name]["mora"]["matrix"].shape == matrix.shape
-        params["layers"][group][name]["mora"]["matrix"] = jnp.asarray(matrix)
-    return params
+    params, plan = peft.load_adapters(folder / "adapter", pretrained)
+    return expected, Llama(config), pretrained, params, plan
 
 
 def test_logits(golden):
-    expected, base, pretrained, model, plan, adapters = golden
+    expected, base, pretrained, params, plan = golden
     assert len(plan) == 7
-    params = with_adapters(plan, pretrained, adapters)
+    model = mora_jax.adapt(base, plan)
+    tokens = jax.ShapeDtypeStruct(expected["tokens"].shape, jnp.int32)
+    assert dict(mora_jax.plan(model, tokens)) == dict(plan)
     merged = mora_jax.merge(params, plan)
     for name, module, tree in (
         ("base_logits", base, pretrained),
@@ -62,7 +42,7 @@ def test_logits(golden):
 
 @pytest.mark.parametrize("placement", ["kernel", "activation"])
 def test_the_authors_training_run(golden, placement):
-    expected, base, pretrained, _, plan, _ = golden
+    expected, base, pretrained, _, plan = golden
     tokens = jnp.asarray(expected["tokens"])
     ((rank, scheme),) = {(spec.config.rank, spec.scheme) for spec in plan.values()}
     config = mora_jax.MoRAConfig(rank=rank, scheme=scheme, targets=".*_proj", placement=placement)
