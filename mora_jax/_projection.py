@@ -180,12 +180,17 @@ def _sides(spec: AdapterSpec) -> Sides | None:
     """For schemes whose delta is one product C M D."""
     if not isinstance(spec.scheme, Sharing | Truncation):
         return None
-    inputs, outputs = spec.features
-    before = compress(jnp.eye(inputs), spec.size, spec.scheme)
-    after = decompress(jnp.eye(spec.size), outputs, spec.scheme)
+    before, after = jax.jit(_maps, static_argnums=0)(spec)
     return np.linalg.qr(np.asarray(before, np.float64)), np.linalg.qr(
         np.asarray(after.T, np.float64)
     )
+
+
+def _maps(spec: AdapterSpec) -> tuple[jax.Array, jax.Array]:
+    """C [I, R] and D [R, O]."""
+    inputs, outputs = spec.features
+    before = compress(jnp.eye(inputs), spec.size, spec.scheme)
+    return before, decompress(jnp.eye(spec.size), outputs, spec.scheme)
 
 
 def _factors(
@@ -196,14 +201,17 @@ def _factors(
         matrix = lora_scale(adapter, spec.scheme) * np.eye(spec.size)
         sides = np.linalg.qr(adapter["a"]), np.linalg.qr(adapter["b"].T)
     elif sides is None:
-        single = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in adapter.items()}
-        kernel = delta_kernel(single, *spec.features, spec.scheme)
+        single = {name: leaf.astype(np.float32) for name, leaf in adapter.items()}
+        kernel = _kernel(single, *spec.features, spec.scheme)
         return _nearest(np.asarray(kernel, np.float64), rank)
     else:
         matrix = adapter["matrix"]
     (q_in, r_in), (q_out, r_out) = sides
     u, v, found = _nearest(r_in @ matrix @ r_out.T, rank)
     return q_in @ u, q_out @ v, found
+
+
+_kernel = jax.jit(delta_kernel, static_argnums=(1, 2, 3))
 
 
 def _nearest(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, Projected]:
