@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._layout import KernelAxes
 from mora_jax._merge import merged_kernels
-from mora_jax._mesh import on_host
+from mora_jax._mesh import explicit_mesh, in_auto_axes, on_host
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._torch_tensors import TorchTensor
 from mora_jax._tree import join_path
@@ -70,9 +71,17 @@ def _take(leaf: Any, place: Mapping[int, int]) -> Any:
 
 @functools.partial(jax.jit, static_argnames="axes")
 def _take_jitted(leaf: jax.Array, index: list[int], axes: tuple[int, ...]) -> jax.Array:
-    for axis, at in sorted(zip(axes, index, strict=True), key=lambda pair: -pair[0]):
-        leaf = lax.dynamic_index_in_dim(leaf, at, axis, keepdims=False)
-    return leaf
+    def take(leaf, index):
+        for axis, at in sorted(zip(axes, index, strict=True), key=lambda pair: -pair[0]):
+            leaf = lax.dynamic_index_in_dim(leaf, at, axis, keepdims=False)
+        return leaf
+
+    if (mesh := explicit_mesh(leaf)) is None:
+        return take(leaf, index)
+    # A stack may be split along the very axis: that sends something, which explicit axes forbid.
+    spec = jax.typeof(leaf).sharding.spec
+    left = PartitionSpec(*(spec[axis] for axis in range(leaf.ndim) if axis not in axes))
+    return in_auto_axes(take, mesh, NamedSharding(mesh, left), leaf, index)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "order"))
