@@ -6,7 +6,6 @@ adapter computes are read or refused by name; those that do not are passed over.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
@@ -16,11 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mora_jax._schemes import LowRank, Scheme, check_rank, scheme_from_mora_type
-from mora_jax._tree import listing
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 #: The authors' number of a scheme.
 MORA_TYPES = {scheme_from_mora_type(mora_type): mora_type for mora_type in (1, 2, 3, 4, 6)}
-_KNOWN = {str(scheme) for scheme in MORA_TYPES}
 
 #: Fields that say nothing of what an adapter computes, whatever stands in them.
 _PASSED_OVER = {
@@ -42,6 +41,11 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _LARGEST_RANK = 2**24
 
 Modules = str | tuple[str, ...]
+
+
+def tensor_name(module: str, side: str) -> str:
+    """What a module's `lora_A` (side "A") or `lora_B` is called in the file."""
+    return f"base_model.model.{module}.lora_{side}.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ class PeftConfig:
 
     def selects(self, module: str) -> bool:
         """Whether PEFT adapts the module of this name."""
-        return _names(self.targets, module) and not _names(self.exclude, module)
+        return names_module(self.targets, module) and not names_module(self.exclude, module)
 
     def rank_of(self, module: str) -> int:
         """The rank of one module."""
@@ -166,7 +170,7 @@ def _parse(fields: dict[str, Any]) -> PeftConfig:
     return config
 
 
-def _names(modules: Modules, module: str) -> bool:
+def names_module(modules: Modules, module: str) -> bool:
     """Whether `target_modules` names a module: a whole expression, or the end of its name."""
     if isinstance(modules, str):
         return bool(modules) and re.fullmatch(modules, module) is not None
@@ -174,14 +178,15 @@ def _names(modules: Modules, module: str) -> bool:
 
 
 def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as in PEFT."""
+    """The value of the first pattern that matches a module's name, as in PEFT."""
     for pattern, value in patterns.items():
-        if _pattern(pattern).match(module):
+        if pattern_of(pattern).match(module):
             return value
     return patterns.get(module, default)
 
 
-def _pattern(pattern: str) -> re.Pattern[str]:
+def pattern_of(pattern: str) -> re.Pattern[str]:
+    """What a key of `rank_pattern` matches: the end of a module's name."""
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
@@ -225,73 +230,6 @@ def _patterns(name: str, value: Any, check: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}, not an object of patterns.")
     for pattern, item in value.items():
-        _pattern(pattern)
+        pattern_of(pattern)
         check(f"{name}[{pattern!r}]", item)
     return value
-
-
-def config_for(
-    schemes: Mapping[str, Scheme],
-    ranks: Mapping[str, int],
-    others: set[str],
-    *,
-    layers: Mapping[str, str],
-    dropout: float = 0.0,
-) -> PeftConfig:
-    """The config of an adapter.
-
-    Args:
-      schemes: scheme of every adapted module.
-      ranks: its rank.
-      others: the model's further modules.
-      layers: path of the layer that each module is, for errors.
-      dropout: its rate.
-
-    Raises:
-      ValueError: naming the layers, where the format has no words for it.
-    """
-
-    kinds: dict[str, set[str]] = {}
-    for module, scheme in schemes.items():
-        # LoRA's alpha may differ from module to module, nothing else.
-        kind = "LowRank" if isinstance(scheme, LowRank) else str(scheme)
-        kinds.setdefault(kind, set()).add(layers[module])
-    unknown = {str(s) for s in schemes.values() if not isinstance(s, LowRank)} - _KNOWN
-    if unknown:
-        found = "; ".join(f"{kind} in layers {listing(kinds[kind])}" for kind in sorted(unknown))
-        raise ValueError(
-            f"not saved: the authors' code lacks {found}. It has {', '.join(sorted(_KNOWN))} and "
-            "LowRank. checkpoint.save_adapters saves every scheme."
-        )
-    if len(kinds) > 1:
-        found = "; ".join(f"{kind} in layers {listing(kinds[kind])}" for kind in sorted(kinds))
-        raise ValueError(f"not saved: an adapter in the authors' format has one scheme: {found}.")
-    mora_type = MORA_TYPES.get(next(iter(schemes.values())))
-    rank, own_ranks = _usual(ranks)
-    alphas = {m: _alpha(s, ranks[m]) for m, s in schemes.items() if isinstance(s, LowRank)}
-    alpha, own_alphas = _usual(alphas) if alphas else (rank, {})
-    short = {module.rpartition(".")[2] for module in schemes}
-    # The ends of the names, as one writes them by hand, where they name no other module.
-    clear = not any(_names(tuple(short), module) for module in others)
-    targets = tuple(sorted(short if clear else schemes))
-    config = PeftConfig(mora_type, rank, alpha, targets, own_ranks, own_alphas, dropout=dropout)
-    for name in {*own_ranks, *own_alphas}:
-        pattern = _pattern(name)
-        for module in schemes:
-            if module != name and pattern.match(module):
-                raise ValueError(
-                    f"not saved: {module!r} (layer {layers[module]!r}) ends as {name!r} does, "
-                    "which has another rank or alpha, and PEFT tells them by their ends."
-                )
-    return config
-
-
-def _alpha(scheme: LowRank, rank: int) -> float:
-    alpha = rank if scheme.alpha is None else scheme.alpha
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _usual(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(the commonest value, those that differ from it)."""
-    usual = collections.Counter(values.values()).most_common(1)[0][0]
-    return usual, {name: value for name, value in values.items() if value != usual}

@@ -100,6 +100,9 @@ def shards(shapes: Shapes, limit: int) -> dict[str, list[str]]:
     Layers go into files by their numbers. A file has at most `limit` bytes of tensors, or one
     tensor that is larger, and is named as Hugging Face names it.
 
+    Raises:
+      ValueError: where the limit is no positive number.
+
     >>> shapes = {f"layers.{n}": jax.ShapeDtypeStruct((4,), "float32") for n in (10, 9, 8)}
     >>> shards(shapes, 32)
     {'model-00001-of-00002.safetensors': ['layers.8', 'layers.9'],
@@ -107,6 +110,8 @@ def shards(shapes: Shapes, limit: int) -> dict[str, list[str]]:
     >>> list(shards(shapes, 100))
     ['model.safetensors']
     """
+    if not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"the limit of a file is a positive number of bytes, got {limit!r}.")
     files: list[list[str]] = [[]]
     size = 0
     for name in sorted(shapes, key=_by_numbers):

@@ -34,7 +34,7 @@ from mora_jax._params import Params, check_adapted
 from mora_jax._plan import Plan
 from mora_jax._projection import ProjectionReport, project_to_lora
 from mora_jax._safetensors import Shapes, read_header, shards, size_of, write_tensors
-from mora_jax._torch_names import Name
+from mora_jax._torch_names import Name, torch_kernels
 from mora_jax._torch_tensors import LLAMA, Kept, torch_tensors
 from mora_jax._tree import flatten, is_adapter, listing
 from mora_jax._variables import value_of
@@ -77,8 +77,8 @@ def save_merged(
 
     Raises:
       ValueError: where the directory exists, the plan does not fit, an adapter is not finite, a
-        parameter has no name, or the config ties word embeddings and there is a head (or the
-        reverse).
+        parameter has no name, the base directory holds another model, or the config ties word
+        embeddings and there is a head (or the reverse).
       TypeError: for a dtype that safetensors lack.
 
     >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
@@ -161,9 +161,22 @@ def save_lora(
         embedding), or `also_train` has parameters, which a LoRA cannot hold.
     """
     _check_new(directory)
+    _check_projectable(params, plan, names)
     lora, lora_plan, report = project_to_lora(params, plan, rank)
     peft.save_adapters(directory, lora, lora_plan, names=names)
     return report
+
+
+def _check_projectable(params: Params, plan: Plan, names: Iterable[Name]) -> None:
+    """Raises ValueError for what PEFT's file cannot hold, before anything is decomposed."""
+    if plan.also_train:
+        raise ValueError(
+            "a LoRA cannot hold the parameters that are trained in full, "
+            f"{listing(dict(plan.also_train))}; save_merged can."
+        )
+    _, left = torch_kernels({p: value_of(x).shape for p, x in flatten(params).items()}, names)
+    if unknown := [path for path in plan.kernel_paths() if path in left]:
+        raise ValueError(f"{unknown[0]!r} is no linear layer in PyTorch: {left[unknown[0]]}.")
 
 
 def _check_new(directory: str | os.PathLike[str]) -> pathlib.Path:
@@ -215,14 +228,13 @@ def _check_like(base: pathlib.Path, shapes: Shapes) -> None:
     """Raises ValueError where the base model's safetensors have other names or shapes."""
     theirs = {
         name: shape
-        for file in base.glob("*.safetensors")
+        for file in base.glob("model*.safetensors")
         for name, (_, shape) in read_header(file).items()
+        if not name.endswith("inv_freq")  # constants that older versions wrote
     }
-    # Tied heads, and constants that older versions wrote.
-    missing = {name for name in theirs.keys() - shapes.keys() if not name.endswith("inv_freq")}
-    missing -= {_HEAD}
-    surplus = shapes.keys() - theirs.keys()
-    if theirs and (missing or surplus):
+    missing, surplus = theirs.keys() - shapes.keys(), shapes.keys() - theirs.keys()
+    # Whether there is a head of its own is for the config to say.
+    if theirs and (missing | surplus) - {_HEAD}:
         raise ValueError(
             f"not the tensors of {base}: missing {listing(missing) or 'none'}, surplus "
             f"{listing(surplus) or 'none'}. Are the names right?"

@@ -25,8 +25,9 @@ import numpy as np
 from mora_jax._config import LayerConfig
 from mora_jax._mesh import beside, sharding_of
 from mora_jax._params import Params, check_adapted, check_unadapted
-from mora_jax._peft_config import PeftConfig, config_for
-from mora_jax._peft_files import CONFIG, TENSORS, check_modules, read, tensor_name, write
+from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, tensor_name
+from mora_jax._peft_read import check_modules, read
+from mora_jax._peft_write import config_for, write
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._schemes import LowRank, Sharing
 from mora_jax._torch_names import LLAMA, Name, torch_kernels

@@ -148,6 +148,7 @@ def refusals(params, plan, empty):
     )
     yield "'model.norm.weight' would have shape", wide, plan, base
     yield "config.json", params, plan, {"config": empty}
+    yield "bytes, got '5GB'", params, plan, {**config, "shard_bytes": "5GB"}
     complex_scale = {"norm": {"scale": jnp.ones(48, jnp.complex64)}}
     yield "cannot hold", without(params, "norm/scale") | complex_scale, plan, config
 

@@ -16,7 +16,7 @@ FLOORS = [
     {"_operators", "_placement"},
     {"_layout", "_ragged"},
     {"_config", "_torch_names", "_peft_config"},
-    {"_dot", "_plan", "_peft_files", "_torch_tensors"},
+    {"_dot", "_plan", "_peft_read", "_peft_write", "_torch_tensors"},
     {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize"},
     {"_linen_layers", "_function", "_nnx_layers", "_merge"},
     {"linen", "_remora", "_hugging_face", "_one_tensor", "_projection"},

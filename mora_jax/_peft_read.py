@@ -1,45 +1,22 @@
-"""The two files of an adapter in PEFT's format: written whole, read with nothing taken on trust."""
+"""Reading the two files of an adapter in PEFT's format, with nothing taken on trust."""
 
 from __future__ import annotations
 
 import pathlib
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
-from mora_jax._peft_config import PeftConfig, read_config
+from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, read_config, tensor_name
 from mora_jax._torch_names import TorchKernel
 from mora_jax._tree import listing
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-
-
-def tensor_name(module: str, side: str) -> str:
-    """What a module's `lora_A` (side "A") or `lora_B` is called in the file."""
-    return f"base_model.model.{module}.lora_{side}.weight"
-
-
-def write(path: pathlib.Path, config: str, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a directory that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(config)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def read(path: pathlib.Path) -> tuple[PeftConfig, dict[str, np.ndarray]]:
@@ -63,7 +40,8 @@ def read(path: pathlib.Path) -> tuple[PeftConfig, dict[str, np.ndarray]]:
             raise FileNotFoundError(f"no adapter at {path}: there is no file {name}.")
     config, file = read_config(path / CONFIG), path / TENSORS
     data = file.read_bytes()
-    if data.startswith((b"PK", b"\x80")) and b"{" not in data[8:9]:
+    # A zip of torch.save, or a pickle; safetensors may begin so too, with the size of its header.
+    if data.startswith(b"PK\x03\x04") or (data[:1] == b"\x80" and data[8:9] != b"{"):
         raise ValueError(f"{file} is a pickle under another name, not safetensors: not read.")
     try:
         # Raw bytes, as framework="numpy" has no bfloat16 in every version.
@@ -103,7 +81,8 @@ def check_modules(
     if odd := [name for name, match in matches.items() if match is None]:
         raise ValueError(
             f"{file} holds {listing(odd)}; an adapter holds 'base_model.model.<module>."
-            "lora_A.weight' and '...lora_B.weight' alone."
+            "lora_A.weight' and '...lora_B.weight' alone (PEFT adds embeddings and heads unless it "
+            "saves with save_embedding_layers=False)."
         )
     present = {match[1]: name for name, match in matches.items() if match is not None}
     if strange := present.keys() - known:
