@@ -13,6 +13,7 @@ from mora_jax._merge import merge, unmerge
 from mora_jax._operators import compress, decompress, delta, delta_kernel
 from mora_jax._params import attach, join, split, trainable_mask
 from mora_jax._plan import AdapterSpec, Plan
+from mora_jax._projection import Projected, ProjectionReport, project_to_lora
 from mora_jax._remora import ResetReport, ResetResult, merge_and_reset
 from mora_jax._schedules import jagged_cosine_schedule
 from mora_jax._schemes import (
@@ -37,6 +38,8 @@ __all__ = [
     "MoRAConfig",
     "MoRADense",
     "Plan",
+    "Projected",
+    "ProjectionReport",
     "ResetReport",
     "ResetResult",
     "Rotation",
@@ -58,6 +61,7 @@ __all__ = [
     "merge_and_reset",
     "mora_dot_general",
     "plan",
+    "project_to_lora",
     "scheme_from_dict",
     "scheme_from_mora_type",
     "split",

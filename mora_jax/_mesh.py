@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -175,6 +176,18 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     named = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
     return sharding if named else None
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """The whole array in this host's memory.
+
+    One that lies on the devices of several processes is first brought to all of them: every
+    process must then ask for it.
+    """
+    place = sharding_of(leaf)
+    if place is not None and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = jax.device_put(leaf, NamedSharding(place.mesh, PartitionSpec()))
+    return np.asarray(leaf)
 
 
 def places_of(leaves: Mapping[str, Any]) -> Places:

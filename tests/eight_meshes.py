@@ -7,6 +7,7 @@ JSON, the collectives of {floor, adapted} x {forward pass, whole step} for each 
 import functools
 import itertools
 import json
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,13 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 import mora_jax.sharding
 from eight_devices import collectives
+from mora_jax import export
 from mora_jax._blocks import BlockGrid
+from mora_jax._config import LayerConfig
 from mora_jax._groups import Groups
 from mora_jax._mesh import Spread, spread_is
 
@@ -156,7 +160,29 @@ def check_restart(plan, params, whole):
     del frozen
 
 
+def check_export(kind, folder):
+    """A stack that is split over devices, by its layers too, is written as on one device."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)
+    config = LayerConfig(1, SCHEMES["sharing"])
+    spec = mora_jax.AdapterSpec(config, (4, 6, 8), mora_jax.KernelAxes((1,), (2,), (0,)), (0,))
+    plan = mora_jax.Plan((("layers/mlp/up_proj", spec),))
+    layer = {"kernel": numbers(4, 6, 8), "mora": {"matrix": numbers(4, *[spec.size] * 2)}}
+    places = {"kernel": P("fsdp", None, "tensor"), "mora": {"matrix": P("fsdp")}}
+    placed = jax.tree.map(lambda x, p: jax.device_put(x, NamedSharding(mesh, p)), layer, places)
+    files = {}
+    for name, leaves in {"one": layer, "many": placed}.items():
+        params, out = {"layers": {"mlp": {"up_proj": leaves}}}, f"{folder}/{kind.name}{name}"
+        export.save_merged(out, params, plan, config={"tie_word_embeddings": True})
+        files[name] = load_file(f"{out}/model.safetensors")
+    assert len(files["many"]) == 4
+    for name, tensor in files["one"].items():
+        np.testing.assert_array_equal(files["many"][name], tensor)
+
+
 def main():
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            check_export(kind, folder)
     found = {}
     for mesh, kind in itertools.product(MESHES, (AxisType.Auto, AxisType.Explicit)):
         for name, scheme in SCHEMES.items():

@@ -11,17 +11,18 @@ PACKAGE = pathlib.Path(mora_jax.__file__).parent
 
 FLOORS = [
     {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_variables", "_version"},
-    {"_groups", "_cycles", "_initialize"},
+    {"_groups", "_cycles", "_initialize", "_safetensors"},
     {"_blocks"},
     {"_operators", "_placement"},
     {"_layout", "_ragged"},
     {"_config", "_torch_names", "_peft_config"},
-    {"_dot", "_plan", "_peft_read", "_peft_write"},
+    {"_dot", "_plan", "_peft_read", "_peft_write", "_torch_tensors"},
     {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize"},
     {"_linen_layers", "_function", "_nnx_layers", "_merge"},
-    {"linen", "_remora", "_hugging_face"},
+    {"linen", "_remora", "_hugging_face", "_one_tensor", "_projection"},
     {"_linen_plan", "nnx"},
     {"_adapt", "checkpoint", "peft", "quantized", "sharding"},
+    {"export"},
     {"__init__"},
 ]
 
@@ -43,7 +44,7 @@ def test_floors_look_down():
 
 
 def test_the_facade_opens_no_door():
-    doors = {"mora_jax." + name for name in ("checkpoint", "peft", "quantized")}
+    doors = {"mora_jax." + name for name in ("checkpoint", "export", "peft", "quantized")}
     doors |= {"orbax", "qwix", "safetensors"}
     code = f"import sys, mora_jax; assert not {doors} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,258 @@
+"""For PyTorch: merged models as Hugging Face has them, and adapters as the LoRA that is nearest.
+
+    export.save_merged("out/model", params, plan, config="path/of/the/base/model")
+    report = export.save_lora("out/lora", params, plan, rank=64)
+    print(report)                                # what each layer lost
+
+    AutoModelForCausalLM.from_pretrained("out/model")                  # transformers
+    PeftModel.from_pretrained(base_model, "out/lora")                  # PEFT, or any LoRA server
+
+A merged model is written one tensor at a time, so that it takes no second model's memory.
+What parameters are called in PyTorch is data, `LLAMA` by default: `Name` for kernels, `Kept` for
+the rest.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from mora_jax import peft
+from mora_jax._merge import check_finite, check_mergeable
+from mora_jax._one_tensor import merged_tensor
+from mora_jax._params import Params, check_adapted
+from mora_jax._plan import Plan
+from mora_jax._projection import ProjectionReport, project_to_lora
+from mora_jax._safetensors import Shapes, read_header, shards, size_of, write_tensors
+from mora_jax._torch_names import Name, torch_kernels
+from mora_jax._torch_tensors import LLAMA, Kept, torch_tensors
+from mora_jax._tree import flatten, is_adapter, listing
+from mora_jax._variables import value_of
+
+__all__ = ["LLAMA", "Kept", "Name", "save_lora", "save_merged"]
+
+_HEAD = "lm_head.weight"
+#: What a model's directory holds beside its weights: of these kinds, but for indices of weights.
+_SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+
+
+def save_merged(
+    directory: str | os.PathLike[str],
+    params: Params,
+    plan: Plan | None,
+    *,
+    config: Mapping[str, Any] | str | os.PathLike[str],
+    names: Iterable[Name] = LLAMA,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes the merged model as safetensors and config.json, for PyTorch's `transformers`.
+
+    Equivalent to `merge_and_unload().save_pretrained(directory)` in PEFT. Each kernel is merged as
+    `mora_jax.merge` does it, one layer of a stack at a time, and written before the next: beyond
+    the parameters themselves it takes the memory of a few tensors. Dtypes are kept. The directory
+    appears under its name when it is whole. Where several processes share the parameters all of
+    them call it, and the first writes.
+
+    Args:
+      directory: a path that does not exist yet.
+      params: parameters with adapters; arrays of NumPy, of memory-mapped files too, stay where
+        they are until it is their turn.
+      plan: the plan, or None for parameters without adapters (merged already).
+      config: what goes into config.json; or the base model's directory, whose config.json,
+        tokenizer and licence are copied, and whose weights, where they are safetensors, must have
+        the same names and shapes. What it says of the dtype is replaced, and where it does not say
+        whether word embeddings are tied, that is added.
+      names: what parameters are called in PyTorch.
+      shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
+
+    Raises:
+      ValueError: where the directory exists, the plan does not fit, an adapter is not finite, a
+        parameter has no name, the base directory holds another model, or the config ties word
+        embeddings and there is a head (or the reverse).
+      TypeError: for a dtype that safetensors lack.
+
+    >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
+    >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
+    >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    >>> names = [Name("kernel", "fc"), Kept("bias", "fc.bias")]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     config = {"tie_word_embeddings": True}
+    ...     save_merged(f"{folder}/model", params, plan, config=config, names=names)
+    ...     read_header(f"{folder}/model/model.safetensors")
+    {'fc.bias': ('F32', (6,)), 'fc.weight': ('F32', (6, 3))}
+    """
+    path, leaves, plan = _check_new(directory), flatten(params), plan or Plan(())
+    if plan or any(map(is_adapter, leaves)):
+        check_adapted(plan, leaves)
+        check_finite(plan, leaves)
+        check_mergeable(plan, leaves)
+    values = {path: value_of(leaf) for path, leaf in leaves.items() if not is_adapter(path)}
+    tensors = torch_tensors({path: value.shape for path, value in values.items()}, names)
+    shapes = {
+        name: jax.ShapeDtypeStruct(tensor.torch_shape, values[tensor.path].dtype)
+        for name, tensor in tensors.items()
+    }
+    if isinstance(config, Mapping):
+        base, settings = None, config
+    else:
+        base = pathlib.Path(config)
+        settings = json.loads((base / "config.json").read_text())
+        _check_like(base, shapes)
+    settings = _config_of(settings, shapes)
+    files = shards(shapes, shard_bytes)
+
+    def read(name):
+        return merged_tensor(tensors[name], leaves, plan)
+
+    if jax.process_index() > 0:
+        for name in itertools.chain(*files.values()):
+            read(name)  # arrays of all processes come together by the help of all
+        return
+    with _new_directory(path) as new:
+        for file, own in files.items():
+            write_tensors(new / file, {name: shapes[name] for name in own}, read)
+        if len(files) > 1:
+            total = sum(map(size_of, shapes.values()))
+            weight_map = {name: file for file, own in files.items() for name in own}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(new / "model.safetensors.index.json", index)
+        if base is not None:
+            _copy_side_files(base, new)
+        _write_json(new / "config.json", settings)
+
+
+def save_lora(
+    directory: str | os.PathLike[str],
+    params: Params,
+    plan: Plan,
+    rank: int,
+    *,
+    names: Iterable[Name] = LLAMA,
+) -> ProjectionReport:
+    """Writes the LoRA nearest to the adapters, as PEFT has it, and says what each layer lost.
+
+    `mora_jax.project_to_lora`, then `mora_jax.peft.save_adapters`: float32, with `lora_alpha` the
+    rank, which is a scale of 1. The LoRA goes with the base model, not with a merged one.
+
+    Args:
+      directory: a path that does not exist yet.
+      params: parameters with adapters of any scheme.
+      plan: the plan.
+      rank: of the LoRA, in every layer. Servers limit it.
+      names: what kernels are called in PyTorch.
+
+    Returns:
+      The relative error of every layer; `print` gives a table.
+
+    Raises:
+      ValueError: as `project_to_lora` and `peft.save_adapters` do: where the plan does not fit, an
+        adapter is not finite, the directory exists, a layer is no linear layer in PyTorch (an
+        embedding), or `also_train` has parameters, which a LoRA cannot hold.
+    """
+    _check_new(directory)
+    _check_projectable(params, plan, names)
+    lora, lora_plan, report = project_to_lora(params, plan, rank)
+    peft.save_adapters(directory, lora, lora_plan, names=names)
+    return report
+
+
+def _check_projectable(params: Params, plan: Plan, names: Iterable[Name]) -> None:
+    """Raises ValueError for what PEFT's file cannot hold, before anything is decomposed."""
+    if plan.also_train:
+        raise ValueError(
+            "a LoRA cannot hold the parameters that are trained in full, "
+            f"{listing(dict(plan.also_train))}; save_merged can."
+        )
+    _, left = torch_kernels({p: value_of(x).shape for p, x in flatten(params).items()}, names)
+    if unknown := [path for path in plan.kernel_paths() if path in left]:
+        raise ValueError(f"{unknown[0]!r} is no linear layer in PyTorch: {left[unknown[0]]}.")
+
+
+def _check_new(directory: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(directory).absolute()
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists already; a model is saved to a new directory.")
+    return path
+
+
+@contextlib.contextmanager
+def _new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory that gets its name when all is in it, and is gone where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        new = pathlib.Path(scratch) / path.name
+        new.mkdir()  # not the scratch itself, which nobody else may read
+        yield new
+        new.rename(path)
+
+
+def _config_of(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """The config with the dtype that is written, and with word embeddings tied or not.
+
+    Raises:
+      ValueError: where the config says otherwise of the word embeddings than the parameters do.
+    """
+    config, headless = dict(config), _HEAD not in shapes
+    tied = config.setdefault("tie_word_embeddings", headless)
+    if tied and not headless:
+        raise ValueError(
+            f"config ties word embeddings, but the parameters hold {_HEAD!r}, which would not be "
+            "read. If the head is one of its own now, say so: config with tie_word_embeddings "
+            "false."
+        )
+    if headless and not tied:
+        raise ValueError(
+            f"config does not tie word embeddings, but the parameters hold no {_HEAD!r}. Is the "
+            "head missing, or called otherwise?"
+        )
+    sizes = collections.Counter()
+    for shape in shapes.values():
+        sizes[shape.dtype.name] += size_of(shape)
+    # Newer versions write "dtype", and read both.
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return config | {key: sizes.most_common(1)[0][0]}
+
+
+def _check_like(base: pathlib.Path, shapes: Shapes) -> None:
+    """Raises ValueError where the base model's safetensors have other names or shapes."""
+    theirs = {
+        name: shape
+        for file in base.glob("model*.safetensors")
+        for name, (_, shape) in read_header(file).items()
+        if not name.endswith("inv_freq")  # constants that older versions wrote
+    }
+    missing, surplus = theirs.keys() - shapes.keys(), shapes.keys() - theirs.keys()
+    # Whether there is a head of its own is for the config to say.
+    if theirs and (missing | surplus) - {_HEAD}:
+        raise ValueError(
+            f"not the tensors of {base}: missing {listing(missing) or 'none'}, surplus "
+            f"{listing(surplus) or 'none'}. Are the names right?"
+        )
+    for name in theirs.keys() & shapes.keys():
+        if theirs[name] != shapes[name].shape:
+            raise ValueError(
+                f"{name!r} would have shape {shapes[name].shape}, in {base} it has {theirs[name]}."
+            )
+
+
+def _copy_side_files(base: pathlib.Path, new: pathlib.Path) -> None:
+    """Tokenizer, generation config, licence: all that is no weight and no page about the base."""
+    for file in base.iterdir():
+        kept = file.suffix in _SIDE_FILES or file.stem in ("LICENSE", "NOTICE")
+        if kept and file.is_file() and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, new / file.name)
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
