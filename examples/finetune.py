@@ -14,7 +14,6 @@ import csv
 import json
 import math
 import pathlib
-import shutil
 import time
 from typing import Any
 
@@ -25,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import chat_data
-import finetune_plot
+import finetune_results as results
 import mora_jax
 import pretrained
 import prompts
@@ -35,7 +34,6 @@ from finetune_flags import FREE_TOO, parse_args
 from held_out import HeldOut
 from llama import Llama
 from llama_mesh import RULES, batch_sharding
-from mora_jax import checkpoint
 from train_checkpoints import Checkpoints, OtherRunError
 from train_flags import of_the_run
 from train_llama import lay_out, mesh_of
@@ -98,15 +96,17 @@ def finetune(args: argparse.Namespace) -> dict[str, Any]:
     step_once = make_step(optimizer, schedule, shardings, chat_data.response_loss)
     place = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
     key = jax.random.fold_in(jax.random.key(args.seed), 1) if args.dropout else None
-    out, last = epath.Path(args.out).absolute(), min(args.steps, args.stop_at or args.steps)
-    evaluations, before_path = pathlib.Path(out / "evaluations.csv"), out / "before.json"
+    out, last = pathlib.Path(args.out).absolute(), min(args.steps, args.stop_at or args.steps)
+    evaluations, before_path = out / "evaluations.csv", out / "before.json"
 
     def evaluate(step: int, loss: float) -> None:
         with evaluations.open("a") as file:
             csv.writer(file, lineterminator="\n").writerow([step, loss])
 
     run = of_the_run(args, order.digest, FREE_TOO)
-    checkpoints = Checkpoints(out / "checkpoints", run, keeps_base=False, keep=args.keep, say=print)
+    checkpoints = Checkpoints(
+        epath.Path(out / "checkpoints"), run, keeps_base=False, keep=args.keep, say=print
+    )
     with checkpoints, jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         first, state = 0, None
         if (restored := checkpoints.restore(shapes, shardings)) is not None:
@@ -143,54 +143,23 @@ def finetune(args: argparse.Namespace) -> dict[str, Any]:
         params = mora_jax.join(state.trainable, state.frozen)
         train_seconds = time.perf_counter() - train_started
         after = held_out.measure(model, params)
-        saved = save(out, params, method, base_model, held_out)
+        sizes = results.save_models(out, params, method.plan, base_model, held_out)
     trained = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.trainable))
     summary = {
         **{name: getattr(args, name) for name in ("model", "method", "scheme", "rank", "lr",
            "batch", "accumulate", "length", "packing", "dtype", "param_dtype", "seed")},
-        "steps": [first, last], "trained_parameters": trained, "rows": len(order.tokens), **saved,
+        "steps": [first, last], "rows": len(rows.tokens), "test_items": len(held_out.pairs),
+        "trained_parameters": trained, **sizes,
         "loss": [before["loss"], after["loss"]],
-        "accuracy": [before["accuracy"], after["accuracy"]], "test_items": len(held_out.pairs),
+        "accuracy": [before["accuracy"], after["accuracy"]],
         "seconds": {"before": before["seconds"], "training": train_seconds,
                     "after": after["seconds"], "all": time.perf_counter() - started},
         **log.speed(), "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
         "jax": jax.__version__,
         "peak_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }  # fmt: skip
-    write(args, pathlib.Path(out), summary, held_out, before["answers"], after["answers"])
+    results.write(args, out, summary, held_out.pairs, before["answers"], after["answers"])
     return summary
-
-
-def save(
-    out: epath.Path, params: Any, method: Method, base_model: Llama, held_out: HeldOut
-) -> dict[str, Any]:
-    """Saves adapters and merged model; gives their sizes and the merged model's loss."""
-    if method.plan is None:
-        return {}
-    folder = pathlib.Path(out / "adapters")
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run
-    checkpoint.save_adapters(folder, params, method.plan)
-    merged = mora_jax.merge(params, method.plan)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return {"adapter_bytes": size, "loss_merged": held_out.loss(base_model, merged)}
-
-
-def write(args, out: pathlib.Path, summary, held_out: HeldOut, before, after) -> None:
-    """Writes the summary, the figure, and what was answered."""
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    accuracies: dict[str, dict[str, float]] = {}
-    if before and after:
-        accuracies |= zip(("before", "after"), summary["accuracy"], strict=True)
-        names = ("prompt", "response", *accuracies)
-        with (out / "answers.jsonl").open("w") as file:
-            for pair, *answers in zip(held_out.pairs, before, after, strict=True):
-                file.write(json.dumps(dict(zip(names, (*pair, *answers), strict=True))) + "\n")
-    scheme = f" {args.scheme}" * (args.method == "mora")
-    finetune_plot.plot(
-        args.csv, out / "evaluations.csv", accuracies, len(held_out.pairs),
-        f"{args.model}, {args.method}{scheme}, rank {args.rank}, lr {args.lr:g}",
-        out / "finetune.png",
-    )  # fmt: skip
 
 
 def main() -> None:
