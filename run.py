@@ -2,6 +2,7 @@
 
     python3 run.py test                      # all tests, two files at a time; or pytest's arguments
     python3 run.py memorize                  # examples/memorize.py; further arguments go to it
+    python3 run.py finetune                  # examples/finetune.py, likewise
     python3 run.py train                     # examples/train_llama.py, likewise
     python3 run.py step                      # examples/benchmarks/step.py, likewise; generate too
 
@@ -18,13 +19,14 @@ import venv
 
 ROOT = pathlib.Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
-EXTRAS = {"test": "test"} | dict.fromkeys(("memorize", "train", "step", "generate"), "examples")
 SCRIPTS = {
     "memorize": "examples/memorize.py",
+    "finetune": "examples/finetune.py",
     "train": "examples/train_llama.py",
     "step": "examples/benchmarks/step.py",
     "generate": "examples/benchmarks/generate.py",
 }
+EXTRAS = {"test": "test"} | dict.fromkeys(SCRIPTS, "examples")
 
 
 def python_with(extra: str) -> pathlib.Path:

