@@ -145,7 +145,7 @@ def finetune(args: argparse.Namespace) -> dict[str, Any]:
         params = mora_jax.join(state.trainable, state.frozen)
         train_seconds = time.perf_counter() - train_started
         after = held_out.measure(model, params)
-        sizes = results.save_models(out, params, method.plan, base_model, held_out)
+        sizes = results.save_models(args, out, params, method.plan, base_model, held_out)
     trained = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.trainable))
     summary = {
         **{name: getattr(args, name) for name in ("model", "method", "scheme", "rank", "lr",

@@ -1,4 +1,4 @@
-"""What a fine-tuning leaves: adapters, summary, answers, figure."""
+"""What a fine-tuning leaves: adapters, merged model, summary, answers, figure."""
 
 import argparse
 import json
@@ -14,7 +14,8 @@ import mora_jax
 import train_log
 from held_out import HeldOut
 from llama import Llama
-from mora_jax import checkpoint
+from llama_hf import load_hf
+from mora_jax import checkpoint, export
 from prompts import Pair
 
 #: What is counted as right -> how a reader is told.
@@ -22,17 +23,33 @@ LABELS = {"exact": "whole\nanswer", "last_number": "last\nnumber"}
 
 
 def save_models(
-    out: pathlib.Path, params: Any, plan: mora_jax.Plan | None, base_model: Llama, held_out: HeldOut
+    args: argparse.Namespace,
+    out: pathlib.Path,
+    params: Any,
+    plan: mora_jax.Plan | None,
+    base_model: Llama,
+    held_out: HeldOut,
 ) -> dict[str, Any]:
-    """Saves the adapters; gives their size on disk, and the loss of the merged model."""
-    if plan is None:
-        return {}
-    folder = out / "adapters"
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run
-    checkpoint.save_adapters(folder, params, plan)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    merged = mora_jax.merge(params, plan)
-    return {"adapter_bytes": size, "loss_merged": held_out.loss(base_model, merged)}
+    """Saves adapters and merged model; gives their sizes, and the loss of the latter, read back."""
+    sizes, base = {}, held_out.base
+    adapters, merged = out / "adapters", out / "merged"
+    for folder in (adapters, merged):
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier end of this run
+    if plan is not None:
+        checkpoint.save_adapters(adapters, params, plan)
+        sizes["adapter_bytes"] = _bytes(adapters)
+    ends = {"eos_token_id": base.end_token}
+    config = args.model if args.model != "smollm2" else base.config.to_hf() | ends
+    export.save_merged(merged, params, plan, config=config)
+    if args.model == "smollm2":  # a directory's tokenizer is copied with the rest
+        base.tokenizer.save(str(merged / "tokenizer.json"))
+    _, again = load_hf(merged, args.param_dtype)
+    loss = held_out.loss(base_model, again)
+    return sizes | {"merged_bytes": _bytes(merged), "loss_merged": loss}
+
+
+def _bytes(folder: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def write(

@@ -69,6 +69,24 @@ class LlamaConfig:
             tie_embeddings=config.get("tie_word_embeddings", False),
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """The dict of a Hugging Face config.json that `from_hf` reads these sizes from."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.features,
+            "intermediate_size": self.hidden_features,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_features,
+            "hidden_act": "silu",
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.norm_epsilon,
+            "tie_word_embeddings": self.tie_embeddings,
+        }
+
 
 def rotary_angles(positions: Array, features: int, theta: float) -> Array:
     """Angles `position * theta ** (-2j / H)`: [B, T] -> [B, T, 1, H/2], the 1 for the heads."""

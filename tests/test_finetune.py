@@ -20,7 +20,7 @@ import train_log
 from chat_data import Example
 from conftest import GOLDEN
 from finetune_flags import parse_args
-from llama import Llama
+from llama import Llama, LlamaConfig
 from llama_hf import load_hf
 from train_checkpoints import OtherRunError
 
@@ -143,6 +143,7 @@ def test_the_script_in_miniature_goes_on_where_it_stopped(flags, tmp_path, capsy
     assert before["exact"] == 0.0
     assert after["exact"] == 1.0
     assert (whole / "adapters").is_dir()
+    assert LlamaConfig.from_hf(load_hf(whole / "merged")[0].to_hf()) == load_hf(BASE)[0]
     assert (whole / "finetune.png").stat().st_size > 10_000
     answers = [json.loads(line) for line in (whole / "answers.jsonl").read_text().splitlines()]
     right = [row["after"] == row["response"] for row in answers]
