@@ -38,7 +38,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument_group("mesh").add_argument("--fsdp", type=int, default=1, help="devices "
         "that share each kernel; the others hold copies")  # fmt: skip
     parser.set_defaults(out="results/finetune", length=512, batch=2, data=0, tensor=1)
-    parser.set_defaults(remora_every=0, also_train="")
+    parser.set_defaults(remora_every=0, also_train="", split_adapters=False)
     args = check_training(parser, parser.parse_args(arguments))
     if args.test_items < 1:
         parser.error(f"--test-items {args.test_items}: wanted at least 1")
