@@ -5,6 +5,9 @@ that the model is not edited and the base parameters keep their paths:
 
     q_proj/kernel         [I, O]    the pretrained kernel, as before
     q_proj/mora/matrix    [R, R]    the adapter, R the square size
+
+Where the adapters are those of a bank, the model's collection `mora` says which one each example
+has: `model.apply({"params": params, "mora": {"adapter_ids": ids}}, *inputs)`.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax.numpy as jnp
@@ -24,6 +28,7 @@ from jax import lax
 
 from mora_jax._config import LayerConfig, Placement
 from mora_jax._linen_layers import (
+    IDS_OF_EXAMPLES,
     OTHERS,
     MoRA,
     as_function,
@@ -32,10 +37,13 @@ from mora_jax._linen_layers import (
     uses_mora,
 )
 from mora_jax._schemes import Scheme, as_scheme
-from mora_jax._tree import ADAPTER, join_path
+from mora_jax._tree import ADAPTER, IDS, join_path
 
 #: The number of the trace that a plan is being made by; 0 where none is.
 TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)
+
+#: A number for every call in which examples have adapters of their own.
+_CALLS_WITH_IDS = itertools.count()
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -163,15 +171,34 @@ def _intercepted(method: Callable[..., Any], chooser: Chooser) -> Callable[..., 
         root = self.path if self.scope is not None else ()
         intercept = functools.partial(_use_adapter, chooser, len(root))
         mark_scope(self, mora_adapt=mark, mora_plan=TRACE.get())
-        with nn.intercept_methods(intercept):
-            return method(self, *args, **kwargs)
+        token = IDS_OF_EXAMPLES.set(_adapter_ids(self, args, kwargs))
+        try:
+            with nn.intercept_methods(intercept):
+                return method(self, *args, **kwargs)
+        finally:
+            IDS_OF_EXAMPLES.reset(token)
 
     return enter
+
+
+def _adapter_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Which adapter of a bank each example has: `adapter_ids` in the model's collection `mora`."""
+    if model.scope is None:  # its `apply`, or its `init`, which takes keys instead
+        variables = args[0] if args else kwargs.get("variables")
+        own = variables.get(ADAPTER) if isinstance(variables, Mapping) else None
+        return own.get(IDS) if isinstance(own, Mapping) else None
+    if model.scope.has_variable(ADAPTER, IDS):
+        return model.scope.get_variable(ADAPTER, IDS)
+    # A method of the model that another one calls, inside of a lifted transformation perhaps.
+    return IDS_OF_EXAMPLES.get()
 
 
 def _use_adapter(chooser, depth, next_fun, args, kwargs, context):
     """Runs a chosen layer as a copy of itself, on the same scope, whose product is `MoRA`."""
     layer, method = context.module, context.method_name
+    if IDS_OF_EXAMPLES.get() is not None and layer.scope and "mora_ids" not in layer.scope.flags:
+        # They are constants of what `nn.jit` traces.
+        mark_scope(layer, mora_ids=next(_CALLS_WITH_IDS))
     if not is_adaptable(layer, method, chooser) or uses_mora(layer):
         return next_fun(*args, **kwargs)
     path = join_path(*layer.path[depth:])
