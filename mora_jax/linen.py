@@ -43,7 +43,7 @@ from mora_jax._tree import ADAPTER, IDS, join_path
 TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)
 
 #: A number for every call in which examples have adapters of their own.
-_CALLS_WITH_IDS = itertools.count()
+_CALLS_WITH_IDS = itertools.count(1)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -170,8 +170,14 @@ def _intercepted(method: Callable[..., Any], chooser: Chooser) -> Callable[..., 
     def enter(self, *args, **kwargs):
         root = self.path if self.scope is not None else ()
         intercept = functools.partial(_use_adapter, chooser, len(root))
-        mark_scope(self, mora_adapt=mark, mora_plan=TRACE.get())
-        token = IDS_OF_EXAMPLES.set(_adapter_ids(self, args, kwargs))
+        ids = _adapter_ids(self, args, kwargs)
+        # Ids are constants of what the model's own `nn.jit` traces, so each call has traces of its.
+        marks = {"mora_adapt": mark, "mora_plan": TRACE.get(), "mora_ids": _mark_of(ids)}
+        mark_scope(self, **marks)
+        if self.scope is None and inspect.isfunction(function := kwargs.get("method")):
+            # `apply` with a function that calls submodules, past all that is wrapped here.
+            kwargs["method"] = _marking(function, marks)
+        token = IDS_OF_EXAMPLES.set(ids)
         try:
             with nn.intercept_methods(intercept):
                 return method(self, *args, **kwargs)
@@ -179,6 +185,19 @@ def _intercepted(method: Callable[..., Any], chooser: Chooser) -> Callable[..., 
             IDS_OF_EXAMPLES.reset(token)
 
     return enter
+
+
+def _mark_of(ids: Any) -> int:
+    return 0 if ids is None else next(_CALLS_WITH_IDS)
+
+
+def _marking(function: Callable[..., Any], marks: dict[str, int]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(module, *args, **kwargs):
+        mark_scope(module, **marks)
+        return function(module, *args, **kwargs)
+
+    return run
 
 
 def _adapter_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -196,9 +215,6 @@ def _adapter_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
 def _use_adapter(chooser, depth, next_fun, args, kwargs, context):
     """Runs a chosen layer as a copy of itself, on the same scope, whose product is `MoRA`."""
     layer, method = context.module, context.method_name
-    if IDS_OF_EXAMPLES.get() is not None and layer.scope and "mora_ids" not in layer.scope.flags:
-        # They are constants of what `nn.jit` traces.
-        mark_scope(layer, mora_ids=next(_CALLS_WITH_IDS))
     if not is_adaptable(layer, method, chooser) or uses_mora(layer):
         return next_fun(*args, **kwargs)
     path = join_path(*layer.path[depth:])
