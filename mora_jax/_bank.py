@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
@@ -158,14 +159,14 @@ class AdapterBank:
                 f"such products has another rank (layers {listing(low)}). Merge them instead, or "
                 "give examples adapters of their own."
             )
-        indices = [self.index(name) for name in weights]
-        full = (
-            jnp.zeros(len(self.slots))
-            .at[jnp.asarray(indices, jnp.int32)]
-            .set(jnp.asarray(list(weights.values()), jnp.float32))
-        )
+        # All slots have a weight, so that any number of names is the same code.
+        full: list[Any] = [0.0] * len(self.slots)
+        for name, weight in weights.items():
+            full[self.index(name)] = weight
+        traced = any(isinstance(weight, Tracer) for weight in full)
+        vector = (jnp if traced else np).asarray(full, float)
         held = self._values()
-        return _like(self.adapters, _combine(held, full, self.plan, places_of(held)))
+        return _like(self.adapters, _combine(held, vector, self.plan, places_of(held)))
 
     def _values(self) -> dict[str, jax.Array]:
         return {path: value_of(leaf) for path, leaf in flatten(self.adapters).items()}

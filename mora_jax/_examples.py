@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mora_jax._operators import Adapter, delta
 from mora_jax._schemes import Scheme
@@ -100,6 +101,10 @@ def delta_by_example(
            [0., 0.],
            [1., 1.]], dtype=float32)
     """
+
+    # The gather needs no inputs, so a scheduler would make that of all layers first: a copy of the
+    # bank.
+    x, ids = lax.optimization_barrier((x, ids))
 
     def choose(leaf):
         # A negative index would count from the end.

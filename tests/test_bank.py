@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,7 @@ LAYOUTS = {
     "many rows": ((5, 20, 50), (50, 33), (((2,), (0,)), ((), ())), ()),
     "experts": ((5, 4, 3, 50), (4, 50, 33), (((3,), (1,)), ((1,), (0,))), (4,)),
 }
-CASES = [(scheme, "few rows") for scheme in FAMILIES]
+CASES = [(scheme, "few rows") for scheme in FAMILIES[1:]]
 #: With more rows than features in a block, a rotation turns its matrices.
 CASES += [(mora_jax.Rotation(cycle=True), "many rows"), (FAMILIES[0], "experts")]
 WORDS = ["french", "maths", "cooking"]
@@ -97,6 +96,16 @@ def examples():
     return jax.random.normal(jax.random.key(1), (5, 4, 10))
 
 
+X = jnp.ones((5, 10))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(model, plan, bank with room for two more, base parameters, the adapters)."""
+    *_, model, plan, params = adapted_network(X, module=Small(), scheme="sharing")
+    return model, plan, *make_bank(plan, params, capacity=5)
+
+
 def test_linen_with_stacked_layers_and_attention(examples):
     *_, model, plan, params = adapted_network(examples, scheme="sharing")
 
@@ -133,11 +142,12 @@ def test_linen_ids_are_no_constants_of_a_models_own_jit():
         return model.apply(variables, x, method=entry)
 
     first, second = jnp.array([0, 1, 2]), jnp.array([2, 1, 0])
-    jitted = [jax.jit(run)(first), jax.jit(lambda ids: run(ids))(second)[::-1]]
-    eager = [run(first), run(second)[::-1], run(second, lambda module, x: module(x))[::-1]]
-    for found in (jitted[1], *eager):
-        np.testing.assert_allclose(found, jitted[0], rtol=1e-5, atol=1e-6)
-    assert not np.allclose(jitted[0][0], jitted[0][1], atol=1e-2)
+    wanted = jax.jit(run)(first)
+    again = jax.jit(lambda ids: run(ids))(second)
+    eager = run(first, lambda module, x: module(x)), run(second, lambda module, x: module(x))[::-1]
+    for found in (again[::-1], *eager):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(wanted[0], wanted[1], atol=1e-2)
 
 
 class Model(nnx.Module):
@@ -225,13 +235,11 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_switching_compiles_nothing(compilations):
-    x = jnp.ones((5, 10))
-    *_, model, plan, params = adapted_network(x, module=Small(), scheme="sharing")
-    bank, base, adapters = make_bank(plan, params, capacity=5)
-    single = jax.jit(lambda params: model.apply({"params": params}, x))
+def test_switching_compiles_nothing(small, compilations):
+    model, plan, bank, base, adapters = small
+    single = jax.jit(lambda params: model.apply({"params": params}, X))
     mixed = jax.jit(
-        lambda params, ids: model.apply({"params": params, "mora": {"adapter_ids": ids}}, x)
+        lambda params, ids: model.apply({"params": params, "mora": {"adapter_ids": ids}}, X)
     )
 
     def use(bank, name, other, weights):
@@ -252,104 +260,100 @@ def test_switching_compiles_nothing(compilations):
     assert not np.allclose(first[0], second[0], atol=1e-2)
 
 
-@pytest.mark.parametrize("scheme", FAMILIES[:4], ids=str)
+@pytest.mark.parametrize("scheme", [FAMILIES[1], FAMILIES[2]], ids=str)
 def test_a_combination_is_the_sum_of_the_deltas(scheme):
-    *_, plan, params = adapted_network(jnp.ones((1, 10)), module=Small(), scheme=scheme)
+    *_, plan, params = adapted_network(X, module=nn.Dense(6), scheme=scheme)
     bank, base, adapters = make_bank(plan, params)
     # What nobody asked for may be no number.
     spoilt = jax.tree.map(lambda leaf: leaf * jnp.nan, adapters["cooking"])
     bank = bank.remove("cooking").add("spoilt", spoilt, plan)
     weights = {"french": 0.3, "maths": -1.7}
-    merged = mora_jax.merge(mora_jax.join(bank.combine(weights), base), plan)
-    deltas = [
-        jax.tree.map(
-            lambda a, b, w=weight: w * (a - b),
-            mora_jax.merge(mora_jax.join(adapters[name], base), plan),
-            dict(base),
-        )
-        for name, weight in weights.items()
-    ]
-    chex.assert_trees_all_close(
-        merged, jax.tree.map(lambda *parts: sum(parts), base, *deltas), atol=1e-6
-    )
+    merged = mora_jax.merge(mora_jax.join(bank.combine(weights), base), plan)["kernel"]
+    wanted = base["kernel"]
+    for name, weight in weights.items():
+        alone = mora_jax.merge(mora_jax.join(adapters[name], base), plan)["kernel"]
+        wanted = wanted + weight * (alone - base["kernel"])
+    np.testing.assert_allclose(merged, wanted, rtol=1e-5, atol=1e-6)
     assert_same_bits(bank.select("maths"), adapters["maths"])
     assert_same_bits(bank.select(jnp.array(0)), adapters["french"])
 
 
-def test_adapters_train_together_in_one_batch():
-    x, y = jax.random.normal(jax.random.key(1), (2, 6, 12)), jnp.repeat(jnp.arange(3.0), 2)
-    *_, model, plan, params = adapted_network(x[0], module=Small(), scheme="sharing", rank=4)
-    bank, base, _ = make_bank(plan, params, capacity=4)
+def test_adapters_train_together_in_one_batch(small):
+    model, _, bank, base, _ = small
+    ids, wanted = bank.ids(["french", "french", "maths", "maths", None]), jnp.arange(5) / 2
     optimizer = optax.adam(1e-2)
 
     @jax.jit
-    def step(adapters, state, ids):
+    def step(adapters, state):
         def loss(adapters):
             variables = {"params": mora_jax.join(adapters, base), "mora": {"adapter_ids": ids}}
-            return jnp.square(model.apply(variables, x[0]).mean(-1) - y).mean()
+            each = jnp.square(model.apply(variables, X).mean(-1) - wanted)
+            return each.sum(), each
 
-        value, gradients = jax.value_and_grad(loss)(adapters)
+        gradients, each = jax.grad(loss, has_aux=True)(adapters)
         updates, state = optimizer.update(gradients, state, adapters)
-        return optax.apply_updates(adapters, updates), state, value
+        return optax.apply_updates(adapters, updates), state, each
 
-    ids = bank.ids(["french", "french", "maths", "maths", None, None])
     adapters, state, losses = bank.adapters, optimizer.init(bank.adapters), []
-    for _ in range(30):
-        adapters, state, loss = step(adapters, state, ids)
-        losses.append(float(loss))
+    for _ in range(20):
+        adapters, state, each = step(adapters, state)
+        losses.append(each)
+    assert losses[-1][:4].sum() < 0.5 * losses[0][:4].sum()
+    assert losses[-1][4] == losses[0][4]
     trained = dataclasses.replace(bank, adapters=adapters)
-    assert losses[-1] < 0.5 * losses[0] + 4 / 3
     assert_same_bits(trained.select("cooking"), bank.select("cooking"))
-    assert (
-        trained.select("maths")["head"]["mora"]["matrix"]
-        != bank.select("maths")["head"]["mora"]["matrix"]
-    ).all()
+    for name in ("french", "maths"):
+        after, before = (b.select(name)["head"]["mora"]["matrix"] for b in (trained, bank))
+        assert (after != before).all()
 
 
-def test_errors_say_what_is_wrong():
-    x = jnp.ones((3, 10))
-    _, pretrained, model, plan, params = adapted_network(x, module=Small(), scheme="sharing")
-    bank, base, adapters = make_bank(plan, params)
+def test_errors_of_a_bank_say_what_is_wrong(small):
+    _, plan, bank, base, adapters = small
     with pytest.raises(KeyError, match=r"no adapter 'dutch'.*'cooking', 'french', 'maths'"):
         bank.ids(["dutch"])
-    with pytest.raises(IndexError, match="no adapter 3 in a bank of 3"):
-        bank.select(3)
+    with pytest.raises(IndexError, match="no adapter 5 in a bank of 5"):
+        bank.select(5)
     with pytest.raises(ValueError, match="'maths' already"):
         bank.add("maths", adapters["maths"], plan)
-    with pytest.raises(ValueError, match="full: its capacity is 3"):
-        bank.add("dutch", adapters["maths"], plan)
-    free = bank.remove("maths")
+    full = dataclasses.replace(bank, slots=tuple("abcde"))
+    with pytest.raises(ValueError, match="full: its capacity is 5"):
+        full.add("dutch", adapters["maths"], plan)
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), adapters["maths"])
-    with pytest.raises(TypeError, match=r"of 'maths' is bfloat16, and the bank holds float32"):
-        free.add("maths", half, plan)
-    other = mora_jax.plan(mora_jax.adapt(Small(), mora_jax.MoRAConfig(
-        rank=1, scheme="truncation", targets="head")), x)  # fmt: skip
+    with pytest.raises(TypeError, match=r"of 'dutch' is bfloat16, and the bank holds float32"):
+        bank.add("dutch", half, plan)
+    config = mora_jax.MoRAConfig(rank=1, scheme="truncation", targets="head")
+    other = mora_jax.plan(mora_jax.adapt(Small(), config), X)
     lines = (
-        r"'maths' has another plan than the bank:\n.*'embed' is adapted in the bank alone\n"
+        r"'dutch' has another plan than the bank:\n.*'embed' is adapted in the bank alone\n"
         r".*'head' has scheme Truncation\(\), in the bank Sharing\(\)\n"
         r".*'head' has size 5, in the bank 7$"
     )
     with pytest.raises(ValueError, match=lines):
-        free.add("maths", mora_jax.attach(other, pretrained), other)
-    *_, trains, with_scale = adapted_network(x, module=Small(), also_train="norm/scale")
-    with pytest.raises(ValueError, match=r"trains 'norm/scale' in full \(also_train\)"):
-        mora_jax.stack_adapters({"french": (with_scale, trains)})
-    *_, low, thin = adapted_network(x, module=Small(), scheme="low_rank", key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"not combined: LowRank's.*'embed', 'head'"):
+        bank.add("dutch", mora_jax.attach(other, base), other)
+    *_, trains, with_bias = adapted_network(X, module=nn.Dense(6), also_train="bias")
+    with pytest.raises(ValueError, match=r"trains 'bias' in full \(also_train\)"):
+        mora_jax.stack_adapters({"french": (with_bias, trains)})
+    key = jax.random.key(0)
+    *_, low, thin = adapted_network(X, module=nn.Dense(6), scheme="low_rank", key=key)
+    with pytest.raises(ValueError, match="not combined: LowRank's"):
         mora_jax.stack_adapters({"french": (thin, low)}).combine({"french": 1.0})
+
+
+def test_errors_of_a_mixed_batch_say_what_is_wrong(small):
+    model, _, bank, base, _ = small
 
     def run(x, ids, model=model, bank=bank, base=base):
         variables = {"params": mora_jax.join(bank.adapters, base), "mora": {"adapter_ids": ids}}
         return model.apply(variables, x)
 
-    with pytest.raises(ValueError, match=r"each of 2 examples.* 'embed' have shape \(3, 10\)"):
-        run(x, jnp.zeros(2, jnp.int32))
+    with pytest.raises(ValueError, match=r"each of 2 examples.* 'embed' have shape \(5, 10\)"):
+        run(X, jnp.zeros(2, jnp.int32))
     with pytest.raises(TypeError, match="must be an array of integers, got float32"):
-        run(x, jnp.zeros(3))
-    with pytest.raises(ValueError, match="one axis, the examples', got \\(3, 1\\)"):
-        run(x, jnp.zeros((3, 1), jnp.int32))
-    words = jnp.zeros((3, 2), jnp.int32)
+        run(X, jnp.zeros(5))
+    with pytest.raises(ValueError, match=r"one axis, the examples', got \(5, 1\)"):
+        run(X, jnp.zeros((5, 1), jnp.int32))
+    words = jnp.zeros((5, 2), jnp.int32)
     *_, embed, plan, params = adapted_network(words, module=nn.Embed(11, 8), targets=".*", rank=1)
     bank, base, _ = make_bank(plan, params)
     with pytest.raises(ValueError, match=r"layer '' enters what is no product over its inputs"):
-        run(words, jnp.zeros(3, jnp.int32), embed, bank, base)
+        run(words, jnp.zeros(5, jnp.int32), embed, bank, base)
