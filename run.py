@@ -3,7 +3,7 @@
     python3 run.py test                      # all tests, two files at a time; or pytest's arguments
     python3 run.py memorize                  # examples/memorize.py; further arguments go to it
     python3 run.py train                     # examples/train_llama.py, likewise
-    python3 run.py step                      # examples/benchmarks/step.py, likewise; generate too
+    python3 run.py step                      # examples/benchmarks/step.py; generate, adapters too
 
 The first call makes `.venv` beside this file and installs the library there with what the tests and
 examples need. Later calls start at once, until pyproject.toml changes.
@@ -18,12 +18,14 @@ import venv
 
 ROOT = pathlib.Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
-EXTRAS = {"test": "test"} | dict.fromkeys(("memorize", "train", "step", "generate"), "examples")
+EXAMPLES = ("memorize", "train", "step", "generate", "adapters")
+EXTRAS = {"test": "test"} | dict.fromkeys(EXAMPLES, "examples")
 SCRIPTS = {
     "memorize": "examples/memorize.py",
     "train": "examples/train_llama.py",
     "step": "examples/benchmarks/step.py",
     "generate": "examples/benchmarks/generate.py",
+    "adapters": "examples/benchmarks/adapters.py",
 }
 
 

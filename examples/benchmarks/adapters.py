@@ -1,11 +1,11 @@
 """Times many adapters over one base: memory, switching, and a batch with all of them in it.
 
-    python3 examples/benchmarks/adapters.py            # layers of Llama-3-8B's shape, a large GPU
-    python3 examples/benchmarks/adapters.py --tiny     # any machine, seconds: does it run?
+    python3 examples/benchmarks/adapters.py    # layers of Llama-3-8B's shape, on a large GPU
+    python3 run.py adapters --tiny             # any machine, seconds: does it run?
 
-Wants an environment with JAX for the accelerator. The forward pass of a batch with an example for
-each adapter, some tokens long, without a key-value cache, in variants that run in turns in one
-process over the same weights:
+The first wants an environment with JAX for the accelerator. What is timed is the forward pass of a
+batch with an example for each adapter, some tokens long, without a key-value cache, in variants
+that run in turns in one process over the same weights:
 
     base         no adapter: the floor
     kernel       one adapter for all examples, its delta in the kernel
@@ -134,8 +134,11 @@ class Case:
         return {name: found[name] for name in order} | {"mixed": (jax.jit(mixed), every)}
 
 
-def measure_switching(case: Case, turns: int) -> dict[str, Any]:
-    """Seconds to have another adapter's parameters, and what that compiles."""
+def measure_switching(case: Case, turns: int, combines: bool) -> dict[str, Any]:
+    """Seconds to have another adapter's parameters, and what that compiles.
+
+    `combines` is false for LoRA, which has no weighted sum.
+    """
     run = jax.jit(lambda params, x: case.models["activation"].apply({"params": params}, x))
     x = jnp.zeros((1, *case.shape[1:]), case.models["base"].dtype)
 
@@ -144,7 +147,8 @@ def measure_switching(case: Case, turns: int) -> dict[str, Any]:
 
     weights = {"0": 0.5}
     run(switch("0"), x)
-    run(mora_jax.join(case.bank.combine(weights), case.base), x)
+    if combines:
+        run(mora_jax.join(case.bank.combine(weights), case.base), x)
     COMPILATIONS.clear()
     switches, combinations = [], []
     for turn in range(turns):
@@ -152,14 +156,15 @@ def measure_switching(case: Case, turns: int) -> dict[str, Any]:
         seconds, params = timed(switch, name)
         switches.append(seconds)
         jax.block_until_ready(run(params, x))
+        if not combines:
+            continue
         seconds, adapters = timed(case.bank.combine, {name: 0.25, "0": 0.75})
         combinations.append(seconds)
         jax.block_until_ready(run(mora_jax.join(adapters, case.base), x))
-    return {
-        "switch": summary(switches),
-        "combine": summary(combinations),
-        "compilations": len(COMPILATIONS),
-    }
+    found: dict[str, Any] = {"switch": summary(switches)}
+    if combines:
+        found["combine"] = summary(combinations)
+    return found | {"compilations": len(COMPILATIONS)}
 
 
 def difference(case: Case, passes: dict[str, tuple[Any, Any]], ids: Any, x: Any) -> float:
@@ -184,7 +189,7 @@ def measure(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
         "adapter_gb": one,
         "bank_gb": gigabytes(case.bank.adapters),
     }
-    switching = measure_switching(case, args.switches)
+    switching = measure_switching(case, args.switches, scheme != "lora")
     adding = summary(case.add_seconds[1:])
     print(
         f"\n{scheme}, rank {args.rank}, {args.adapters} adapters in {args.bank_dtype}, "
@@ -254,8 +259,6 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two layers of 64 features")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all of it")
     args = parser.parse_args()
-    if "lora" in args.schemes:
-        parser.error("--schemes: LoRA has no combination by weights; choose others")
     if args.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
     jax.monitoring.register_event_duration_secs_listener(listen)
