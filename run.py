@@ -4,7 +4,7 @@
     python3 run.py memorize                  # examples/memorize.py; further arguments go to it
     python3 run.py finetune                  # examples/finetune.py, likewise
     python3 run.py train                     # examples/train_llama.py, likewise
-    python3 run.py step                      # examples/benchmarks/step.py, likewise; generate too
+    python3 run.py step                      # examples/benchmarks/step.py; generate, adapters too
 
 The first call makes `.venv` beside this file and installs the library there with what the tests and
 examples need. Later calls start at once, until pyproject.toml changes.
@@ -25,6 +25,7 @@ SCRIPTS = {
     "train": "examples/train_llama.py",
     "step": "examples/benchmarks/step.py",
     "generate": "examples/benchmarks/generate.py",
+    "adapters": "examples/benchmarks/adapters.py",
 }
 EXTRAS = {"test": "test"} | dict.fromkeys(SCRIPTS, "examples")
 

@@ -4,6 +4,7 @@ Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", ar
 """
 
 from mora_jax._adapt import adapt, plan
+from mora_jax._bank import AdapterBank, stack_adapters
 from mora_jax._config import MoRAConfig
 from mora_jax._dot import mora_dot_general
 from mora_jax._freeze import freeze_base
@@ -31,6 +32,7 @@ from mora_jax._version import __version__
 from mora_jax.linen import MoRADense
 
 __all__ = [
+    "AdapterBank",
     "AdapterSpec",
     "Decoupling",
     "KernelAxes",
@@ -66,6 +68,7 @@ __all__ = [
     "scheme_from_mora_type",
     "split",
     "square_rank",
+    "stack_adapters",
     "trainable_mask",
     "unmerge",
 ]

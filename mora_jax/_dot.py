@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mora_jax._config import Placement
+from mora_jax._examples import Examples, delta_by_example
 from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
 from mora_jax._mesh import (
     UNKNOWN,
@@ -63,6 +64,7 @@ def mora_dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
     adapter_lhs: jax.Array | None = None,
+    adapter_ids: jax.Array | None = None,
     frozen: bool = False,
     spread: Spread = UNKNOWN,
     keep_sum: bool = False,
@@ -87,6 +89,9 @@ def mora_dot_general(
       preferred_element_type: as for `jax.lax.dot_general`, for the base product.
       adapter_lhs: inputs of the adapter alone, where they differ from `lhs` (dropout); the delta is
         then in the activations whatever `placement` says.
+      adapter_ids: [E] int: an adapter for each example, -1 for none. Leaves of `adapter` then have
+        an axis of adapters, [B..., adapters, rows, columns], the first axis of `lhs` is one of E
+        examples, and the delta is in the activations whatever `placement` says.
       frozen: take the kernel as a constant: its gradient is zero, and never formed. Unlike with
         `jax.lax.stop_gradient`, a scan over stacked kernels keeps no copy of them.
       spread: mesh axes over which inputs and outputs are split by their features, as in tensor
@@ -125,8 +130,12 @@ def mora_dot_general(
     if not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
-    if bad := {name: a.shape for name, a in adapter.items() if a.shape[:-2] != batch}:
+    # Where examples have adapters of their own, an axis of adapters follows.
+    end = -2 if adapter_ids is None else -3
+    if bad := {name: a.shape for name, a in adapter.items() if a.shape[:end] != batch}:
         raise ValueError(f"adapter leaves must lead with the batch axes {batch}, got {bad}.")
+    if adapter_ids is not None:
+        Examples(adapter_ids, "").check(lhs.shape, dimension_numbers)
     one = {name: jax.ShapeDtypeStruct(a.shape[-2:], a.dtype) for name, a in adapter.items()}
     check_adapter(one, in_features, out_features, scheme)
     if (mesh := explicit_mesh(lhs, rhs)) is not None:
@@ -153,13 +162,15 @@ def mora_dot_general(
             **options,
         )
 
-        def run(lhs, rhs, adapter, adapter_lhs):
-            return again(lhs, rhs, adapter=adapter, adapter_lhs=adapter_lhs)
+        def run(lhs, rhs, adapter, adapter_lhs, ids):
+            return again(lhs, rhs, adapter=adapter, adapter_lhs=adapter_lhs, adapter_ids=ids)
 
-        return in_auto_axes(run, mesh, result.sharding, lhs, rhs, dict(adapter), adapter_lhs)
+        arrays = (lhs, rhs, dict(adapter), adapter_lhs, adapter_ids)
+        return in_auto_axes(run, mesh, result.sharding, *arrays)
     plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
-    if plain or adapter_lhs is not None:
-        return call.in_activations(lhs, lhs if adapter_lhs is None else adapter_lhs, rhs, adapter)
+    if plain or adapter_lhs is not None or adapter_ids is not None:
+        inputs = lhs if adapter_lhs is None else adapter_lhs
+        return call.in_activations(lhs, inputs, rhs, adapter, adapter_ids)
     lhs, rhs, adapter = vary_alike((lhs, rhs, dict(adapter)))
     return _dot(lhs, rhs, adapter, dataclasses.replace(call, placement=placement))
 
@@ -239,22 +250,24 @@ class _Call:
             function = jax.vmap(function)
         return function
 
-    def delta(self, lhs, adapter, out_features):
+    def delta(self, lhs, adapter, out_features, ids=None):
         """[B..., T, O] of the delta."""
 
         def one(x, adapter):
             with spread_is(self.spread):
+                if ids is not None:
+                    return delta_by_example(x, adapter, ids, out_features, self.scheme)
                 return delta(x, adapter, out_features, self.scheme)
 
         return self.per_batch(one)(self.rows(lhs), dict(adapter))
 
-    def in_activations(self, lhs, adapter_lhs, rhs, adapter):
+    def in_activations(self, lhs, adapter_lhs, rhs, adapter, ids=None):
         if self.frozen and self.is_plain:
             base = frozen_product(lhs, rhs, self)
         else:
             base = self.product(lhs, lax.stop_gradient(rhs) if self.frozen else rhs)
         _, _, out_features = self.axes.sizes(rhs.shape)
-        value = self.delta(adapter_lhs, adapter, out_features)
+        value = self.delta(adapter_lhs, adapter, out_features, ids)
         return base + value.reshape(base.shape).astype(base.dtype)
 
     def places(self, lhs, rhs, adapter):

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._config import MoRAConfig, check_matches
+from mora_jax._examples import Examples, unfold
 from mora_jax._layout import KernelAxes
-from mora_jax._params import check_adapted
+from mora_jax._params import bank_size, check_adapted
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._rewrite import Traced, trace
 from mora_jax._tree import checksum, flatten, is_adapter, join_path, listing, rebuild
@@ -78,6 +79,7 @@ class AdaptedFunction:
         params: Mapping[str, Any],
         *inputs: Any,
         mora_key: jax.Array | None = None,
+        mora_adapter_ids: jax.Array | None = None,
         **kwargs: Any,
     ) -> Any:
         """What the base function gives for the parameters plus their adapters' deltas.
@@ -86,6 +88,8 @@ class AdaptedFunction:
           params: parameters with adapters.
           *inputs: the function's.
           mora_key: a PRNG key for the adapters' dropout; without one there is none.
+          mora_adapter_ids: [E] int, where the parameters hold a bank: the adapter of each example,
+            -1 for none; the first axis of what enters adapted products is one of E examples.
           **kwargs: the function's.
         """
         leaves = flatten(params)
@@ -94,7 +98,8 @@ class AdaptedFunction:
         plan = self.mora_chooser
         if isinstance(plan, MoRAConfig):
             plan = _plan(traced, base, plan)
-        check_adapted(plan, leaves)
+        count = 1 if mora_adapter_ids is None else bank_size(plan, leaves)
+        check_adapted(plan, leaves, count=count)
         kernels = {join_path(path, spec.kernel_name): path for path, spec in plan.items()}
         arrays = list(traced.arrays)
         for index, path in enumerate(sorted(base)):
@@ -106,8 +111,12 @@ class AdaptedFunction:
             adapter = spec.batch_first(adapter)
             # By the path's checksum, so that a layer's mask does not depend on the others.
             key = None if mora_key is None else jax.random.fold_in(mora_key, checksum(path))
-            view = Adapted.of(arrays[index], adapter, spec.kernel_axes, spec.config, key)
-            arrays[index] = view
+            examples = None
+            if mora_adapter_ids is not None:
+                examples = Examples(mora_adapter_ids, kernels[path])
+                adapter = unfold(adapter, spec.rows, kernels[path])
+            axes = spec.kernel_axes
+            arrays[index] = Adapted.of(arrays[index], adapter, axes, spec.config, key, examples)
         return traced.run(arrays)
 
 

@@ -20,7 +20,7 @@ from mora_jax._config import MoRAConfig
 from mora_jax._function import AdaptedFunction
 from mora_jax._params import attach
 from mora_jax._plan import Plan
-from mora_jax._tree import ADAPTER, checksum
+from mora_jax._tree import ADAPTER, IDS, checksum
 
 
 def is_pretrained_model(model: Any) -> bool:
@@ -62,13 +62,18 @@ class _AdaptedModule:
         return getattr(self.mora_base, name)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `flax.linen.Module.apply`; "params" holds the adapters too."""
-        rest = {name: value for name, value in variables.items() if name != "params"}
+        """As `flax.linen.Module.apply`; "params" holds the adapters too.
+
+        Where they are a bank, `{"mora": {"adapter_ids": ids}}` says which one each example has.
+        """
+        rest = {name: value for name, value in variables.items() if name not in ("params", ADAPTER)}
+        ids = variables.get(ADAPTER, {}).get(IDS)
         run = AdaptedFunction(functools.partial(_apply, self.mora_base), self.mora_plan)
         # The adapters' dropout goes with the model's own: `dropout_rng` in training.
         key = (kwargs.get("rngs") or {}).get("dropout")
         key = None if key is None else jax.random.fold_in(key, checksum(ADAPTER))
-        return run(variables["params"], rest, *args, mora_key=key, **kwargs)
+        own = {"mora_key": key, "mora_adapter_ids": ids}
+        return run(variables["params"], rest, *args, **own, **kwargs)
 
 
 def _apply(module: nn.Module, params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from jax import lax
 
 from mora_jax._config import LayerConfig, MoRAConfig
 from mora_jax._dot import dropout, mora_dot_general
+from mora_jax._examples import Examples, bank_size, holds_bank, unfold
 from mora_jax._initialize import initialize
 from mora_jax._layout import KernelAxes, einsum_axes, kernel_axes
 from mora_jax._rewrite import trace
@@ -35,6 +36,13 @@ OTHERS = (nn.Conv, nn.Embed)
 
 #: Set while a layer runs as a function of its kernel, so that it is not adapted once more.
 WITHIN: contextvars.ContextVar[bool] = contextvars.ContextVar("WITHIN", default=False)
+
+
+#: Which adapter of a bank each example has, within a call of an adapted model. Layers see it at
+#: whatever depth: a lifted transformation hands on the collections that it was told of, no others.
+IDS_OF_EXAMPLES: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
+    "IDS_OF_EXAMPLES", default=None
+)
 
 
 class MoRA(nn.Module):
@@ -70,7 +78,9 @@ class MoRA(nn.Module):
     ) -> jax.Array:
         """Like `jax.lax.dot_general`, with the delta added."""
         config = self.config
-        adapter = _make_leaves(self, rhs, kernel_axes(rhs, dimension_numbers))
+        adapter, examples = _leaves(self, rhs, kernel_axes(rhs, dimension_numbers))
+        if examples is not None:
+            examples.check(lhs.shape, dimension_numbers)
         dropped = None
         if config.dropout and self.has_rng(ADAPTER):
             dropped = dropout(lhs, config.dropout, self.make_rng(ADAPTER))
@@ -84,6 +94,7 @@ class MoRA(nn.Module):
             precision=precision,
             preferred_element_type=preferred_element_type,
             adapter_lhs=dropped,
+            adapter_ids=None if examples is None else examples.ids,
             frozen=not config.train_kernel,
             spread=config.spread,
             keep_sum=config.keep_sums,
@@ -103,14 +114,34 @@ class Leaves(nn.Module):
     kernel_name: str = "kernel"
 
     @nn.compact
-    def __call__(self, kernel: jax.Array, axes: KernelAxes) -> dict[str, jax.Array]:
-        """The adapter's leaves; [B..., rows, columns]."""
-        return _make_leaves(self, kernel, axes, self.kernel_name)
+    def __call__(
+        self, kernel: jax.Array, axes: KernelAxes
+    ) -> tuple[dict[str, jax.Array], Examples | None]:
+        """The adapter's leaves, and which of a bank's adapters each example has.
+
+        They are [B..., rows, columns], and of a bank [B..., adapters, rows, columns].
+        """
+        return _leaves(self, kernel, axes, self.kernel_name)
 
 
-def _make_leaves(
+def _leaves(
     module: Any, kernel: jax.Array, axes: KernelAxes, name: str = "kernel"
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Examples | None]:
+    """The adapter of a layer, made where there is none, or the bank that it holds."""
+    layer, ids = join_path(*module.path[:-1]), IDS_OF_EXAMPLES.get()
+    _, in_features, out_features = axes.sizes(kernel.shape)
+    shapes = adapter_shapes(in_features, out_features, module.config.rank, module.config.scheme)
+    rows = {name: shape[0] for name, shape in shapes.items()}
+    found = {name: module.get_variable("params", name) for name in rows}
+    stored = {name: nn.unbox(leaf) for name, leaf in found.items() if leaf is not None}
+    if stored and ids is not None:
+        return unfold(stored, rows, layer), Examples(ids, layer)
+    if (count := bank_size(stored, rows)) > 1:
+        raise holds_bank(count, f"the parameters of the layer {layer!r}")
+    return _make_leaves(module, kernel, axes, name), None
+
+
+def _make_leaves(module: Any, kernel: jax.Array, axes: KernelAxes, name: str) -> dict[str, Any]:
     config, leaves = module.config, {}
     batch, in_features, out_features = axes.sizes(kernel.shape)
     shapes = adapter_shapes(in_features, out_features, config.rank, config.scheme)
@@ -166,7 +197,7 @@ def as_function(
     key = layer.make_rng(ADAPTER) if config.dropout and layer.has_rng(ADAPTER) else None
     scope: Any = layer.scope
     leaves = Leaves(config, name, parent=scope.push(ADAPTER, reuse=True))
-    adapter = leaves(params[name], axes)
+    adapter, examples = leaves(params[name], axes)
     alone = layer.clone(parent=None, name=None)
 
     def call(kernel, args, kwargs):
@@ -178,7 +209,7 @@ def as_function(
     finally:
         WITHIN.reset(token)
     kernel, *others = traced.arrays
-    return traced.run([Adapted.of(kernel, adapter, axes, config, key), *others])
+    return traced.run([Adapted.of(kernel, adapter, axes, config, key, examples), *others])
 
 
 def _axes_of(layer: Any, kernel: jax.Array, args: tuple) -> KernelAxes:

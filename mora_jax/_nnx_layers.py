@@ -20,13 +20,14 @@ from jax import lax
 
 from mora_jax._config import LayerConfig, Placement
 from mora_jax._dot import dropout, mora_dot_general
+from mora_jax._examples import Examples, bank_size, holds_bank, unfold
 from mora_jax._initialize import draws_numbers, initialize
 from mora_jax._layout import KernelAxes
 from mora_jax._mesh import beside, sharding_of
 from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import trace
-from mora_jax._schemes import LowRank, Scheme, as_scheme
-from mora_jax._tree import ADAPTER
+from mora_jax._schemes import Scheme, adapter_shapes, as_scheme
+from mora_jax._tree import ADAPTER, IDS
 from mora_jax._variables import MoRAParam, box_like, value_of
 from mora_jax._views import Adapted
 
@@ -41,6 +42,8 @@ class MoRA(nnx.Module):
       kernel_shape: likewise.
       deterministic: no dropout where True, as `model.eval()` sets it.
       rngs: the stream of the dropout's keys, where the config asks for dropout.
+      adapter_ids: which adapter each example has, where `set_adapter_ids` has said it and the
+        leaves are those of a bank.
     """
 
     def __init__(
@@ -80,10 +83,22 @@ class MoRA(nnx.Module):
             keys = jax.random.split(own, stacks) if stacks else own
             self.rngs = nnx.RngStream(keys, tag=ADAPTER)
 
-    def adapter(self) -> dict[str, jax.Array]:
-        """The leaves by name; within a scan over stacked layers, those of one layer."""
-        names = ("a", "b") if isinstance(self.config.scheme, LowRank) else ("matrix",)
-        return {name: getattr(self, name)[...] for name in names}
+    def adapter(self) -> tuple[dict[str, jax.Array], Examples | None]:
+        """The leaves by name, and which adapter each example has where they are a bank's.
+
+        Within a scan over stacked layers, they are those of one layer.
+        """
+        _, in_features, out_features = self.kernel_axes.sizes(self.kernel_shape)
+        shapes = adapter_shapes(in_features, out_features, self.config.rank, self.config.scheme)
+        rows = {name: shape[0] for name, shape in shapes.items()}
+        leaves = {name: getattr(self, name)[...] for name in rows}
+        if (variable := getattr(self, IDS, None)) is None:
+            if (count := bank_size(leaves, rows)) > 1:
+                raise holds_bank(count, f"the variables of a layer of {self.config.scheme}")
+            return leaves, None
+        # Stacked layers have their ids stacked, whether a scan takes them apart or not.
+        ids, path = variable[...], variable.get_metadata("layer")
+        return unfold(leaves, rows, path), Examples(ids.reshape(-1, ids.shape[-1])[0], path)
 
     def dropout_key(self) -> jax.Array | None:
         """A new key for the dropout of one call; None where there is none."""
@@ -117,11 +132,14 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
 
     def dot_general(lhs, rhs, dimension_numbers, precision=None, out_sharding=None, **options):
         key = mora.dropout_key()
+        adapter, examples = mora.adapter()
+        if examples is not None:
+            examples.check(lhs.shape, dimension_numbers)
         return mora_dot_general(
             lhs,
             rhs,
             dimension_numbers,
-            mora.adapter(),
+            adapter,
             config.scheme,
             placement=config.placement,
             precision=precision,
@@ -131,6 +149,7 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
             out_sharding=out_sharding,
             dot_general=base,
             adapter_lhs=None if key is None else dropout(lhs, config.dropout, key),
+            adapter_ids=None if examples is None else examples.ids,
             **options,
         )
 
@@ -226,7 +245,8 @@ def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
 def _run(function: Callable[..., Any], mora: MoRA, key: Any, kernel: jax.Array, *args: Any) -> Any:
     traced = trace(function, kernel, *args)
     value, *others = traced.arrays
-    view = Adapted.of(value, mora.adapter(), mora.kernel_axes, mora.config, key)
+    adapter, examples = mora.adapter()
+    view = Adapted.of(value, adapter, mora.kernel_axes, mora.config, key, examples)
     return traced.run([view, *others])
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from mora_jax import _examples
 from mora_jax._initialize import draws_numbers, initialize
 from mora_jax._mesh import beside, sharding_of
 from mora_jax._plan import Plan
@@ -158,16 +159,36 @@ def check_base(plan: Plan, leaves: Mapping[str, Any]) -> None:
             raise TypeError(f"{path!r} is {dtype}; a kernel must be floating to take a delta.")
 
 
-def check_adapted(plan: Plan, leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the leaves hold the plan's kernels and its adapters, no others."""
-    wanted = plan.adapter_leaves()
+def check_adapted(plan: Plan, leaves: Mapping[str, Any], *, count: int = 1) -> None:
+    """Raises ValueError unless the leaves hold the plan's kernels and its adapters, no others.
+
+    Where `count` is more than one, the adapters are banks of as many.
+    """
+    check_adapters(plan, leaves, count=count)
+    check_base(plan, leaves)
+
+
+def check_adapters(plan: Plan, leaves: Mapping[str, Any], *, count: int = 1) -> None:
+    """The part of `check_adapted` that needs no base."""
+    wanted = plan.adapter_leaves(count)
     present = {path for path in leaves if is_adapter(path)}
     if not present:
         raise ValueError("the parameters hold no adapters; call attach(plan, params) first.")
     if surplus := present - wanted.keys():
         raise ValueError(f"the parameters hold adapters that the plan lacks: {listing(surplus)}.")
+    if count == 1 and (held := bank_size(plan, leaves)) > 1:
+        raise _examples.holds_bank(held, "the parameters")
     _check_shapes({path: leaf.shape for path, leaf in wanted.items()}, leaves, "adapters")
-    check_base(plan, leaves)
+
+
+def bank_size(plan: Plan, leaves: Mapping[str, Any]) -> int:
+    """How many adapters each layer holds; 1 where the shapes of the first one do not say."""
+    for path, spec in plan.items():
+        names = {name: leaf for name, leaf in plan.leaf_paths(path).items() if leaf in leaves}
+        held = {name: value_of(leaves[leaf]) for name, leaf in names.items()}
+        if held and all(getattr(leaf, "ndim", 0) > spec.row_axis for leaf in held.values()):
+            return _examples.bank_size(held, spec.rows, spec.row_axis)
+    return 1
 
 
 def check_paths(plan: Plan, leaves: Mapping[str, Any]) -> None:

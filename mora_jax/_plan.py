@@ -84,6 +84,17 @@ class AdapterSpec:
         return shapes
 
     @property
+    def row_axis(self) -> int:
+        """Which axis of the adapter's leaves is their rows; in a bank, adapter after adapter."""
+        ndim = len(self.adapter_batch_axes) + 2
+        return next(axis for axis in range(ndim) if axis not in self.adapter_batch_axes)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of one adapter's leaves, by their names."""
+        return {name: shape[self.row_axis] for name, shape in self.shapes.items()}
+
+    @property
     def parameters(self) -> int:
         """Trained numbers in this layer's adapter."""
         return sum(math.prod(shape) for shape in self.shapes.values())
@@ -168,13 +179,15 @@ class Plan(Mapping[str, AdapterSpec]):
             return "adapter"
         return "also_train" if self.trains(path) else "frozen"
 
-    def adapter_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Path, shape and dtype of every leaf of every adapter."""
-        return {
-            leaf: jax.ShapeDtypeStruct(spec.shapes[name], spec.config.dtype)
-            for path, spec in self.layers
-            for name, leaf in self.leaf_paths(path).items()
-        }
+    def adapter_leaves(self, count: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path, shape and dtype of every leaf of every adapter, or of banks of `count` adapters."""
+        leaves = {}
+        for path, spec in self.layers:
+            for name, leaf in self.leaf_paths(path).items():
+                shape = list(spec.shapes[name])
+                shape[spec.row_axis] *= count
+                leaves[leaf] = jax.ShapeDtypeStruct(tuple(shape), spec.config.dtype)
+        return leaves
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` is trained in full beside the adapters."""

@@ -21,6 +21,9 @@ from flax import nnx
 #: The name under which a layer holds its adapter.
 ADAPTER = "mora"
 
+#: The name under which a collection `mora` of linen, or an adapter of NNX, holds adapter ids.
+IDS = "adapter_ids"
+
 
 def join_path(*parts: str) -> str:
     """`"a/b/c"` from its parts, leaving out empty ones (the root's own path is empty)."""

@@ -22,6 +22,10 @@ class AlsoTrained(MoRAParam):
     """A parameter of the base model that is trained in full beside the adapters."""
 
 
+class AdapterIds(nnx.Variable):
+    """Which adapter of a bank each example has, beside the adapters of one layer: [E] int."""
+
+
 _BOXES = (nnx.Variable, meta.AxisMetadata)
 
 

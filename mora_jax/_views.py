@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._config import LayerConfig
 from mora_jax._dot import dropout, mora_dot_general
+from mora_jax._examples import Examples
 from mora_jax._layout import KernelAxes, add_delta
 from mora_jax._operators import Adapter, delta_transpose
 from mora_jax._ragged import ragged_delta
@@ -76,12 +77,15 @@ class Adapted(View):
       axes: of `value`.
       config: scheme and placement.
       key: drops inputs of the adapter where it is given; what is no product has none.
+      examples: gives each example of the inputs an adapter of its own, where it is given; leaves of
+        `adapter` are then [B..., adapters, rows, columns].
     """
 
     adapter: Adapter
     axes: KernelAxes
     config: LayerConfig
     key: jax.Array | None = None
+    examples: Examples | None = None
 
     @classmethod
     def of(
@@ -91,12 +95,16 @@ class Adapted(View):
         axes: KernelAxes,
         config: LayerConfig,
         key: jax.Array | None = None,
+        examples: Examples | None = None,
     ) -> Adapted:
         """The view of a whole kernel."""
         key = key if config.dropout else None
-        return cls(kernel, tuple(range(kernel.ndim)), kernel.dtype, adapter, axes, config, key)
+        order = tuple(range(kernel.ndim))
+        return cls(kernel, order, kernel.dtype, adapter, axes, config, key, examples)
 
     def array(self):
+        if self.examples is not None:
+            raise self.examples.refuse("what is no product over its inputs (a lookup, a head)")
         delta = self.axes.delta(self.adapter, self.value.shape, self.config.scheme)
         return add_delta(self._base(), delta).transpose(self.order)
 
@@ -136,13 +144,15 @@ class Adapted(View):
         if batches.keys() == set(axes.batch):
             if pairs.keys() == set(axes.inputs):
                 return self._adapted(lhs, pairs, batches, [right for _, right in batch], **params)
-            if pairs.keys() == set(axes.outputs) and len(self.order) == 2:
+            matrix = len(self.order) == 2 and self.examples is None
+            if pairs.keys() == set(axes.outputs) and matrix:
                 return self._transposed(lhs, contracting, batch, **params)
         return _dot_general(lhs, self.array(), contracting, batch, **params)
 
     def ragged_product(self, lhs, group_sizes, **params):
         found = tuple(self.order[axis] for axis in _ragged_axes(params, lhs))
-        if not found or self.axes != KernelAxes(found[1:2], found[2:], found[:1]):
+        fitting = self.axes == KernelAxes(found[1:2], found[2:], found[:1])
+        if not found or not fitting or self.examples is not None:
             return lax.ragged_dot_general(lhs, self.array(), group_sizes, **params)
         kernel = self._base().transpose(self.order)
         base = lax.ragged_dot_general(lhs, kernel, group_sizes, **params)
@@ -159,13 +169,16 @@ class Adapted(View):
         order = [axes.batch.index(self.order[right]) for right in batch_order]
         order += range(len(order), lead)
         order += [lead + axes.outputs.index(a) for a in self.order if a in axes.outputs]
+        numbers = (
+            (tuple(pairs[axis] for axis in axes.inputs), axes.inputs),
+            (tuple(batches[axis] for axis in axes.batch), axes.batch),
+        )
+        if self.examples is not None:
+            self.examples.check(lhs.shape, numbers)
         y = mora_dot_general(
             lhs,
             self.value.astype(self.dtype),
-            (
-                (tuple(pairs[axis] for axis in axes.inputs), axes.inputs),
-                (tuple(batches[axis] for axis in axes.batch), axes.batch),
-            ),
+            numbers,
             self.adapter,
             self.config.scheme,
             placement=self.config.placement,
@@ -173,6 +186,7 @@ class Adapted(View):
             spread=self.config.spread,
             keep_sum=self.config.keep_sums,
             adapter_lhs=None if self.key is None else self._adapter_inputs(lhs),
+            adapter_ids=None if self.examples is None else self.examples.ids,
             out_sharding=_permuted(out_sharding, [order.index(axis) for axis in range(len(order))]),
             **params,
         )

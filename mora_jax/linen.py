@@ -5,6 +5,9 @@ that the model is not edited and the base parameters keep their paths:
 
     q_proj/kernel         [I, O]    the pretrained kernel, as before
     q_proj/mora/matrix    [R, R]    the adapter, R the square size
+
+Where the adapters are those of a bank, the model's collection `mora` says which one each example
+has: `model.apply({"params": params, "mora": {"adapter_ids": ids}}, *inputs)`.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax.numpy as jnp
@@ -24,6 +28,7 @@ from jax import lax
 
 from mora_jax._config import LayerConfig, Placement
 from mora_jax._linen_layers import (
+    IDS_OF_EXAMPLES,
     OTHERS,
     MoRA,
     as_function,
@@ -32,10 +37,13 @@ from mora_jax._linen_layers import (
     uses_mora,
 )
 from mora_jax._schemes import Scheme, as_scheme
-from mora_jax._tree import ADAPTER, join_path
+from mora_jax._tree import ADAPTER, IDS, join_path
 
 #: The number of the trace that a plan is being made by; 0 where none is.
 TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)
+
+#: A number for every call in which examples have adapters of their own.
+_CALLS_WITH_IDS = itertools.count(1)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -162,11 +170,46 @@ def _intercepted(method: Callable[..., Any], chooser: Chooser) -> Callable[..., 
     def enter(self, *args, **kwargs):
         root = self.path if self.scope is not None else ()
         intercept = functools.partial(_use_adapter, chooser, len(root))
-        mark_scope(self, mora_adapt=mark, mora_plan=TRACE.get())
-        with nn.intercept_methods(intercept):
-            return method(self, *args, **kwargs)
+        ids = _adapter_ids(self, args, kwargs)
+        # Ids are constants of what the model's own `nn.jit` traces, so each call has traces of its.
+        marks = {"mora_adapt": mark, "mora_plan": TRACE.get(), "mora_ids": _mark_of(ids)}
+        mark_scope(self, **marks)
+        if self.scope is None and inspect.isfunction(function := kwargs.get("method")):
+            # `apply` with a function that calls submodules, past all that is wrapped here.
+            kwargs["method"] = _marking(function, marks)
+        token = IDS_OF_EXAMPLES.set(ids)
+        try:
+            with nn.intercept_methods(intercept):
+                return method(self, *args, **kwargs)
+        finally:
+            IDS_OF_EXAMPLES.reset(token)
 
     return enter
+
+
+def _mark_of(ids: Any) -> int:
+    return 0 if ids is None else next(_CALLS_WITH_IDS)
+
+
+def _marking(function: Callable[..., Any], marks: dict[str, int]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(module, *args, **kwargs):
+        mark_scope(module, **marks)
+        return function(module, *args, **kwargs)
+
+    return run
+
+
+def _adapter_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Which adapter of a bank each example has: `adapter_ids` in the model's collection `mora`."""
+    if model.scope is None:  # its `apply`, or its `init`, which takes keys instead
+        variables = args[0] if args else kwargs.get("variables")
+        own = variables.get(ADAPTER) if isinstance(variables, Mapping) else None
+        return own.get(IDS) if isinstance(own, Mapping) else None
+    if model.scope.has_variable(ADAPTER, IDS):
+        return model.scope.get_variable(ADAPTER, IDS)
+    # A method of the model that another one calls, inside of a lifted transformation perhaps.
+    return IDS_OF_EXAMPLES.get()
 
 
 def _use_adapter(chooser, depth, next_fun, args, kwargs, context):

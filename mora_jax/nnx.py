@@ -22,15 +22,17 @@ from flax import nnx
 
 from mora_jax import _merge, _remora
 from mora_jax._config import MoRAConfig, check_matches
+from mora_jax._examples import check_ids
 from mora_jax._initialize import draws_numbers
 from mora_jax._nnx_kernels import Kernel, kernels, path_of
 from mora_jax._nnx_layers import AdaptedLayer, MoRA, MoRALinear, adapted_class, fresh
 from mora_jax._plan import Plan
 from mora_jax._remora import ResetReport
-from mora_jax._tree import checksum, flatten, is_adapter, join_path, listing, unflatten
-from mora_jax._variables import AlsoTrained, MoRAParam
+from mora_jax._tree import IDS, checksum, flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._variables import AdapterIds, AlsoTrained, MoRAParam
 
 __all__ = [
+    "AdapterIds",
     "AlsoTrained",
     "MoRA",
     "MoRALinear",
@@ -39,6 +41,7 @@ __all__ = [
     "merge",
     "merge_and_reset",
     "plan",
+    "set_adapter_ids",
     "unmerge",
 ]
 
@@ -200,6 +203,47 @@ def merge_and_reset(
     for path, layer in _adapted(model):
         layer.mora.config = result.plan[path].config
     return result.report
+
+
+def set_adapter_ids(model: nnx.Module, ids: jax.Array | None) -> None:
+    """Says which adapter of a bank each example has, in place: `AdapterIds` beside the adapters.
+
+    The model holds a bank after `nnx.update(model, bank.adapters)`. To set other ids, inside
+    `nnx.jit` too, compiles nothing again.
+
+    Args:
+      model: an adapted model.
+      ids: [E] int, as `AdapterBank.ids` makes them, -1 for none; None takes them out again, for a
+        model that holds one adapter.
+
+    Raises:
+      TypeError: for what is no array of integers.
+      ValueError: for ids of more than one axis, for a model without adapters, and where layers are
+        stacked along another axis than the first.
+    """
+    layers = list(_adapted(model))
+    if not layers:
+        raise ValueError("the model has no adapters. Adapt it first: adapt(model, config).")
+    if ids is not None:
+        check_ids(ids)
+    for path, spec in plan(model).items():
+        mora = dict(layers)[path].mora
+        if ids is None:
+            if hasattr(mora, IDS):
+                delattr(mora, IDS)
+            continue
+        count = len(spec.batch) - len(mora.kernel_axes.batch)
+        stacks = spec.adapter_batch_axes[:count]
+        if stacks != tuple(range(count)):
+            raise ValueError(
+                f"layer {path!r} is stacked along axes {stacks}: adapter ids go with layers "
+                "stacked along their first axis."
+            )
+        value = jax.numpy.broadcast_to(ids, (*spec.batch[:count], len(ids)))
+        if hasattr(mora, IDS):
+            getattr(mora, IDS).set_value(value)
+        else:
+            setattr(mora, IDS, AdapterIds(value, layer=path))
 
 
 def _adapted(model: Any) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -57,6 +59,18 @@ def test_generate(tmp_path):
     written = json.loads(rows.read_text())
     assert [row["variant"] for row in written["rows"]] == ["floor", "cycled auto", "merged"]
     assert "batch 2" in table
+
+
+def test_adapters(tmp_path):
+    rows = tmp_path / "rows.json"
+    flags = ("--turns", 1, "--adapters", 3, "--tokens", 2, "--switches", 2, "--json", rows)
+    table = run("adapters.py", *flags, "--dtype", "float32")
+    (case,) = json.loads(rows.read_text())["cases"]
+    assert [row["variant"] for row in case["rows"]] == ["base", "kernel", "activation", "mixed"]
+    assert case["compilations"] == 0
+    assert case["bank_gb"] == pytest.approx(3 * case["adapter_gb"])
+    assert all(row["differs"] < 1e-5 for row in case["rows"])
+    assert "3 examples of 2 tokens" in table
 
 
 def test_pod(tmp_path):
