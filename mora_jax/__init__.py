@@ -9,7 +9,8 @@ from mora_jax._dot import mora_dot_general
 from mora_jax._freeze import freeze_base
 from mora_jax._function import as_params
 from mora_jax._layout import KernelAxes
-from mora_jax._merge import merge, unmerge
+from mora_jax._merge import merge, merge_losses
+from mora_jax._merge_loss import MergeLoss, MergeWarning
 from mora_jax._operators import compress, decompress, delta, delta_kernel
 from mora_jax._params import attach, join, split, trainable_mask
 from mora_jax._plan import AdapterSpec, Plan
@@ -26,6 +27,7 @@ from mora_jax._schemes import (
     scheme_from_mora_type,
     square_rank,
 )
+from mora_jax._unmerge import unmerge, unmerge_losses
 from mora_jax._version import __version__
 from mora_jax.linen import MoRADense
 
@@ -34,6 +36,8 @@ __all__ = [
     "Decoupling",
     "KernelAxes",
     "LowRank",
+    "MergeLoss",
+    "MergeWarning",
     "MoRAConfig",
     "MoRADense",
     "Plan",
@@ -56,6 +60,7 @@ __all__ = [
     "join",
     "merge",
     "merge_and_reset",
+    "merge_losses",
     "mora_dot_general",
     "plan",
     "scheme_from_dict",
@@ -64,4 +69,5 @@ __all__ = [
     "square_rank",
     "trainable_mask",
     "unmerge",
+    "unmerge_losses",
 ]

@@ -11,15 +11,15 @@ PACKAGE = pathlib.Path(mora_jax.__file__).parent
 
 FLOORS = [
     {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_variables", "_version"},
-    {"_groups", "_cycles", "_initialize"},
+    {"_groups", "_cycles", "_initialize", "_merge_loss", "_rounding"},
     {"_blocks"},
     {"_operators", "_placement"},
     {"_layout", "_ragged"},
     {"_config"},
     {"_dot", "_plan"},
-    {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize"},
+    {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize", "_layers"},
     {"_linen_layers", "_function", "_nnx_layers", "_merge"},
-    {"linen", "_remora", "_hugging_face"},
+    {"linen", "_remora", "_unmerge", "_hugging_face"},
     {"_linen_plan", "nnx"},
     {"_adapt", "checkpoint", "quantized", "sharding"},
     {"__init__"},
