@@ -94,7 +94,7 @@ def _one_by_one(spec: AdapterSpec) -> bool:
 def _read(kernel, adapter: Adapter, spec: AdapterSpec, key, index=None):
     """(kernel, delta, bits), whole or of one layer of the stack."""
     axes, adapter = spec.kernel_axes, spec.batch_first(adapter)
-    stack = axes.batch[0] if axes.batch else None
+    stack: Any = axes.batch[0] if axes.batch else None
     key = key if is_narrow(kernel.dtype) else None
     if index is not None:
         # Cut from integers, for of a bfloat16 stack XLA would make a float32 copy on CPUs.
