@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 
+from mora_jax._checksums import all_finite
 from mora_jax._features import wide_dtype
 from mora_jax._layers import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merge_loss import MergeLoss, as_numbers, loss_of_sums, loss_sums, warn_of_losses
@@ -149,7 +149,7 @@ def check_merge(plan: Plan, leaves: Mapping[str, Any]) -> None:
 def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError naming every layer whose adapter holds a number that is not finite."""
     adapters = {path: value_of(leaves[path]) for path in plan.adapter_leaves()}
-    found = _all_finite(adapters)
+    found = all_finite(adapters)
     if any(isinstance(finite, Tracer) for finite in found.values()):
         return
     bad = [path for path, finite in jax.device_get(found).items() if not finite]
@@ -182,8 +182,3 @@ def _merge_jitted(leaves, plan: Plan, places: Places, key: jax.Array | None):
 @functools.partial(jax.jit, static_argnames="spec")
 def _loss_jitted(kernel, adapter, spec: AdapterSpec, key: jax.Array | None) -> MergeLoss:
     return loss_of_sums(sum_kernel(kernel, adapter, spec, lambda *layer: _add(*layer)[1], key))
-
-
-@jax.jit
-def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}

@@ -30,13 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax import lax
 from orbax.checkpoint import v1 as ocp
 
+from mora_jax._checksums import all_finite, checksums
 from mora_jax._mesh import beside, sharding_of
 from mora_jax._params import Params, check_unadapted, split
 from mora_jax._plan import Plan
-from mora_jax._rounding import as_bits
 from mora_jax._tree import flatten, is_adapter, listing, rebuild, unflatten
 from mora_jax._variables import box_like, value_of, with_value
 
@@ -147,7 +146,7 @@ def save_adapters(
             raise ValueError(f"{path} is a saved adapter itself, and cannot hold named ones.")
         version = max(_versions(path / name), default=0) + 1
         path = path / name / str(version)
-    checksums = _checksums(values)
+    sums = checksums(values)
     _check_finite(path, values, "saved")
     base = {
         p: _shape_of(value_of(leaves[p])) for p in (*plan.kernel_paths(), *dict(plan.also_train))
@@ -155,7 +154,7 @@ def save_adapters(
     if fingerprint:
         for kernel, checksum in _fingerprint(plan, leaves).items():
             base[kernel]["checksum"] = checksum
-    arrays = {p: {**_shape_of(leaf), "checksum": checksums[p]} for p, leaf in values.items()}
+    arrays = {p: {**_shape_of(leaf), "checksum": sums[p]} for p, leaf in values.items()}
     try:
         record = json.dumps(
             {"format": _FORMAT, "base": base, "arrays": arrays, "metadata": dict(metadata or {})},
@@ -213,7 +212,7 @@ def load_adapters(
         abstract[leaf] = jax.ShapeDtypeStruct(shape, saved[leaf].dtype, sharding=sharding)
     loaded = flatten(_reading(path, lambda: ocp.load(path, unflatten(abstract))))
     if record.arrays is not None:
-        found = _checksums(loaded)
+        found = checksums(loaded)
         if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf]["checksum"]]:
             raise ValueError(f"{path} is damaged: {listing(other)} are not the numbers saved.")
     _check_finite(path, loaded, "loaded")
@@ -313,7 +312,7 @@ def _reading(path: epath.Path, read: Callable[[], T]) -> T:
 def _read(path: epath.Path) -> tuple[_Record, dict[str, Any]]:
     """What a checkpoint says of itself, and shape and dtype of the arrays that Orbax finds."""
     found = _reading(path, lambda: ocp.metadata(path))
-    custom = found.custom_metadata
+    custom: Any = found.custom_metadata
     if not isinstance(custom, dict) or not isinstance(custom.get(_PLAN), str):
         raise ValueError(f"{path} is an Orbax checkpoint, but not one of save_adapters: no plan.")
     text, record = custom[_PLAN], custom.get(_RECORD)
@@ -396,7 +395,7 @@ def _check_saved(
 
 
 def _check_finite(path: epath.Path, values: Mapping[str, Any], done: str) -> None:
-    finite = jax.device_get(_finite(dict(values)))
+    finite = jax.device_get(all_finite(dict(values)))
     if bad := [name for name, good in finite.items() if not good]:
         raise ValueError(
             f"not {done}, {path}: {listing(bad)} hold numbers that are not finite. Training has "
@@ -416,34 +415,4 @@ def _fingerprint(plan: Plan, leaves: Mapping[str, Any]) -> dict[str, int]:
     """Checksums of the floating kernels among these leaves; those of `also_train` are saved."""
     frozen = [name for name in plan.kernel_paths() if name in leaves and not plan.trains(name)]
     values = {name: value_of(leaves[name]) for name in frozen}
-    return _checksums({n: v for n, v in values.items() if isinstance(v, jax.Array | np.ndarray)})
-
-
-def _checksums(values: Mapping[str, Any]) -> dict[str, int]:
-    """Path -> a checksum, the same however an array lies on devices."""
-    sums = {name: _checksum(value) for name, value in values.items()}
-    return {name: int(number) for name, number in jax.device_get(sums).items()}
-
-
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    """The sum of all numbers' bits, each times an odd number for its position, modulo 2**32.
-
-    Whoever changes one bit changes it: TensorStore has no checksum of an array's bytes.
-    """
-    x, size = jnp.atleast_1d(x), 1
-    position = jnp.zeros(x.shape, np.uint32)
-    for axis in reversed(range(x.ndim)):
-        place = lax.broadcasted_iota(np.uint32, x.shape, axis)
-        position, size = position + place * np.uint32(size % 2**32), size * x.shape[axis]
-    bits = as_bits(x)
-    if bits.dtype == np.uint64:
-        bits = bits ^ (bits >> 32)
-    # Multiplied by a large odd number, 2 n + 1 is odd, and of all sizes.
-    odd = (position * np.uint32(2) + np.uint32(1)) * np.uint32(2654435761)
-    return jnp.sum(bits.astype(np.uint32) * odd, dtype=np.uint32)
-
-
-@jax.jit
-def _finite(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: jnp.isfinite(value).all() for name, value in values.items()}
+    return checksums({n: v for n, v in values.items() if isinstance(v, jax.Array | np.ndarray)})
