@@ -51,7 +51,7 @@ def merge(
       MergeWarning: where rounding to the nearest number loses more than half of a layer's update,
         see `merge_losses` (not under a transformation).
 
-    >>> import flax.linen as nn, mora_jax
+    >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
@@ -90,7 +90,7 @@ def merge_losses(
     Raises:
       ValueError: as `merge`.
 
-    >>> import flax.linen as nn, mora_jax
+    >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
     >>> layer = nn.Dense(6, param_dtype="bfloat16")
     >>> model = mora_jax.adapt(layer, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))

@@ -165,7 +165,7 @@ def save_adapters(
             f"metadata={metadata!r:.200} cannot be written as JSON: {error}"
         ) from error
     text = plan.to_json()
-    custom = {_PLAN: text, _RECORD: record, _DIGEST: _digest(text, record)}
+    custom: Any = {_PLAN: text, _RECORD: record, _DIGEST: _digest(text, record)}
     ocp.save(path, unflatten(values), custom_metadata=custom)
     return version
 
@@ -213,7 +213,7 @@ def load_adapters(
     loaded = flatten(_reading(path, lambda: ocp.load(path, unflatten(abstract))))
     if record.arrays is not None:
         found = checksums(loaded)
-        if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf]["checksum"]]:
+        if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf].get("checksum")]:
             raise ValueError(f"{path} is damaged: {listing(other)} are not the numbers saved.")
     _check_finite(path, loaded, "loaded")
     loaded = {leaf: value.astype(wanted[leaf][1]) for leaf, value in loaded.items()}
@@ -315,21 +315,22 @@ def _read(path: epath.Path) -> tuple[_Record, dict[str, Any]]:
     custom: Any = found.custom_metadata
     if not isinstance(custom, dict) or not isinstance(custom.get(_PLAN), str):
         raise ValueError(f"{path} is an Orbax checkpoint, but not one of save_adapters: no plan.")
-    text, record = custom[_PLAN], custom.get(_RECORD)
+    text, record, digest = custom[_PLAN], custom.get(_RECORD), custom.get(_DIGEST)
     fields: dict[str, Any] = {}
-    if record is not None or _DIGEST in custom:
+    if record is not None or digest is not None:
+        text, record = str(text), str(record)
         fields = _reading(path, lambda: dict(json.loads(record)))
         if fields.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} has format {fields.get('format')!r} of a later mora_jax; this version "
                 f"reads formats up to {_FORMAT}."
             )
-        if custom.get(_DIGEST) != _digest(text, record):
+        if digest != _digest(text, record):
             raise ValueError(f"{path} is damaged: its metadata are not those that were saved.")
         fields.pop("format")
     plan = _reading(path, lambda: Plan.from_json(text))
     saved = _reading(path, lambda: flatten(found.metadata))
-    return _Record(plan, **fields), saved
+    return _reading(path, lambda: _Record(plan, **fields)), saved
 
 
 def _check_fits(path: epath.Path, record: _Record, leaves: Mapping[str, Any]) -> None:
@@ -387,10 +388,10 @@ def _check_saved(
                 f"{path}: {name!r} was saved with shape {tuple(saved[name].shape)}, the plan says "
                 f"{tuple(shape)}."
             )
-        if arrays is not None and str(saved[name].dtype) != arrays[name]["dtype"]:
+        was = str(saved[name].dtype) if arrays is None else arrays.get(name, {}).get("dtype")
+        if was != str(saved[name].dtype):
             raise ValueError(
-                f"{path} is damaged: {name!r} is {saved[name].dtype}, and was saved as "
-                f"{arrays[name]['dtype']}."
+                f"{path} is damaged: {name!r} is {saved[name].dtype}, and was saved as {was}."
             )
 
 
