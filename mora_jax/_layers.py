@@ -97,9 +97,12 @@ def _read(kernel, adapter: Adapter, spec: AdapterSpec, key, index=None):
     stack: Any = axes.batch[0] if axes.batch else None
     key = key if is_narrow(kernel.dtype) else None
     if index is not None:
-        # Cut from integers, for of a bfloat16 stack XLA would make a float32 copy on CPUs.
-        part = lax.dynamic_slice_in_dim(as_bits(kernel), index, 1, stack)
-        kernel = lax.bitcast_convert_type(part, kernel.dtype)
+        if is_narrow(dtype := kernel.dtype):
+            # Cut from integers, for of a bfloat16 stack XLA would make a float32 copy on CPUs.
+            part = lax.dynamic_slice_in_dim(as_bits(kernel), index, 1, stack)
+            kernel = lax.bitcast_convert_type(part, dtype)
+        else:
+            kernel = lax.dynamic_slice_in_dim(kernel, index, 1, stack)
         adapter = {k: lax.dynamic_slice_in_dim(leaf, index, 1) for k, leaf in adapter.items()}
         key, stack = None if key is None else jax.random.fold_in(key, index), None
     bits = None if key is None else random_bits(key, kernel.shape, stack)
