@@ -10,7 +10,8 @@ from mora_jax._dot import mora_dot_general
 from mora_jax._freeze import freeze_base
 from mora_jax._function import as_params
 from mora_jax._layout import KernelAxes
-from mora_jax._merge import merge, unmerge
+from mora_jax._merge import merge, merge_losses
+from mora_jax._merge_loss import MergeLoss, MergeWarning
 from mora_jax._operators import compress, decompress, delta, delta_kernel
 from mora_jax._params import attach, join, split, trainable_mask
 from mora_jax._plan import AdapterSpec, Plan
@@ -28,6 +29,7 @@ from mora_jax._schemes import (
     scheme_from_mora_type,
     square_rank,
 )
+from mora_jax._unmerge import unmerge, unmerge_losses
 from mora_jax._version import __version__
 from mora_jax.linen import MoRADense
 
@@ -37,6 +39,8 @@ __all__ = [
     "Decoupling",
     "KernelAxes",
     "LowRank",
+    "MergeLoss",
+    "MergeWarning",
     "MoRAConfig",
     "MoRADense",
     "Plan",
@@ -61,6 +65,7 @@ __all__ = [
     "join",
     "merge",
     "merge_and_reset",
+    "merge_losses",
     "mora_dot_general",
     "plan",
     "project_to_lora",
@@ -71,4 +76,5 @@ __all__ = [
     "stack_adapters",
     "trainable_mask",
     "unmerge",
+    "unmerge_losses",
 ]

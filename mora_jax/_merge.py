@@ -1,4 +1,4 @@
-"""Merging: the delta is a kernel, so an adapter can be added into its base and taken out again."""
+"""Merging: the delta is a kernel, so an adapter can be added into its base."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.core import Tracer
 
-from mora_jax._layout import add_delta
-from mora_jax._mesh import Places, may_be_sharded, places_of, put
-from mora_jax._operators import Adapter
-from mora_jax._params import Params, check_adapted, check_base, join
+from mora_jax._checksums import all_finite
+from mora_jax._features import wide_dtype
+from mora_jax._layers import adapter_of, change_kernels, layer_key, sum_kernel
+from mora_jax._merge_loss import MergeLoss, as_numbers, loss_of_sums, loss_sums, warn_of_losses
+from mora_jax._mesh import Places, places_of, put
+from mora_jax._params import Params, check_adapted
 from mora_jax._plan import AdapterSpec, Plan
-from mora_jax._tree import flatten, is_adapter, join_path, listing, rebuild
+from mora_jax._rounding import Rounding, check_rounding, is_narrow, rounded
+from mora_jax._tree import flatten, is_adapter, listing, rebuild
 from mora_jax._variables import value_of, with_value
 
 
-def merge(params: Params, plan: Plan) -> dict[str, Any]:
+def merge(
+    params: Params, plan: Plan, *, rounding: Rounding = "nearest", key: jax.Array | None = None
+) -> dict[str, Any]:
     """Adds every adapter into its kernel and leaves the adapters out: equation (3).
 
     Equivalent to PEFT's `merge_and_unload`. One jitted call; sums are made in float32 or better
@@ -29,97 +32,127 @@ def merge(params: Params, plan: Plan) -> dict[str, Any]:
     Args:
       params: parameters with adapters.
       plan: the plan.
+      rounding: of the sums, where kernels are narrower than float32; others need none. "nearest"
+        loses what is less than half a step between two numbers, in bfloat16 up to 1/256 of the
+        weight. "stochastic" goes up or down at random, so that the mean over keys is the exact
+        sum, and leaves alone what the dtype holds exactly.
+      key: a PRNG key, required for "stochastic", another one at every merge. A layer's bits come
+        from the key and its path alone: from no other layer, and from no mesh.
 
     Returns:
       Parameters shaped like the pretrained ones, which the unadapted model takes.
 
     Raises:
-      ValueError: where the plan does not fit the parameters, or where an adapter holds a number
-        that is not finite (not checked under a transformation, where values are unknown).
+      ValueError: where the plan does not fit the parameters; where an adapter holds a number
+        that is not finite (not checked under a transformation, where values are unknown); where
+        a key is missing.
 
-    >>> import flax.linen as nn, mora_jax
+    Warns:
+      MergeWarning: where rounding to the nearest number loses more than half of a layer's update,
+        see `merge_losses` (not under a transformation).
+
+    >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     >>> jax.tree.map(jnp.shape, merge(params, plan))
     {'bias': (6,), 'kernel': (3, 6)}
     """
+    check_rounding(rounding, key)
     leaves = flatten(params)
-    check_adapted(plan, leaves)
-    check_finite(plan, leaves)
-    check_mergeable(plan, leaves)
+    check_merge(plan, leaves)
+    values = {path: value_of(leaf) for path, leaf in leaves.items()}
+    if rounding == "nearest":
+        key = None
+        if not any(isinstance(value, Tracer) for value in values.values()):
+            warn_of_losses(losses_of(values, plan, key), stacklevel=2)
+    merged = _merge_jitted(values, plan, places_of(values), key)
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
-    return rebuild(base | _with_merged(leaves, plan), params)
+    merged = {path: with_value(leaves[path], kernel) for path, kernel in merged.items()}
+    return rebuild(base | merged, params)
 
 
-def unmerge(merged: Params, adapters: Params, plan: Plan) -> dict[str, Any]:
-    """Takes merged adapters out of their kernels again, and puts them back beside these.
+def merge_losses(
+    params: Params, plan: Plan, *, rounding: Rounding = "nearest", key: jax.Array | None = None
+) -> dict[str, MergeLoss]:
+    """How much of each layer's update `merge` with these arguments keeps; nothing is merged.
 
     Args:
-      merged: what `merge` returned.
-      adapters: a tree that holds the adapters, such as the first part of `split`.
+      params: parameters with adapters.
       plan: the plan.
+      rounding: as for `merge`.
+      key: as for `merge`.
 
     Returns:
-      Parameters with adapters. Kernels differ from those before the merge by the rounding of two
-      sums.
+      Path -> loss, for layers whose kernels are narrower than float32. Others lose no more than
+      the rounding of a sum in their own dtype, and are left out.
 
     Raises:
-      ValueError: where the plan does not fit, or where an adapter is not finite.
+      ValueError: as `merge`.
+
+    >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
+    >>> layer = nn.Dense(6, param_dtype="bfloat16")
+    >>> model = mora_jax.adapt(layer, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
+    >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    >>> params["mora"]["matrix"] += 1e-6
+    >>> round(merge_losses(params, plan)[""].kept, 3)  # a millionth, in weights of about one half
+    0.0
     """
-    leaves = {path: leaf for path, leaf in flatten(adapters).items() if is_adapter(path)}
-    check_base(plan, flatten(merged))
-    params = join(merged, rebuild(leaves, adapters))
+    check_rounding(rounding, key)
     leaves = flatten(params)
+    check_merge(plan, leaves)
+    values = {path: value_of(leaf) for path, leaf in leaves.items()}
+    return losses_of(values, plan, None if rounding == "nearest" else key)
+
+
+def losses_of(leaves: Mapping[str, Any], plan: Plan, key: jax.Array | None) -> dict[str, MergeLoss]:
+    """Layer -> what is lost, of kernels that are narrower than float32."""
+    losses = {}
+    for (path, spec), kernel in zip(plan.items(), plan.kernel_paths(), strict=True):
+        if is_narrow(leaves[kernel].dtype):
+            # A call for each layer, for its float32 sums are larger than its kernel; layers of
+            # one shape share what is compiled.
+            adapter, own = adapter_of(leaves, plan, path), layer_key(key, kernel)
+            losses[path] = _loss_jitted(leaves[kernel], adapter, spec, own)
+    return as_numbers(losses)
+
+
+def merged_kernels(
+    leaves: Mapping[str, Any], plan: Plan, key: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """Path -> kernel plus delta, for every layer of the plan.
+
+    Args:
+      leaves: arrays by path.
+      plan: the plan.
+      key: narrow kernels are rounded stochastically; None: to the nearest number.
+    """
+    return change_kernels(leaves, plan, lambda *layer: _add(*layer)[0], key)
+
+
+def _add(kernel, value, bits):
+    """The rounded sum of a kernel and its delta, and the sums that its loss is made of."""
+    wide = wide_dtype(kernel.dtype)
+    before, value = kernel.astype(wide), value.astype(wide)
+    merged, after = rounded(before + value, kernel.dtype, bits)
+    return merged, loss_sums(before, value, after)
+
+
+def check_merge(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError unless these leaves can be merged by this plan."""
     check_adapted(plan, leaves)
     check_finite(plan, leaves)
     check_mergeable(plan, leaves)
-    return rebuild(leaves | _with_merged(leaves, plan, sign=-1), params)
-
-
-def _with_merged(leaves: Mapping[str, Any], plan: Plan, sign: int = 1) -> dict[str, Any]:
-    values = {path: value_of(leaf) for path, leaf in leaves.items()}
-    merged = _merge_jitted(values, plan, places_of(values), sign)
-    return {path: with_value(leaves[path], kernel) for path, kernel in merged.items()}
-
-
-def merged_kernels(leaves: Mapping[str, Any], plan: Plan, sign: int = 1) -> dict[str, jax.Array]:
-    """Path -> kernel plus (or minus) delta, for every layer of the plan."""
-    kernels = {}
-    for path, spec in plan.items():
-        kernel = join_path(path, spec.kernel_name)
-        adapter = {name: leaves[leaf] for name, leaf in plan.leaf_paths(path).items()}
-        kernels[kernel] = _add(leaves[kernel], spec, spec.batch_first(adapter), sign)
-    return kernels
-
-
-def _add(kernel: jax.Array, spec: AdapterSpec, adapter: Adapter, sign: int) -> jax.Array:
-    """The kernel plus (or minus) delta; adapter leaves are [B..., rows, columns]."""
-    axes = spec.kernel_axes
-
-    def add(kernel, adapter):
-        return add_delta(kernel, sign * axes.delta(adapter, kernel.shape, spec.scheme))
-
-    if not axes.batch or may_be_sharded():
-        return add(kernel, adapter)
-
-    # A stack one layer at a time, in place: TPUs form the delta before they add it, in float32,
-    # and that of a whole stack is larger than its kernels. Not where the stack may lie on several
-    # devices: each has its own part there, and sums by tables, which are formed as they are added.
-    def add_one(index, kernel):
-        part = lax.dynamic_slice_in_dim(kernel, index, 1, axes.batch[0])
-        one = {k: lax.dynamic_slice_in_dim(leaf, index, 1) for k, leaf in adapter.items()}
-        return lax.dynamic_update_slice_in_dim(kernel, add(part, one), index, axes.batch[0])
-
-    return lax.fori_loop(0, kernel.shape[axes.batch[0]], add_one, kernel)
 
 
 def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError naming every layer whose adapter holds a number that is not finite."""
     adapters = {path: value_of(leaves[path]) for path in plan.adapter_leaves()}
-    if any(isinstance(leaf, Tracer) for leaf in adapters.values()):
+    found = all_finite(adapters)
+    if any(isinstance(finite, Tracer) for finite in found.values()):
         return
-    bad = [path for path, finite in jax.device_get(_all_finite(adapters)).items() if not finite]
+    bad = [path for path, finite in jax.device_get(found).items() if not finite]
     if bad:
         raise ValueError(
             f"not merged: adapters hold numbers that are not finite: {listing(bad)}. "
@@ -141,11 +174,11 @@ def why_unmergeable(kernel: Any, plan: Plan, leaves: Mapping[str, Any]) -> str:
     return ""
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "places", "sign"))
-def _merge_jitted(leaves: dict[str, jax.Array], plan: Plan, places: Places, sign: int = 1):
-    return put(merged_kernels(leaves, plan, sign), places)
+@functools.partial(jax.jit, static_argnames=("plan", "places"))
+def _merge_jitted(leaves, plan: Plan, places: Places, key: jax.Array | None):
+    return put(merged_kernels(leaves, plan, key), places)
 
 
-@jax.jit
-def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
+@functools.partial(jax.jit, static_argnames="spec")
+def _loss_jitted(kernel, adapter, spec: AdapterSpec, key: jax.Array | None) -> MergeLoss:
+    return loss_of_sums(sum_kernel(kernel, adapter, spec, lambda *layer: _add(*layer)[1], key))

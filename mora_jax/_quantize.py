@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +19,12 @@ import qwix
 from jax import lax
 
 from mora_jax._features import wide_dtype
+from mora_jax._merge_loss import MergeLoss
 from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import View
 
 #: The largest number, in units of the scale, that qwix rounds to a level and does not clip.
 BOUNDS = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}
-
-
-class MergeLoss(NamedTuple):
-    """What quantising once more did to one layer's merge.
-
-    With W the kernel before, D the delta and W' the kernel after, all dequantised, and norms over
-    the whole kernel: W' - W = kept D + (what is orthogonal to D).
-
-    Attributes:
-      error: |W' - (W + D)| / |W + D|.
-      kept: how much of the delta is in W'; 1 where all of it is, 0 where none.
-      noise: the norm of the orthogonal part, as a multiple of |D|.
-    """
-
-    error: float
-    kept: float
-    noise: float
 
 
 def is_quantized(leaf: Any) -> bool:

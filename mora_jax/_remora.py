@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mora_jax._merge import check_finite, check_mergeable, merged_kernels
+from mora_jax._merge import check_merge, merge_losses, merged_kernels
+from mora_jax._merge_loss import MergeLoss, warn_of_losses
 from mora_jax._mesh import places_of, put
 from mora_jax._optimizer_state import find_adapter_state
-from mora_jax._params import Params, check_adapted, new_adapters
+from mora_jax._params import Params, new_adapters
 from mora_jax._plan import Plan
+from mora_jax._rounding import Rounding, check_rounding
 from mora_jax._tree import flatten, rebuild
 from mora_jax._variables import value_of, with_value
 
@@ -27,11 +29,21 @@ class ResetReport(NamedTuple):
       layers: adapters merged and started anew.
       moments: arrays of optimizer state set to zero.
       counts: step counts of moments set to zero.
+      losses: what rounding did to each layer's update, see `merge_losses`.
     """
 
     layers: int
     moments: int
     counts: int
+    losses: dict[str, MergeLoss]
+
+    def __str__(self) -> str:
+        """One line, of losses the worst alone."""
+        text = f"ResetReport(layers={self.layers}, moments={self.moments}, counts={self.counts})"
+        if not self.losses:
+            return text
+        path, loss = min(self.losses.items(), key=lambda item: item[1].kept)
+        return f"{text}, of the update of {path or '(root)'!r} {loss.kept:.1%} kept"
 
 
 class ResetResult(NamedTuple):
@@ -50,6 +62,7 @@ def merge_and_reset(
     *,
     key: jax.Array | None = None,
     donate: bool = True,
+    rounding: Rounding = "nearest",
 ) -> ResetResult:
     """One ReMoRA restart: the adapters go into the base, and training goes on from zero adapters.
 
@@ -58,8 +71,9 @@ def merge_and_reset(
     the plan moves to the next scheme of each layer's cycle. Everything else stays as it is: the
     state of `also_train` parameters, learning-rate schedules, hyperparameters.
 
-    It runs as one jitted call, compiled once per scheme of the cycle. Before it, a call of its own
-    checks that the adapters are finite, so that nothing is given up for a merge that is refused.
+    It runs as one jitted call, compiled once per scheme of the cycle. Before it, calls of their own
+    check that the adapters are finite and measure what rounding will lose (of kernels narrower than
+    float32), so that nothing is given up for a merge that is refused.
 
         params, opt_state, plan, report = merge_and_reset(params, opt_state, plan)
         model = adapt(base_model, plan)
@@ -69,10 +83,12 @@ def merge_and_reset(
       opt_state: state of an optax optimizer over the whole tree, or over the trainable part of
         `split`.
       plan: the plan.
-      key: a PRNG key, required where a scheme draws numbers (`LowRank`).
+      key: a PRNG key, required where a scheme draws numbers (`LowRank`), and for "stochastic".
       donate: reuse the memory of what changes: the adapted kernels, the adapters, their optimizer
         state. These arrays **cannot be used afterwards**, and pretrained parameters that were
         attached share their kernels. Pass False to keep them, at the price of a second copy.
+      rounding: "nearest" or "stochastic", as for `merge`. What a merge into bfloat16 loses is lost
+        to the training, for its adapters start anew.
 
     Returns:
       (params, opt_state, plan, report).
@@ -84,37 +100,43 @@ def merge_and_reset(
         it does not know how to restart; in the middle of `optax.MultiSteps`' accumulation; where
         a key is missing; where two of the arrays to donate are one.
 
+    Warns:
+      MergeWarning: as `merge`, and before anything is given up.
+
     >>> import flax.linen as nn, optax, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     >>> opt_state = mora_jax.freeze_base(optax.adam(1e-3), plan).init(params)
     >>> merge_and_reset(params, opt_state, plan).report
-    ResetReport(layers=1, moments=2, counts=1)
+    ResetReport(layers=1, moments=2, counts=1, losses={})
     """
+    check_rounding(rounding, key)
     leaves = flatten(params)
-    check_adapted(plan, leaves)
+    check_merge(plan, leaves)
     next_plan = plan.advance()
     found = find_adapter_state(opt_state, plan.adapter_leaves())
-    check_finite(plan, leaves)
-    check_mergeable(plan, leaves)
+    losses = merge_losses(params, plan, rounding=rounding, key=key)
     # Only what changes goes through the jitted call; the rest is handed on, untouched.
     changing = {
         path: value_of(leaves[path]) for path in (*plan.kernel_paths(), *plan.adapter_leaves())
     }
     state, structure = jax.tree.flatten(opt_state)
-    resetting = {index: state[index] for index in (*found.moments, *found.counts)}
+    resetting = {str(index): state[index] for index in (*found.moments, *found.counts)}
     if donate:
         _check_distinct(changing)
+    if rounding == "nearest":
+        warn_of_losses(losses, stacklevel=2)
     restart = _restart_donating if donate else _restart
-    changed, reset = restart(changing, resetting, key, plan, places_of(changing))
+    places = places_of(changing), places_of(resetting)
+    changed, reset = restart(changing, resetting, key, plan, places, rounding)
     for index, leaf in reset.items():
-        state[index] = leaf
+        state[int(index)] = leaf
     return ResetResult(
         rebuild(leaves | {p: with_value(leaves[p], v) for p, v in changed.items()}, params),
         structure.unflatten(state),
         next_plan,
-        ResetReport(len(plan), len(found.moments), len(found.counts)),
+        ResetReport(len(plan), len(found.moments), len(found.counts), losses),
     )
 
 
@@ -129,13 +151,14 @@ def _check_distinct(leaves: dict[str, Any]) -> None:
             )
 
 
-def _merge_and_start_anew(leaves, state, key, plan, places):
+def _merge_and_start_anew(leaves, state, key, plan, places, rounding="nearest"):
     adapters = new_adapters(plan, key)
-    changed = put(merged_kernels(leaves, plan) | adapters, places)
-    return changed, jax.tree.map(jnp.zeros_like, state)
+    kernels = merged_kernels(leaves, plan, None if rounding == "nearest" else key)
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    return put(kernels | adapters, places[0]), put(zeros, places[1])
 
 
-_STATIC = ("plan", "places")
+_STATIC = ("plan", "places", "rounding")
 _restart = functools.partial(jax.jit, static_argnames=_STATIC)(_merge_and_start_anew)
 _restart_donating = functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=(0, 1))(
     _merge_and_start_anew

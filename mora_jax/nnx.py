@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from mora_jax import _merge, _remora
+from mora_jax import _merge, _remora, _unmerge
 from mora_jax._config import MoRAConfig, check_matches
 from mora_jax._examples import check_ids
 from mora_jax._initialize import draws_numbers
@@ -28,6 +28,7 @@ from mora_jax._nnx_kernels import Kernel, kernels, path_of
 from mora_jax._nnx_layers import AdaptedLayer, MoRA, MoRALinear, adapted_class, fresh
 from mora_jax._plan import Plan
 from mora_jax._remora import ResetReport
+from mora_jax._rounding import Rounding
 from mora_jax._tree import IDS, checksum, flatten, is_adapter, join_path, listing, unflatten
 from mora_jax._variables import AdapterIds, AlsoTrained, MoRAParam
 
@@ -128,19 +129,29 @@ def plan(model: nnx.Module) -> Plan:
     return dataclasses.replace(found, left=tuple(left))
 
 
-def merge(model: ModelT) -> ModelT:
+def merge(model: ModelT, *, rounding: Rounding = "nearest", key: jax.Array | None = None) -> ModelT:
     """A model without adapters whose kernels hold their deltas: equation (3).
 
-    The adapted model is not touched. `mora_jax.merge` takes states.
+    The adapted model is not touched. `mora_jax.merge` takes states; so does `merge_losses`:
+    `mora_jax.merge_losses(nnx.state(model, nnx.Param), mora_jax.plan(model))`.
+
+    Args:
+      model: an adapted model.
+      rounding: "nearest" or "stochastic", as for `mora_jax.merge`.
+      key: a PRNG key, required for "stochastic".
 
     Raises:
-      ValueError: where an adapter holds a number that is not finite.
+      ValueError: where an adapter holds a number that is not finite; where a key is missing.
+
+    Warns:
+      MergeWarning: as `mora_jax.merge`.
 
     >>> layer = MoRALinear(3, 6, rank=1, scheme="sharing", rngs=nnx.Rngs(0))
     >>> type(merge(layer)) is nnx.Linear
     True
     """
-    copy = _copy_with(model, _merge.merge(_values(model), plan(model)))
+    merged = _merge.merge(_values(model), plan(model), rounding=rounding, key=key)
+    copy = _copy_with(model, merged)
     for _, layer in list(_adapted(copy)):
         object.__setattr__(layer, "__class__", type(layer).mora_base)
         del layer.mora
@@ -151,12 +162,20 @@ def merge(model: ModelT) -> ModelT:
     return copy
 
 
-def unmerge(merged: ModelT, model: ModelT) -> ModelT:
-    """Takes merged adapters out of their kernels again: the inverse of `merge`.
+def unmerge(
+    merged: ModelT,
+    model: ModelT,
+    *,
+    rounding: Rounding = "nearest",
+    key: jax.Array | None = None,
+) -> ModelT:
+    """Takes merged adapters out of their kernels again: see `mora_jax.unmerge` for how exactly.
 
     Args:
       merged: what `merge` gave, perhaps trained further; not touched.
       model: the adapted model, which holds the adapters; not touched.
+      rounding: what the merge had.
+      key: what the merge had.
 
     Returns:
       A model like `model`, with the parameters of `merged` less the deltas.
@@ -168,7 +187,8 @@ def unmerge(merged: ModelT, model: ModelT) -> ModelT:
     >>> type(unmerge(merge(layer), layer)) is MoRALinear
     True
     """
-    return _copy_with(model, _merge.unmerge(_values(merged), _values(model), plan(model)))
+    values = _values(merged), _values(model), plan(model)
+    return _copy_with(model, _unmerge.unmerge(*values, rounding=rounding, key=key))
 
 
 def merge_and_reset(
@@ -177,25 +197,29 @@ def merge_and_reset(
     *,
     key: jax.Array | None = None,
     donate: bool = True,
+    rounding: Rounding = "nearest",
 ) -> ResetReport:
     """One ReMoRA restart, in place: `mora_jax.merge_and_reset` for a model and its optimizer.
 
     Args:
       model: an adapted model; its adapters move to the next scheme of their cycles.
       optimizer: the `nnx.Optimizer` that trains it.
-      key: a PRNG key, required where a scheme draws numbers (`LowRank`).
+      key: a PRNG key, required where a scheme draws numbers (`LowRank`), and for "stochastic".
       donate: reuse the memory of what changes. The base model shares these kernels and **cannot
         be used afterwards**, unless this is False.
+      rounding: "nearest" or "stochastic", as for `mora_jax.merge`.
 
     Returns:
-      What was reset.
+      What was reset, and what rounding lost.
 
     Raises:
       ValueError: as `mora_jax.merge_and_reset`, and then nothing is changed.
     """
     state = jax.tree.map(_as_dict, optimizer.opt_state, is_leaf=_is_state)
     values = jax.tree.map(lambda leaf: leaf[...], state, is_leaf=_is_variable)
-    result = _remora.merge_and_reset(_values(model), values, plan(model), key=key, donate=donate)
+    result = _remora.merge_and_reset(
+        _values(model), values, plan(model), key=key, donate=donate, rounding=rounding
+    )
     jax.tree.map(_set, state, result.opt_state, is_leaf=_is_variable)
     params = flatten(result.params)
     for path, variable in _parameters(model).items():

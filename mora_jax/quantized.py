@@ -30,11 +30,11 @@ import qwix
 from jax.core import Tracer
 
 from mora_jax._merge import check_finite, why_unmergeable
+from mora_jax._merge_loss import MergeLoss
 from mora_jax._params import Params, check_adapted, check_base
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._quantize import (
     BOUNDS,
-    MergeLoss,
     Quantized,
     dequantize_kernel,
     is_quantized,

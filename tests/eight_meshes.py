@@ -107,6 +107,8 @@ def measure(name, kind, scheme):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.abs(b).max()))
     with jax.set_mesh(mesh):
+        if name == "2x2x2" and isinstance(scheme, mora_jax.Sharing):
+            check_rounding(plan, mora_jax.join(trainable, frozen), mora_jax.join(whole, base))
         check_restart(plan, mora_jax.join(trainable, frozen), mora_jax.join(whole, base))
     return {case: collectives(compiled) for case, compiled in found.items()}
 
@@ -177,6 +179,22 @@ def check_export(kind, folder):
     assert len(files["many"]) == 4
     for name, tensor in files["one"].items():
         np.testing.assert_array_equal(files["many"][name], tensor)
+
+
+def check_rounding(plan, params, whole):
+    """Random bits are those of one device, and nothing is sent to make them."""
+    trainable, _ = mora_jax.split(params, plan)
+    narrow = lambda leaf: leaf.astype(jnp.bfloat16)
+    options = {"rounding": "stochastic", "key": jax.random.key(5)}
+    results = []
+    for tree in (params, whole):
+        tree = mora_jax.join(trainable, jax.tree.map(narrow, mora_jax.split(tree, plan)[1]))
+        merge = functools.partial(mora_jax.merge, plan=plan, **options)
+        assert collectives(jax.jit(merge).lower(tree).compile()) in ({}, {"numbers": 0})
+        losses = mora_jax.merge_losses(tree, plan, **options)
+        results.append((merge(tree), {path: loss.kept for path, loss in losses.items()}))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0 if getattr(a, "ndim", 0) else 1e-5)
 
 
 def main():

@@ -54,7 +54,7 @@ def test_a_stack_is_merged_in_place_layer_by_layer():
     plan = mora_jax.plan(model, x)
     kernel = {"layers/kernel": jax.ShapeDtypeStruct((32, 64, 96), jnp.float32)}
     leaves = kernel | plan.adapter_leaves()
-    restart = _remora._restart_donating.lower(leaves, {}, None, plan, ())
+    restart = _remora._restart_donating.lower(leaves, {}, None, plan, ((), ()))
     memory = restart.compile().memory_analysis()
     assert memory.alias_size_in_bytes == memory.argument_size_in_bytes
     # The delta of the whole stack would be as large as its kernels.

@@ -176,7 +176,7 @@ def test_training_with_nnx_and_restarts():
 
     y, before = model(IDS), numbers(base)
     report = mora_nnx.merge_and_reset(model, optimizer, donate=False)
-    assert report == (len(plan), 2 * len(plan), 1)
+    assert report == (len(plan), 2 * len(plan), 1, {})
     np.testing.assert_allclose(model(IDS), y, atol=1e-4)
     assert not any(leaf.any() for leaf in jax.tree.leaves(numbers(model, mora_nnx.MoRAParam)))
     assert not any(leaf.any() for leaf in jax.tree.leaves(nnx.state(optimizer.opt_state)))
@@ -206,7 +206,7 @@ def test_states_are_trees_of_parameters():
     optimizer = mora_jax.freeze_base(optax.adam(1e-2), plan)
     opt_state = optimizer.init(state)
     state, opt_state, plan, report = mora_jax.merge_and_reset(state, opt_state, plan, donate=False)
-    assert report == (len(plan), 2 * len(plan), 1)
+    assert report == (len(plan), 2 * len(plan), 1, {})
     model = nnx.merge(nnx.graphdef(mora_jax.adapt(base, plan)), state)
     np.testing.assert_allclose(model(IDS), y, atol=1e-4)
 
@@ -241,7 +241,7 @@ def test_also_train_is_trained_with_the_adapters():
     assert changed == {"blocks/0/up/kernel", "conv/kernel"}
     y = model(IDS)
     report = mora_nnx.merge_and_reset(model, optimizer, donate=False)
-    assert report == (len(plan), 2 * len(plan), 1)
+    assert report == (len(plan), 2 * len(plan), 1, {})
     np.testing.assert_allclose(model(IDS), y, atol=1e-4)
 
 

@@ -32,5 +32,5 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
         # Rank 8 is more than the smallest layers of this small model can use, and warns.
         exec(block.replace("rank=8", "rank=2"), namespace)
     assert "14 adapters in 7 kernels" in capsys.readouterr().out
-    assert namespace["report"] == (7, 14, 1)
+    assert namespace["report"] == (7, 14, 1, {})
     assert (tmp_path / "adapters").is_dir()

@@ -74,7 +74,7 @@ def test_adapters_restart_and_nothing_else(inputs, optimizer, whole):
     fields = {re.sub(r"\w+(\['\w+'\])+$", "", name) for name in moments}
     counts = {name for name in before if name.removesuffix("count") in fields}
     assert len(counts) == (0 if optimizer == "momentum" else 1)
-    assert result.report == (2, len(moments), len(counts))
+    assert result.report == (2, len(moments), len(counts), {})
     assert sum(before[name].any() for name in moments) >= 2
     assert all(before[name] for name in counts)
     for name in before:
@@ -114,7 +114,7 @@ def test_plain_masked_loop_restarts_too(inputs):
 
     _, _, plan, params, _, state = trained(inputs, make, also_train=None)
     result = mora_jax.merge_and_reset(params, state, plan)
-    assert result.report == (2, 4, 1)
+    assert result.report == (2, 4, 1, {})
 
 
 def test_training_goes_on_through_a_cycle(inputs):
@@ -208,7 +208,7 @@ def test_a_state_of_other_parameters_is_named(inputs):
 def test_an_optimizer_without_state_has_nothing_to_reset(inputs):
     _, _, _, plan, params = adapted_network(inputs, scheme="sharing")
     state = optax.sgd(1e-2).init(params)
-    assert mora_jax.merge_and_reset(params, state, plan).report == (7, 0, 0)
+    assert mora_jax.merge_and_reset(params, state, plan).report == (7, 0, 0, {})
 
 
 def test_the_middle_of_an_accumulation_is_no_time_to_merge(inputs):

@@ -206,9 +206,12 @@ class Variant:
         changing = {path: leaves[path] for path in paths}
         found = _remora.find_adapter_state(state, self.plan.adapter_leaves())
         flat = jax.tree.leaves(state)
-        resetting = {index: flat[index] for index in (*found.moments, *found.counts)}
+        resetting = {str(index): flat[index] for index in (*found.moments, *found.counts)}
         key = jax.eval_shape(lambda: jax.random.key(0))
-        places = tuple((path, leaf.sharding) for path, leaf in changing.items())
+        places = tuple(
+            tuple((path, leaf.sharding) for path, leaf in leaves.items())
+            for leaves in (changing, resetting)
+        )
         lowered = _remora._restart_donating.lower(changing, resetting, key, self.plan, places)
         return lowered, jax.tree.map(lambda a: a.sharding, (changing, resetting))
 

@@ -83,7 +83,7 @@ def check_trained_by_tunix(name, base, tokens, wanted, run, rate):
     scale = float(jnp.abs(y).max())
     np.testing.assert_allclose(merged, y, atol=1e-5 * scale)
     report = merge_and_reset(model, trainer.optimizer, donate=False)
-    assert report == (len(plan), 2 * len(plan), 1)
+    assert report[:3] == (len(plan), 2 * len(plan), 1)
     np.testing.assert_allclose(run(model, tokens), y, atol=1e-5 * scale)
     check.TABLE.append(
         f"| {name} | {len(plan)} | {first:.3f} -> {last:.3f} | "
