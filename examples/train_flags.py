@@ -68,8 +68,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tensor", type=int, default=1, help="parts of heads and of hidden features")
     add("--split-adapters", action="store_true", help="keep adapters and their optimizer's state "
         "in parts over the fsdp devices, for large ranks")  # fmt: skip
-    add("--split-adapters", action="store_true", help="keep adapters and their optimizer's state "
-        "in parts over the fsdp devices, for large ranks")  # fmt: skip
     add("--distributed", action="store_true", help="several processes, which JAX finds by itself "
         "under Slurm, Open MPI, on Cloud TPU and GKE")  # fmt: skip
     add("--coordinator", help="HOST:PORT of process 0, where nothing else says; then also:")
