@@ -158,7 +158,7 @@ def test_passes_split_at_will(scheme, forward, backward, float64, monkeypatch):
     chex.assert_trees_all_close(gradients("auto"), plain, rtol=1e-11, atol=1e-11)
 
 
-def test_dropout_like_inputs_of_the_adapter_alone():
+def test_dropout_like_inputs_of_the_adapter_alone(optimized):
     scheme, x, kernel = mora_jax.Sharing(), jnp.ones((2, 6)), jnp.ones((6, 4))
     adapter = random_adapter(6, 4, 1, scheme)
     y = mora_jax.mora_dot_general(

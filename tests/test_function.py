@@ -93,7 +93,7 @@ def test_the_plan_reads_axes_off_the_products():
     assert mora_jax.Plan.from_json(plan.to_json()) == plan
 
 
-def test_new_adapters_change_no_bit():
+def test_new_adapters_change_no_bit(optimized):
     forward, _, params = adapted(scheme="sharing")
     chex.assert_trees_all_equal(jax.jit(forward)(params, IDS), jax.jit(model)(parameters(), IDS))
 
@@ -143,7 +143,7 @@ def test_no_gradient_of_a_kernel_is_formed():
     assert flops("hooked") < 0.75 * flops("merged")
 
 
-def test_low_precision_copies_of_a_kernel_are_followed():
+def test_low_precision_copies_of_a_kernel_are_followed(optimized):
     def function(params, x):
         return x @ params["w"].astype(jnp.bfloat16)
 
@@ -183,7 +183,7 @@ def test_training_and_merging():
     chex.assert_trees_all_close(forward(params, IDS), before, atol=1e-4)
 
 
-def test_derivatives_of_ones_own_stay():
+def test_derivatives_of_ones_own_stay(optimized):
     @jax.custom_jvp
     def reversed_product(x, w):
         return x @ w
@@ -225,7 +225,7 @@ class Perceptron:
         return x
 
 
-def test_models_that_are_pytrees():
+def test_models_that_are_pytrees(optimized):
     tree = Perceptron([jnp.ones((5, 4)), jnp.ones((3, 5))])
     params, restore = mora_jax.as_params(tree)
     forward = mora_jax.adapt(

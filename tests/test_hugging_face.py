@@ -31,7 +31,7 @@ def llama():
     return model, model.module, model.params, inputs
 
 
-def test_a_pretrained_model_is_adapted_as_it_is(llama):
+def test_a_pretrained_model_is_adapted_as_it_is(llama, optimized):
     base, _, pretrained, (tokens, *_) = llama
     config = mora_jax.MoRAConfig(rank=2, scheme="sharing", targets=".*_proj")
     model = mora_jax.adapt(base, config)
@@ -55,7 +55,7 @@ def test_a_pretrained_model_is_adapted_as_it_is(llama):
         mora_jax.plan(base)
 
 
-def test_trains_through_a_cycle_with_one_compilation_per_scheme(llama):
+def test_trains_through_a_cycle_with_one_compilation_per_scheme(llama, optimized):
     _, module, pretrained, inputs = llama
     with pytest.raises(TypeError, match="unhashable"):
         hash(module)

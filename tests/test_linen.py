@@ -25,7 +25,7 @@ def apply(model, params, *args, **kwargs):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("placement", ["kernel", "activation"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_new_adapter_changes_no_bit(inputs, scheme, placement, dtype):
+def test_a_new_adapter_changes_no_bit(inputs, scheme, placement, dtype, optimized):
     inputs = inputs.astype(dtype)
     base, pretrained, model, _, params = adapted_network(
         inputs, scheme=scheme, placement=placement, key=jax.random.key(3)
@@ -37,7 +37,7 @@ def test_a_new_adapter_changes_no_bit(inputs, scheme, placement, dtype):
     assert_same_bits(apply(base, pretrained, inputs), apply(model, params, inputs))
 
 
-def test_a_new_adapter_changes_no_bit_outside_of_jit(inputs):
+def test_a_new_adapter_changes_no_bit_outside_of_jit(inputs, optimized):
     base, pretrained, model, _, params = adapted_network(inputs, module=nn.Dense(6))
     wanted = base.apply({"params": pretrained}, inputs)
     assert_same_bits(wanted, model.apply({"params": params}, inputs))

@@ -67,7 +67,7 @@ def run(model, params):
 
 
 @pytest.mark.parametrize(("targets", "wanted"), [("all-linear", LINEAR), (".*", LINEAR | OTHERS)])
-def test_the_plan_finds_them(targets, wanted):
+def test_the_plan_finds_them(targets, wanted, optimized):
     model, plan, params = adapted(targets=targets)
     assert {path: (spec.kernel_name, spec.kernel_axes) for path, spec in plan.items()} == wanted
     # One matrix for each expert of each layer, and its axes where the layer has them.
@@ -129,7 +129,7 @@ def test_what_cannot_be_adapted_says_so():
         adapted(dropout=0.1, targets="embed|stack/query")
 
 
-def test_models_traced_at_once_do_not_disturb_each_other():
+def test_models_traced_at_once_do_not_disturb_each_other(optimized):
     cases = {rank: adapted(targets=".*", rank=rank) for rank in (1, 2)}
     wanted = np.asarray(run(Model(), pretrained()))
     outcomes = {}

@@ -120,7 +120,7 @@ def test_the_plan_and_the_graph(targets, wanted):
 
 
 @pytest.mark.parametrize("placement", ["kernel", "activation"])
-def test_new_adapters_change_no_bit(placement):
+def test_new_adapters_change_no_bit(placement, optimized):
     base, model, _ = adapted(targets=".*", placement=placement)
     run = nnx.jit(lambda model: model(IDS))
     np.testing.assert_array_equal(run(model), run(base))
@@ -211,7 +211,7 @@ def test_states_are_trees_of_parameters():
     np.testing.assert_allclose(model(IDS), y, atol=1e-4)
 
 
-def test_states_of_base_models_take_adapters():
+def test_states_of_base_models_take_adapters(optimized):
     base, model, plan = adapted(targets="blocks/.*")
     graph, wanted = nnx.split(model)
     state = mora_jax.attach(plan, nnx.state(base))
@@ -266,7 +266,7 @@ def test_errors_say_what_is_wrong():
         mora_jax.adapt(square, mora_jax.MoRAConfig(rank=1))
 
 
-def test_dropout_follows_train_and_eval():
+def test_dropout_follows_train_and_eval(optimized):
     _, quiet, _ = adapted()
     _, model, _ = adapted(dropout=0.5)
     wanted = draw(quiet)(IDS)

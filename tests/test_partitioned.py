@@ -46,7 +46,7 @@ X = jax.random.normal(jax.random.key(0), (5, 8))
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_metadata_goes_with_the_adapters(box):
+def test_metadata_goes_with_the_adapters(box, optimized):
     base = Model(box)
     pretrained = base.init(jax.random.key(0), X)["params"]
     model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
@@ -93,7 +93,7 @@ def test_boxed_parameters_train_merge_and_restart():
     np.testing.assert_allclose(y_again, y, atol=1e-4)
 
 
-def test_a_function_takes_boxed_parameters():
+def test_a_function_takes_boxed_parameters(optimized):
     base = Model("partitioned")
     pretrained = base.init(jax.random.key(0), X)["params"]
     forward = mora_jax.adapt(

@@ -121,7 +121,8 @@ def span_of_all_shifts(features, size):
     group = (feature + shift * (feature // size)) % size
     span = np.zeros((features, size, size))
     np.add.at(span, (feature % features, shift, group), 1)
-    return int(np.linalg.matrix_rank(span.reshape(features, -1)))
+    span = span.reshape(features, -1)
+    return int(np.linalg.matrix_rank(span @ span.T, hermitian=True))  # as that of the span
 
 
 def test_rank_accumulates_over_merges():
