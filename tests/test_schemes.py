@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,7 +99,8 @@ def accumulated_ranks(cycle, merges, in_features, out_features, rank):
     size = mora_jax.square_rank(in_features, out_features, rank, scheme)
     for seed in range(merges):
         adapter = random_adapter(in_features, out_features, rank, scheme, seed)
-        kernel = mora_jax.delta_kernel(adapter, in_features, out_features, scheme)
+        make = jax.jit(mora_jax.delta_kernel, static_argnums=(1, 2, 3))
+        kernel = make(adapter, in_features, out_features, scheme)
         total = total + np.asarray(kernel, np.float64)
         ranks.append(int(np.linalg.matrix_rank(total)))
         scheme = next_scheme(scheme, cycle, in_features, out_features, size)
