@@ -1,5 +1,6 @@
 """Settings of the whole suite, and the fixtures that several files share."""
 
+import functools
 import json
 import os
 import pathlib
@@ -179,10 +180,17 @@ def inputs():
     return jax.random.normal(jax.random.key(1), (2, 5, 10))
 
 
+@functools.cache
+def initialized(module, shape, dtype):
+    """New parameters as NumPy arrays, which no test can donate: most want the same ones."""
+    params = jax.jit(module.init)(jax.random.key(0), jnp.ones(shape, dtype))["params"]
+    return jax.device_get(params)
+
+
 def adapted_network(inputs, *, key=None, module=None, **config):
     """(base model, its params, adapted model, plan, params with new adapters)."""
     base = module or Network()
-    pretrained = jax.jit(base.init)(jax.random.key(0), inputs)["params"]
+    pretrained = jax.tree.map(jnp.array, initialized(base, inputs.shape, inputs.dtype))
     model = mora_jax.adapt(base, mora_jax.MoRAConfig(**{"rank": 2, **config}))
     plan = mora_jax.plan(model, inputs)
     return base, pretrained, model, plan, mora_jax.attach(plan, pretrained, key=key)

@@ -52,7 +52,7 @@ OTHERS = {
 
 @functools.cache
 def pretrained():
-    return Model().init(jax.random.key(0), IDS)["params"]
+    return jax.jit(Model().init)(jax.random.key(0), IDS)["params"]
 
 
 def adapted(**config):
@@ -64,7 +64,7 @@ def adapted(**config):
 
 
 def run(model, params):
-    return model.apply({"params": params}, IDS)
+    return jax.jit(model.apply)({"params": params}, IDS)
 
 
 @pytest.mark.parametrize(("targets", "wanted"), [("all-linear", LINEAR), (".*", LINEAR | OTHERS)])
@@ -73,7 +73,7 @@ def test_the_plan_finds_them(targets, wanted, optimized):
     assert {path: (spec.kernel_name, spec.kernel_axes) for path, spec in plan.items()} == wanted
     # One matrix for each expert of each layer, and its axes where the layer has them.
     chex.assert_shape(params["stack"]["experts"]["mora"]["matrix"], (3, 4, 4, 4))
-    made = model.init(jax.random.key(0), IDS)["params"]
+    made = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
     np.testing.assert_array_equal(run(model, params), run(Model(), pretrained()))
 
@@ -109,6 +109,7 @@ def test_what_cannot_be_adapted_says_so():
 
 def test_models_traced_at_once_do_not_disturb_each_other(optimized):
     cases = {rank: adapted(targets=".*", rank=rank) for rank in (1, 2)}
+    run = lambda model, params: model.apply({"params": params}, IDS)  # traced at every call
     wanted = np.asarray(run(Model(), pretrained()))
     outcomes = {}
 
