@@ -1,12 +1,25 @@
 """Settings of the whole suite, and the fixtures that several files share."""
 
+import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
+# Compiling is most of what the suite does. What one test has compiled no later test of its process
+# compiles again, nor a program that it starts. A worker of pytest-xdist has a folder of its own:
+# JAX does not lock entries while it writes them.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mora_jax_tests_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# The optimised HLO stays the same to the byte, and with it FLOPs, memory and collectives; LLVM
+# alone does less. What that may hide is what the fixture `optimized` is for.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Workers share the cores, where OpenBLAS would take every one for each of them and wait in a loop.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +48,26 @@ SCHEMES = [
 ALL_SCHEMES = [*SCHEMES, mora_jax.LowRank(alpha=3.0)]
 
 
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
 @pytest.fixture
 def float64():
     """Double precision inside a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def optimized():
+    """Machine code as users get it, for what is compared bit by bit.
+
+    LLVM joins a product and a sum into one instruction that rounds once, here and not there.
+    """
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -152,10 +180,17 @@ def inputs():
     return jax.random.normal(jax.random.key(1), (2, 5, 10))
 
 
+@functools.cache
+def initialized(module, shape, dtype):
+    """New parameters as NumPy arrays, which no test can donate: most want the same ones."""
+    params = jax.jit(module.init)(jax.random.key(0), jnp.ones(shape, dtype))["params"]
+    return jax.device_get(params)
+
+
 def adapted_network(inputs, *, key=None, module=None, **config):
     """(base model, its params, adapted model, plan, params with new adapters)."""
     base = module or Network()
-    pretrained = jax.jit(base.init)(jax.random.key(0), inputs)["params"]
+    pretrained = jax.tree.map(jnp.array, initialized(base, inputs.shape, inputs.dtype))
     model = mora_jax.adapt(base, mora_jax.MoRAConfig(**{"rank": 2, **config}))
     plan = mora_jax.plan(model, inputs)
     return base, pretrained, model, plan, mora_jax.attach(plan, pretrained, key=key)

@@ -66,11 +66,14 @@ def test_placements_agree(layout, scheme, float64):
 def test_experts_do_not_share_their_matrices(float64):
     product, x, kernel, adapter = products("experts", mora_jax.Sharing())
     together = product("kernel", x, kernel, adapter)
+
+    @jax.jit
+    def by_itself(x, kernel, adapter):
+        return mora_jax.mora_dot_general(x, kernel, MATMUL, adapter, mora_jax.Sharing())
+
     for expert in range(4):
         own = {name: leaf[expert] for name, leaf in adapter.items()}
-        alone = mora_jax.mora_dot_general(
-            x[:, expert], kernel[expert], MATMUL, own, mora_jax.Sharing()
-        )
+        alone = by_itself(x[:, expert], kernel[expert], own)
         np.testing.assert_allclose(together[expert], alone, rtol=1e-12)
 
 
@@ -101,13 +104,16 @@ def test_what_is_kept_for_the_gradient_is_the_compressed_input():
 
     def kept(scheme):
         adapter = random_adapter(256, 256, 2, scheme)
-        _, transpose = jax.vjp(
-            lambda x, adapter: mora_jax.mora_dot_general(
-                x, kernel, MATMUL, adapter, scheme, placement="kernel"
-            ),
-            x, adapter,
-        )  # fmt: skip
-        return {leaf.shape for leaf in jax.tree.leaves(transpose) if hasattr(leaf, "shape")}
+
+        def transpose(x, adapter):
+            return jax.vjp(
+                lambda x, adapter: mora_jax.mora_dot_general(
+                    x, kernel, MATMUL, adapter, scheme, placement="kernel"
+                ),
+                x, adapter,
+            )[1]  # fmt: skip
+
+        return {leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(transpose, x, adapter))}
 
     # 32 features instead of 256 for sharing; rotation has no smaller form than the inputs.
     assert (1, 64, 32) in kept(mora_jax.Sharing())
@@ -117,10 +123,9 @@ def test_what_is_kept_for_the_gradient_is_the_compressed_input():
 
 def test_the_activation_form_has_a_forward_mode(float64):
     product, x, kernel, adapter = products("dense", mora_jax.Rotation())
-    _, tangent = jax.jvp(lambda a: product("activation", x, kernel, a), (adapter,), (adapter,))
-    delta = product("activation", x, kernel, adapter) - product(
-        "activation", x, kernel, jax.tree.map(jnp.zeros_like, adapter)
-    )
+    run = jax.jit(lambda adapter: product("activation", x, kernel, adapter))
+    _, tangent = jax.jvp(run, (adapter,), (adapter,))
+    delta = run(adapter) - run(jax.tree.map(jnp.zeros_like, adapter))
     np.testing.assert_allclose(tangent, delta, rtol=1e-11)
 
 
@@ -134,7 +139,7 @@ def test_vmap_over_adapters():
         return jnp.square(y).sum()
 
     first, second = (
-        jax.vmap(lambda adapter, p=placement: jax.grad(loss)(adapter, p))(adapters)
+        jax.jit(jax.vmap(lambda adapter, p=placement: jax.grad(loss)(adapter, p)))(adapters)
         for placement in ("kernel", "activation")
     )
     np.testing.assert_allclose(first["matrix"], second["matrix"], rtol=1e-5)
@@ -158,7 +163,7 @@ def test_passes_split_at_will(scheme, forward, backward, float64, monkeypatch):
     chex.assert_trees_all_close(gradients("auto"), plain, rtol=1e-11, atol=1e-11)
 
 
-def test_dropout_like_inputs_of_the_adapter_alone():
+def test_dropout_like_inputs_of_the_adapter_alone(optimized):
     scheme, x, kernel = mora_jax.Sharing(), jnp.ones((2, 6)), jnp.ones((6, 4))
     adapter = random_adapter(6, 4, 1, scheme)
     y = mora_jax.mora_dot_general(
@@ -214,7 +219,7 @@ def test_any_number_of_rows_is_exported_and_none_is_fine(call, scheme, placement
     exported = jax.export.export(function)(jax.ShapeDtypeStruct((rows, 16), "float32"))
     x = jnp.asarray(np.random.default_rng(1).standard_normal((6, 16)), "float32")
     np.testing.assert_allclose(exported.call(x), function(x), atol=1e-4)
-    gradient = jax.grad(lambda x, a: call(x, a, scheme, placement).sum(), (0, 1))
+    gradient = jax.jit(jax.grad(lambda x, a: call(x, a, scheme, placement).sum(), (0, 1)))
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient(x[:0], adapter)))
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import mora_jax
+from merged import assert_as_merged, schemes_and_placements
 from mora_jax._layout import KernelAxes
 
 IDS = jnp.array([[1, 2, 3]])
@@ -76,15 +77,6 @@ def adapted(**config):
     return forward, plan, mora_jax.attach(plan, params, key=jax.random.key(1))
 
 
-def drawn(params, plan):
-    """(trainable, frozen), every adapter drawn."""
-    trainable, frozen = mora_jax.split(params, plan)
-    numbers = iter(range(100))
-    return jax.tree.map(
-        lambda leaf: 0.1 * jax.random.normal(jax.random.key(next(numbers)), leaf.shape), trainable
-    ), frozen
-
-
 def test_the_plan_reads_axes_off_the_products():
     _, plan, params = adapted(scheme="sharing")
     assert {path: (spec.kernel_name, spec.kernel_axes) for path, spec in plan.items()} == AXES
@@ -93,34 +85,16 @@ def test_the_plan_reads_axes_off_the_products():
     assert mora_jax.Plan.from_json(plan.to_json()) == plan
 
 
-def test_new_adapters_change_no_bit():
+def test_new_adapters_change_no_bit(optimized):
     forward, _, params = adapted(scheme="sharing")
     chex.assert_trees_all_equal(jax.jit(forward)(params, IDS), jax.jit(model)(parameters(), IDS))
 
 
-@pytest.mark.parametrize(
-    ("scheme", "placement"),
-    [
-        ("sharing", "kernel"),
-        (mora_jax.Rotation(cycle=True), "activation"),
-        (mora_jax.LowRank(), "kernel"),
-    ],
-    ids=str,
-)
+@schemes_and_placements
 def test_outputs_and_gradients_are_the_merged_models(scheme, placement):
     forward, plan, params = adapted(scheme=scheme, placement=placement)
-    trainable, frozen = drawn(params, plan)
-
-    def loss(run):
-        def of(trainable):
-            outputs = run(mora_jax.join(trainable, frozen))
-            return sum(jnp.mean(out**2) for out in outputs.values()), outputs
-
-        return jax.jit(jax.value_and_grad(of, has_aux=True))
-
-    ours = loss(lambda params: forward(params, IDS))
-    theirs = loss(lambda params: model(mora_jax.merge(params, plan), IDS))
-    chex.assert_trees_all_close(ours(trainable), theirs(trainable), rtol=1e-4, atol=1e-5)
+    of = lambda run: lambda params: run(params, IDS)
+    assert_as_merged(of(forward), of(model), params, plan)
 
 
 def test_no_gradient_of_a_kernel_is_formed():
@@ -143,7 +117,7 @@ def test_no_gradient_of_a_kernel_is_formed():
     assert flops("hooked") < 0.75 * flops("merged")
 
 
-def test_low_precision_copies_of_a_kernel_are_followed():
+def test_low_precision_copies_of_a_kernel_are_followed(optimized):
     def function(params, x):
         return x @ params["w"].astype(jnp.bfloat16)
 
@@ -183,7 +157,7 @@ def test_training_and_merging():
     chex.assert_trees_all_close(forward(params, IDS), before, atol=1e-4)
 
 
-def test_derivatives_of_ones_own_stay():
+def test_derivatives_of_ones_own_stay(optimized):
     @jax.custom_jvp
     def reversed_product(x, w):
         return x @ w
@@ -225,7 +199,7 @@ class Perceptron:
         return x
 
 
-def test_models_that_are_pytrees():
+def test_models_that_are_pytrees(optimized):
     tree = Perceptron([jnp.ones((5, 4)), jnp.ones((3, 5))])
     params, restore = mora_jax.as_params(tree)
     forward = mora_jax.adapt(
@@ -300,13 +274,6 @@ def test_experts_in_ragged_groups(scheme):
     plan = mora_jax.plan(forward, params, *inputs)
     assert plan["experts"].kernel_axes == KernelAxes((1,), (2,), (0,))
     assert plan["stack"].kernel_axes == KernelAxes((3,), (2,), (0, 1))
-    trainable, frozen = drawn(mora_jax.attach(plan, params, key=jax.random.key(0)), plan)
-    join = lambda trainable: mora_jax.join(trainable, frozen)
-
-    def gradient(run):
-        loss = lambda trainable: jnp.square(run(trainable)).sum()
-        return jax.jit(jax.value_and_grad(loss)).lower(trainable).compile()
-
-    ours = gradient(lambda trainable: forward(join(trainable), *inputs))
-    theirs = gradient(lambda trainable: function(mora_jax.merge(join(trainable), plan), *inputs))
-    chex.assert_trees_all_close(ours(trainable), theirs(trainable), rtol=1e-4, atol=1e-5)
+    params = mora_jax.attach(plan, params, key=jax.random.key(0))
+    of = lambda run: lambda params: run(params, *inputs)
+    assert_as_merged(of(forward), of(function), params, plan)

@@ -36,22 +36,28 @@ def spread_over_devices(monkeypatch):
 def test_both_spellings_say_the_same(side, features, size, seed):
     groups = Groups(features, size, **side)
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.integers(-9, 9, (2, features)), jnp.float32)
-    z = jnp.asarray(rng.integers(-9, 9, (2, size)), jnp.float32)
+    x, z = (np.float32(rng.integers(-9, 9, (2, n))) for n in (features, size))
     one_hot = sum(
         weight[:, None] * (np.arange(size) == group[:, None]) for group, weight in groups.tables()
     )
-    np.testing.assert_array_equal(groups.sum(x), x @ one_hot)
-    np.testing.assert_array_equal(groups.spread(z), z @ one_hot.T)
-    np.testing.assert_array_equal(groups._sum_by_table(x), groups.sum(x))
-    np.testing.assert_array_equal(groups._spread_by_table(z), groups.spread(z))
+
+    @jax.jit
+    def everything(x, z):
+        sums, spreads = (groups.sum, groups._sum_by_table), (groups.spread, groups._spread_by_table)
+        return [sum_(x) for sum_ in sums], [spread(z) for spread in spreads]
+
+    sums, spreads = everything(x, z)
+    for found in sums:
+        np.testing.assert_array_equal(found, x @ one_hot)
+    for found in spreads:
+        np.testing.assert_array_equal(found, z @ one_hot.T)
 
 
 @pytest.mark.parametrize("side", SIDES, ids=str)
 def test_sum_and_spread_are_transposes(side):
     groups = Groups(11, 4, **side)
-    eye = jnp.eye(11)
-    np.testing.assert_array_equal(groups.sum(eye).T, groups.spread(jnp.eye(4)))
+    total, spread = jax.jit(groups.sum)(jnp.eye(11)), jax.jit(groups.spread)(jnp.eye(4))
+    np.testing.assert_array_equal(total.T, spread)
 
 
 def test_tables_are_taken_where_nothing_is_known(monkeypatch):
@@ -75,11 +81,17 @@ def test_blocks_stand_in_their_places(sizes, cycle):
     matrices = jnp.asarray(rng.standard_normal((grid.count, 4, 4)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((5, sizes[0])), jnp.float32)
     dy = jnp.asarray(rng.standard_normal((5, sizes[1])), jnp.float32)
-    kernel, transpose = jax.vjp(grid.kernel, matrices)
-    np.testing.assert_allclose(grid._look_up(matrices), kernel, rtol=1e-6)
-    np.testing.assert_allclose(grid.product(x, matrices), x @ kernel, rtol=1e-5, atol=1e-5)
-    (gradient,) = transpose(x.T @ dy)
-    np.testing.assert_allclose(grid.gradient(x, dy)[0], gradient, rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def everything(matrices, x, dy):
+        kernel, transpose = jax.vjp(grid.kernel, matrices)
+        wanted = kernel, x @ kernel, *transpose(x.T @ dy)
+        return wanted, (grid._look_up(matrices), grid.product(x, matrices), grid.gradient(x, dy)[0])
+
+    wanted, found = everything(matrices, x, dy)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[2], wanted[2], rtol=1e-5, atol=1e-5)
 
 
 def test_one_device_is_not_sharded():

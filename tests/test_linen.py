@@ -22,10 +22,14 @@ def apply(model, params, *args, **kwargs):
     return jax.jit(functools.partial(model.apply, **kwargs))({"params": params}, *args)
 
 
+def init(model, inputs):
+    return jax.jit(model.init)(jax.random.key(0), inputs)["params"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("placement", ["kernel", "activation"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_new_adapter_changes_no_bit(inputs, scheme, placement, dtype):
+def test_a_new_adapter_changes_no_bit(inputs, scheme, placement, dtype, optimized):
     inputs = inputs.astype(dtype)
     base, pretrained, model, _, params = adapted_network(
         inputs, scheme=scheme, placement=placement, key=jax.random.key(3)
@@ -37,7 +41,7 @@ def test_a_new_adapter_changes_no_bit(inputs, scheme, placement, dtype):
     assert_same_bits(apply(base, pretrained, inputs), apply(model, params, inputs))
 
 
-def test_a_new_adapter_changes_no_bit_outside_of_jit(inputs):
+def test_a_new_adapter_changes_no_bit_outside_of_jit(inputs, optimized):
     base, pretrained, model, _, params = adapted_network(inputs, module=nn.Dense(6))
     wanted = base.apply({"params": pretrained}, inputs)
     assert_same_bits(wanted, model.apply({"params": params}, inputs))
@@ -99,7 +103,7 @@ def test_stacked_layers_equal_a_loop(inputs):
 
     config = mora_jax.MoRAConfig(rank=2, scheme="sharing")
     loop = mora_jax.adapt(Loop(), config)
-    params = perturb(loop.init(jax.random.key(0), inputs)["params"])
+    params = perturb(init(loop, inputs))
 
     def loss_and_gradient(model, params):
         return jax.jit(
@@ -182,7 +186,7 @@ def test_methods_and_setup(inputs):
             return self.decoder(z)
 
     model = mora_jax.adapt(Coder(), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
-    params = perturb(model.init(jax.random.key(0), inputs)["params"])
+    params = perturb(init(model, inputs))
     code = apply(model, params, inputs, method="encode")
     np.testing.assert_allclose(
         apply(model, params, code, method=Coder.decode), apply(model, params, inputs), rtol=1e-5
@@ -199,11 +203,12 @@ def test_compute_in_bfloat16_with_a_float32_adapter(inputs):
             return nn.Dense(8, dtype=jnp.bfloat16)(x)
 
     model = mora_jax.adapt(Half(), mora_jax.MoRAConfig(rank=2, scheme="sharing"))
-    params = perturb(model.init(jax.random.key(0), inputs)["params"])
+    params = perturb(init(model, inputs))
     adapter = params["Dense_0"]["mora"]["matrix"]
     assert adapter.dtype == jnp.float32
     assert apply(model, params, inputs).dtype == jnp.bfloat16
-    gradient = jax.grad(lambda p: apply(model, p, inputs).astype(jnp.float32).sum())(params)
+    loss = lambda p: apply(model, p, inputs).astype(jnp.float32).sum()
+    gradient = jax.jit(jax.grad(loss))(params)
     assert gradient["Dense_0"]["mora"]["matrix"].dtype == jnp.float32
     assert gradient["Dense_0"]["mora"]["matrix"].any()
 
@@ -212,7 +217,7 @@ def test_the_adapted_kernel_is_frozen_unless_asked(inputs):
     def kernel_gradient(**config):
         *_, model, _, params = adapted_network(inputs, scheme="sharing", **config)
         loss = lambda p: jnp.square(apply(model, p, inputs)).sum()
-        return jax.grad(loss)(perturb(params))["embed"]["kernel"]
+        return jax.jit(jax.grad(loss))(perturb(params))["embed"]["kernel"]
 
     assert not kernel_gradient().any()
     assert kernel_gradient(also_train="embed/kernel").any()
@@ -272,12 +277,10 @@ class _Jitted(nn.Module):
 
 def test_a_models_own_jit_does_not_mix_up_groupings(inputs):
     base = _Jitted()
-    pretrained = base.init(jax.random.key(0), inputs)["params"]
+    pretrained = init(base, inputs)
     model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=2, scheme="sharing"))
     plan = mora_jax.plan(model, inputs)
-    assert jax.tree.map(jnp.shape, base.init(jax.random.key(0), inputs)["params"]) == (
-        jax.tree.map(jnp.shape, pretrained)
-    )
+    assert jax.tree.map(jnp.shape, init(base, inputs)) == (jax.tree.map(jnp.shape, pretrained))
     params = perturb(mora_jax.attach(plan, pretrained))
     assert mora_jax.plan(model, inputs) == plan
     for _ in range(3):
@@ -302,7 +305,7 @@ def test_mixins_and_private_methods_are_adapted_too(inputs):
             return self.dense(x)
 
     model = mora_jax.adapt(Mixed(), mora_jax.MoRAConfig(rank=2, scheme="sharing"))
-    params = model.init(jax.random.key(0), inputs)["params"]
+    params = init(model, inputs)
     plan = mora_jax.plan(model, inputs)
     params = perturb(params)
     wanted = Mixed().apply({"params": mora_jax.merge(params, plan)}, inputs)
@@ -341,6 +344,6 @@ def test_layers_that_no_adapter_reaches_are_named(inputs):
 def test_the_root_kernel_may_be_trained_too(inputs):
     config = mora_jax.MoRAConfig(rank=2, scheme="sharing", also_train="kernel")
     model = mora_jax.adapt(nn.Dense(6), config)
-    params = perturb(model.init(jax.random.key(0), inputs)["params"])
+    params = perturb(init(model, inputs))
     gradient = jax.grad(lambda p: model.apply({"params": p}, inputs).sum())(params)
     assert gradient["kernel"].any()

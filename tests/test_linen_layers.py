@@ -12,6 +12,7 @@ from flax import linen as nn
 
 import mora_jax
 from conftest import perturb
+from merged import assert_as_merged, schemes_and_placements
 from mora_jax._layout import KernelAxes
 
 IDS = jnp.array([[1, 2, 3], [4, 5, 6]])
@@ -51,7 +52,7 @@ OTHERS = {
 
 @functools.cache
 def pretrained():
-    return Model().init(jax.random.key(0), IDS)["params"]
+    return jax.jit(Model().init)(jax.random.key(0), IDS)["params"]
 
 
 def adapted(**config):
@@ -63,48 +64,25 @@ def adapted(**config):
 
 
 def run(model, params):
-    return model.apply({"params": params}, IDS)
+    return jax.jit(model.apply)({"params": params}, IDS)
 
 
 @pytest.mark.parametrize(("targets", "wanted"), [("all-linear", LINEAR), (".*", LINEAR | OTHERS)])
-def test_the_plan_finds_them(targets, wanted):
+def test_the_plan_finds_them(targets, wanted, optimized):
     model, plan, params = adapted(targets=targets)
     assert {path: (spec.kernel_name, spec.kernel_axes) for path, spec in plan.items()} == wanted
     # One matrix for each expert of each layer, and its axes where the layer has them.
     chex.assert_shape(params["stack"]["experts"]["mora"]["matrix"], (3, 4, 4, 4))
-    made = model.init(jax.random.key(0), IDS)["params"]
+    made = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
     np.testing.assert_array_equal(run(model, params), run(Model(), pretrained()))
 
 
-@pytest.mark.parametrize(
-    ("scheme", "placement"),
-    [
-        ("sharing", "kernel"),
-        (mora_jax.Rotation(cycle=True), "activation"),
-        (mora_jax.LowRank(), "kernel"),
-    ],
-    ids=str,
-)
+@schemes_and_placements
 def test_outputs_and_gradients_are_the_merged_models(scheme, placement):
     model, plan, params = adapted(targets=".*", scheme=scheme, placement=placement)
-    trainable, frozen = mora_jax.split(params, plan)
-    numbers = iter(range(100))
-    trainable = jax.tree.map(
-        lambda leaf: 0.1 * jax.random.normal(jax.random.key(next(numbers)), leaf.shape), trainable
-    )
-
-    def loss(run_params):
-        def of(trainable):
-            y = run_params(mora_jax.join(trainable, frozen))
-            return (y**2).mean(), y
-
-        return jax.jit(jax.value_and_grad(of, has_aux=True))(trainable)
-
-    ours = loss(lambda params: run(model, params))
-    theirs = loss(lambda params: run(Model(), mora_jax.merge(params, plan)))
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+    of = lambda model: lambda params: run(model, params)
+    assert_as_merged(of(model), of(Model()), params, plan)
 
 
 def test_a_trained_kernel_has_its_gradient():
@@ -129,8 +107,9 @@ def test_what_cannot_be_adapted_says_so():
         adapted(dropout=0.1, targets="embed|stack/query")
 
 
-def test_models_traced_at_once_do_not_disturb_each_other():
+def test_models_traced_at_once_do_not_disturb_each_other(optimized):
     cases = {rank: adapted(targets=".*", rank=rank) for rank in (1, 2)}
+    run = lambda model, params: model.apply({"params": params}, IDS)  # traced at every call
     wanted = np.asarray(run(Model(), pretrained()))
     outcomes = {}
 

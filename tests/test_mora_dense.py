@@ -14,7 +14,7 @@ def apply(model, params, *args):
     return jax.jit(model.apply)({"params": params}, *args)
 
 
-def test_mora_dense_is_a_dense(inputs):
+def test_mora_dense_is_a_dense(inputs, optimized):
     layer = mora_jax.MoRADense(6, rank=2, scheme="rotation", use_bias=False)
     params = layer.init(jax.random.key(0), inputs)["params"]
     plain = nn.Dense(6, use_bias=False)

@@ -88,6 +88,14 @@ def adapted(**config):
     return base, model, mora_jax.plan(model)
 
 
+def runner():
+    """Runs models, compiled anew: machine code depends on the fixture `optimized`."""
+    return nnx.jit(lambda model: model(IDS))
+
+
+run = runner()
+
+
 def numbers(model, kind=nnx.Param):
     return nnx.to_pure_dict(nnx.state(model, kind))
 
@@ -120,20 +128,20 @@ def test_the_plan_and_the_graph(targets, wanted):
 
 
 @pytest.mark.parametrize("placement", ["kernel", "activation"])
-def test_new_adapters_change_no_bit(placement):
+def test_new_adapters_change_no_bit(placement, optimized):
     base, model, _ = adapted(targets=".*", placement=placement)
-    run = nnx.jit(lambda model: model(IDS))
+    run = runner()
     np.testing.assert_array_equal(run(model), run(base))
 
 
 @pytest.mark.parametrize("scheme", ["sharing", mora_jax.Rotation(cycle=True), mora_jax.LowRank()])
 def test_merging_gives_a_base_model_of_the_same_outputs(scheme):
     base, model, _ = adapted(targets=".*", scheme=scheme)
-    y = draw(model)(IDS)
+    y = run(draw(model))
     merged = mora_nnx.merge(model)
     assert nnx.graphdef(merged) == nnx.graphdef(base)
-    assert jnp.abs(y - base(IDS)).max() > 0.05
-    np.testing.assert_allclose(merged(IDS), y, atol=1e-4)
+    assert jnp.abs(y - run(base)).max() > 0.05
+    np.testing.assert_allclose(run(merged), y, atol=1e-4)
 
 
 def test_gradients_are_the_merged_models():
@@ -174,10 +182,10 @@ def test_training_with_nnx_and_restarts():
     without = numbers(model, nnx.All(nnx.Param, nnx.Not(mora_nnx.MoRAParam)))
     chex.assert_trees_all_equal(without, numbers(base))
 
-    y, before = model(IDS), numbers(base)
+    y, before = run(model), numbers(base)
     report = mora_nnx.merge_and_reset(model, optimizer, donate=False)
     assert report == (len(plan), 2 * len(plan), 1, {})
-    np.testing.assert_allclose(model(IDS), y, atol=1e-4)
+    np.testing.assert_allclose(run(model), y, atol=1e-4)
     assert not any(leaf.any() for leaf in jax.tree.leaves(numbers(model, mora_nnx.MoRAParam)))
     assert not any(leaf.any() for leaf in jax.tree.leaves(nnx.state(optimizer.opt_state)))
     assert mora_jax.plan(model) == plan.advance() != plan
@@ -189,34 +197,35 @@ def test_training_with_nnx_and_restarts():
 
 def test_states_are_trees_of_parameters():
     base, model, plan = adapted(also_train="embed/embedding")
-    y = draw(model)(IDS)
+    y = run(draw(model))
     graph, state = nnx.split(model)
     merged = mora_jax.merge(state, plan)
     assert isinstance(merged, nnx.State)
     nnx.update(base, merged)
-    np.testing.assert_allclose(base(IDS), y, atol=1e-4)
+    np.testing.assert_allclose(run(base), y, atol=1e-4)
     trainable, frozen = mora_jax.split(state, plan)
     ours, theirs = nnx.split_state(state, mora_nnx.MoRAParam, ...)
     chex.assert_trees_all_equal(trainable, ours)
     chex.assert_trees_all_equal(frozen, theirs)
     again = mora_jax.unmerge(merged, trainable, plan)
     chex.assert_trees_all_close(again, state, atol=1e-6)
-    np.testing.assert_allclose(nnx.merge(graph, again)(IDS), y, atol=1e-4)
+    np.testing.assert_allclose(run(nnx.merge(graph, again)), y, atol=1e-4)
 
     optimizer = mora_jax.freeze_base(optax.adam(1e-2), plan)
     opt_state = optimizer.init(state)
     state, opt_state, plan, report = mora_jax.merge_and_reset(state, opt_state, plan, donate=False)
     assert report == (len(plan), 2 * len(plan), 1, {})
     model = nnx.merge(nnx.graphdef(mora_jax.adapt(base, plan)), state)
-    np.testing.assert_allclose(model(IDS), y, atol=1e-4)
+    np.testing.assert_allclose(run(model), y, atol=1e-4)
 
 
-def test_states_of_base_models_take_adapters():
+def test_states_of_base_models_take_adapters(optimized):
     base, model, plan = adapted(targets="blocks/.*")
     graph, wanted = nnx.split(model)
     state = mora_jax.attach(plan, nnx.state(base))
     chex.assert_trees_all_equal(state, wanted)
-    np.testing.assert_array_equal(nnx.merge(graph, state)(IDS), base(IDS))
+    run = runner()
+    np.testing.assert_array_equal(run(nnx.merge(graph, state)), run(base))
 
 
 def test_unmerging_takes_the_deltas_out_again():
@@ -239,10 +248,10 @@ def test_also_train_is_trained_with_the_adapters():
     after, before = (mora_jax._tree.flatten(numbers(m)) for m in (model, base))
     changed = {path for path, leaf in before.items() if (leaf != after[path]).any()}
     assert changed == {"blocks/0/up/kernel", "conv/kernel"}
-    y = model(IDS)
+    y = run(model)
     report = mora_nnx.merge_and_reset(model, optimizer, donate=False)
     assert report == (len(plan), 2 * len(plan), 1, {})
-    np.testing.assert_allclose(model(IDS), y, atol=1e-4)
+    np.testing.assert_allclose(run(model), y, atol=1e-4)
 
 
 def test_errors_say_what_is_wrong():
@@ -266,18 +275,17 @@ def test_errors_say_what_is_wrong():
         mora_jax.adapt(square, mora_jax.MoRAConfig(rank=1))
 
 
-def test_dropout_follows_train_and_eval():
-    _, quiet, _ = adapted()
+def test_dropout_follows_train_and_eval(optimized):
+    run, (_, quiet, _) = runner(), adapted()
     _, model, _ = adapted(dropout=0.5)
-    wanted = draw(quiet)(IDS)
+    wanted = run(draw(quiet))
     draw(model).eval()
-    np.testing.assert_array_equal(model(IDS), wanted)
+    np.testing.assert_array_equal(run(model), wanted)
     model.train()
-    run = nnx.jit(lambda model: model(IDS))
     first, second = run(model), run(model)
     assert (first != second).any()
     assert (first != wanted).any()
-    np.testing.assert_array_equal(nnx.view(model, deterministic=True)(IDS), wanted)
+    np.testing.assert_array_equal(run(nnx.view(model, deterministic=True)), wanted)
 
 
 def test_two_models_in_threads_do_not_disturb_each_other():
@@ -288,13 +296,18 @@ def test_two_models_in_threads_do_not_disturb_each_other():
         draw(mora_jax.adapt(base, mora_jax.MoRAConfig(scheme=scheme, **config)))
         for scheme in schemes
     ]
-    wanted = [np.asarray(model(IDS)) for model in (base, *models)]
+
+    def traced_anew(model):
+        graph, state = nnx.split(model)
+        return np.asarray(jax.jit(lambda state: nnx.merge(graph, state)(IDS))(state))
+
+    wanted = [traced_anew(model) for model in (base, *models)]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda model: np.asarray(model(IDS)), [base, *models] * 2))
+        found = list(pool.map(traced_anew, [base, *models] * 2))
     for ours, theirs in zip(found, wanted * 2, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     # Each trained by an optimizer of its own; the other keeps every bit.
     optimizer = nnx.Optimizer(models[0], optax.adam(1e-2), wrt=mora_nnx.MoRAParam)
     train(models[0], optimizer, 1)
-    assert (models[0](IDS) != wanted[1]).any()
-    np.testing.assert_array_equal(models[1](IDS), wanted[2])
+    assert (traced_anew(models[0]) != wanted[1]).any()
+    np.testing.assert_array_equal(traced_anew(models[1]), wanted[2])

@@ -21,7 +21,7 @@ def draw(model):
     return model
 
 
-def test_the_layer_is_a_linear_layer():
+def test_the_layer_is_a_linear_layer(optimized):
     layer = mora_nnx.MoRALinear(6, 4, rank=1, scheme="sharing", rngs=nnx.Rngs(0))
     plain, x = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
     np.testing.assert_array_equal(layer(x), plain(x))

@@ -44,19 +44,23 @@ def test_the_authors_numbers(case, arrays, float64):
     assert size == case["r_hat"]
 
     @jax.jit
-    def everything(x, dy, adapter):
+    def everything(x, weight, dy, adapter):
         kernel = mora_jax.delta_kernel(adapter, in_features, out_features, scheme)
         delta, transpose = jax.vjp(
             lambda x, adapter: mora_jax.delta(x, adapter, out_features, scheme), x, adapter
         )
-        return kernel, delta, *transpose(dy)
+        outputs = [
+            mora_jax.mora_dot_general(
+                x, weight, (((1,), (0,)), ((), ())), adapter, scheme, placement=placement
+            )
+            for placement in ("kernel", "activation")
+        ]
+        return kernel, delta, outputs, *transpose(dy)
 
-    kernel, delta, dx, gradient = everything(x, dy, adapter)
+    weight = jnp.asarray(arrays["weight"].T)
+    kernel, delta, outputs, dx, gradient = everything(x, weight, dy, adapter)
     np.testing.assert_allclose(delta, arrays["delta"], **tolerance)
-    for placement in ("kernel", "activation"):
-        dims = (((1,), (0,)), ((), ()))
-        weight = jnp.asarray(arrays["weight"].T)
-        output = mora_jax.mora_dot_general(x, weight, dims, adapter, scheme, placement=placement)
+    for output in outputs:
         np.testing.assert_allclose(output + arrays["bias"], arrays["y"], **tolerance)
     np.testing.assert_allclose(gradient["matrix"].T, arrays["dM"], **tolerance)
     np.testing.assert_allclose(dx, arrays["dx_delta"], **tolerance)
@@ -114,17 +118,21 @@ def test_the_formula_at_any_size(scheme, in_features, out_features, rank, seed):
 def test_dtypes_are_kept_and_leading_axes_are_free(scheme, dtype, strict):
     adapter = random_adapter(30, 22, 2, scheme)
     x = jax.random.normal(jax.random.key(0), (2, 3, 30), dtype)
-    delta = jax.jit(mora_jax.delta, static_argnums=(2, 3))(x, adapter, 22, scheme)
+
+    @jax.jit
+    def everything(x, adapter):
+        one = lambda row: mora_jax.delta(row, adapter, 22, scheme)
+        return one(x), jax.vmap(one)(x[0]), mora_jax.delta_kernel(adapter, 30, 22, scheme)
+
+    delta, rows, kernel = everything(x, adapter)
     assert delta.shape == (2, 3, 22)
     assert delta.dtype == jnp.dtype(dtype)
     wanted = np.asarray(x, np.float64) @ reference_kernel(scheme, adapter, 30, 22)
     error = np.linalg.norm(np.asarray(delta, np.float64) - wanted) / np.linalg.norm(wanted)
     assert error < (1e-6 if dtype == "float32" else 2e-2)
-    rows = jax.vmap(lambda row: mora_jax.delta(row, adapter, 22, scheme))(x[0])
     np.testing.assert_allclose(
         np.asarray(rows, np.float32), np.asarray(delta[0], np.float32), rtol=0.05, atol=0.2
     )
-    kernel = mora_jax.delta_kernel(adapter, 30, 22, scheme)
     assert kernel.dtype == jnp.float32
 
 
@@ -134,8 +142,10 @@ def test_cycled_rotation_reaches_every_feature(shape, record_property):
     ranks = {}
     for scheme in (mora_jax.Rotation(), mora_jax.Rotation(cycle=True)):
         adapter = random_adapter(in_features, out_features, 8, scheme)
-        kernel = np.asarray(mora_jax.delta_kernel(adapter, in_features, out_features, scheme))
-        ranks[scheme] = np.linalg.matrix_rank(kernel)
+        make = jax.jit(mora_jax.delta_kernel, static_argnums=(1, 2, 3))
+        kernel = np.asarray(make(adapter, in_features, out_features, scheme))
+        rows = np.float64(kernel.T if in_features > out_features else kernel)
+        ranks[scheme] = np.linalg.matrix_rank(rows @ rows.T, hermitian=True)  # the kernel's own
         dead_inputs = (~kernel.any(axis=1)).sum()
         copied_outputs = out_features - len(np.unique(kernel.T, axis=0))
         if scheme.cycle:

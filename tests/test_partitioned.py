@@ -46,13 +46,13 @@ X = jax.random.normal(jax.random.key(0), (5, 8))
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_metadata_goes_with_the_adapters(box):
+def test_metadata_goes_with_the_adapters(box, optimized):
     base = Model(box)
-    pretrained = base.init(jax.random.key(0), X)["params"]
+    pretrained = jax.jit(base.init)(jax.random.key(0), X)["params"]
     model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     plan = mora_jax.plan(model, X)
     params = mora_jax.attach(plan, pretrained)
-    made = model.init(jax.random.key(0), X)["params"]
+    made = jax.jit(model.init)(jax.random.key(0), X)["params"]
     chex.assert_trees_all_equal_shapes(made, params)
     assert nn.get_partition_spec(made) == nn.get_partition_spec(params)
     # Stacks and experts are split as their kernels are, the matrix itself is not.
@@ -62,40 +62,40 @@ def test_metadata_goes_with_the_adapters(box):
     assert stack["experts"]["mora"]["matrix"].names == ("expert", "layers", None, None)
     assert not isinstance(params["plain"]["mora"]["matrix"], nn.Partitioned)
     np.testing.assert_array_equal(
-        model.apply({"params": params}, X), base.apply({"params": pretrained}, X)
+        jax.jit(model.apply)({"params": params}, X), jax.jit(base.apply)({"params": pretrained}, X)
     )
 
 
 def test_boxed_parameters_train_merge_and_restart():
     base = Model("partitioned")
     model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
-    params = perturb(model.init(jax.random.key(0), X)["params"])
+    params = perturb(jax.jit(model.init)(jax.random.key(0), X)["params"])
     plan = mora_jax.plan(model, X)
     optimizer = mora_jax.freeze_base(optax.adam(1e-2), plan)
     state = optimizer.init(params)
     loss = lambda params: jnp.square(model.apply({"params": params}, X)).mean()
-    updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+    updates, state = optimizer.update(jax.jit(jax.grad(loss))(params), state, params)
     params = optax.apply_updates(params, updates)
     mask = mora_jax.trainable_mask(params, plan)
     masked = optax.masked(optax.adam(1e-2), mask).init(params)
     assert len(jax.tree.leaves(masked)) == 2 * len(plan) + 1
 
-    y = model.apply({"params": params}, X)
+    y = jax.jit(model.apply)({"params": params}, X)
     merged = mora_jax.merge(params, plan)
-    chex.assert_trees_all_equal_structs(merged, base.init(jax.random.key(0), X)["params"])
-    np.testing.assert_allclose(base.apply({"params": merged}, X), y, atol=1e-4)
+    chex.assert_trees_all_equal_structs(merged, jax.jit(base.init)(jax.random.key(0), X)["params"])
+    np.testing.assert_allclose(jax.jit(base.apply)({"params": merged}, X), y, atol=1e-4)
     trainable, _ = mora_jax.split(params, plan)
     chex.assert_trees_all_close(mora_jax.unmerge(merged, trainable, plan), params, atol=1e-5)
     again, state, plan, report = mora_jax.merge_and_reset(params, state, plan, donate=False)
     assert report == (len(plan), 2 * len(plan), 1, {})
     chex.assert_trees_all_equal_structs(again, params)
-    y_again = mora_jax.adapt(base, plan).apply({"params": again}, X)
+    y_again = jax.jit(mora_jax.adapt(base, plan).apply)({"params": again}, X)
     np.testing.assert_allclose(y_again, y, atol=1e-4)
 
 
-def test_a_function_takes_boxed_parameters():
+def test_a_function_takes_boxed_parameters(optimized):
     base = Model("partitioned")
-    pretrained = base.init(jax.random.key(0), X)["params"]
+    pretrained = jax.jit(base.init)(jax.random.key(0), X)["params"]
     forward = mora_jax.adapt(
         lambda params, x: base.apply({"params": params}, x),
         mora_jax.MoRAConfig(rank=1, scheme="sharing"),
@@ -103,7 +103,11 @@ def test_a_function_takes_boxed_parameters():
     plan = mora_jax.plan(forward, pretrained, X)
     params = mora_jax.attach(plan, pretrained)
     assert params["stack"]["experts"]["mora"]["matrix"].names == ("layers", "expert", None, None)
-    np.testing.assert_array_equal(forward(params, X), base.apply({"params": pretrained}, X))
+    np.testing.assert_array_equal(
+        jax.jit(forward)(params, X), jax.jit(base.apply)({"params": pretrained}, X)
+    )
     params = perturb(params)
     merged = mora_jax.merge(params, plan)
-    np.testing.assert_allclose(forward(params, X), base.apply({"params": merged}, X), atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(forward)(params, X), jax.jit(base.apply)({"params": merged}, X), atol=1e-4
+    )

@@ -62,7 +62,7 @@ def test_bfloat16_gradients_are_as_near_to_float64_as_the_plain_formulas(scheme,
 
 
 @pytest.mark.parametrize("placement", ["kernel", "activation"])
-def test_float16_sums_do_not_leave_its_range(placement):
+def test_float16_sums_do_not_leave_its_range(placement, optimized):
     x, kernel = jnp.full((2, 64), 3e4, jnp.float16), jnp.full((64, 64), 1e-3, jnp.float16)
     adapter = {"matrix": jnp.zeros((16, 16))}
 

@@ -100,7 +100,7 @@ def inputs():
 @pytest.mark.parametrize(
     ("make", "qtype"), [(linen_model, "nf4"), (function_model, "int8"), (nnx_model, "nf4")]
 )
-def test_products_and_gradients_are_those_of_the_dequantised_model(make, qtype, inputs):
+def test_products_and_gradients_are_those_of_the_dequantised_model(make, qtype, inputs, optimized):
     base, forward, plan, params = make(inputs)
     params = quantized.quantize(params, plan, qtype, tile_size=TILE[qtype])
     floating = quantized.dequantize(params)
@@ -126,7 +126,7 @@ def test_products_and_gradients_are_those_of_the_dequantised_model(make, qtype, 
 # qwix asks Flax for a name that Flax has deprecated.
 @pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
 @pytest.mark.parametrize("qtype", ["int8", "nf4"])
-def test_the_base_is_as_qwix_quantises_and_runs_it(qtype):
+def test_the_base_is_as_qwix_quantises_and_runs_it(qtype, optimized):
     x = jax.random.normal(jax.random.key(1), (5, 24))
     _, pretrained, model, plan, params = adapted_network(x, module=nn.Dense(12), **CONFIG)
     params = quantized.quantize(params, plan, qtype, tile_size=TILE[qtype])

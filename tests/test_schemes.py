@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,7 +99,8 @@ def accumulated_ranks(cycle, merges, in_features, out_features, rank):
     size = mora_jax.square_rank(in_features, out_features, rank, scheme)
     for seed in range(merges):
         adapter = random_adapter(in_features, out_features, rank, scheme, seed)
-        kernel = mora_jax.delta_kernel(adapter, in_features, out_features, scheme)
+        make = jax.jit(mora_jax.delta_kernel, static_argnums=(1, 2, 3))
+        kernel = make(adapter, in_features, out_features, scheme)
         total = total + np.asarray(kernel, np.float64)
         ranks.append(int(np.linalg.matrix_rank(total)))
         scheme = next_scheme(scheme, cycle, in_features, out_features, size)
@@ -121,7 +123,8 @@ def span_of_all_shifts(features, size):
     group = (feature + shift * (feature // size)) % size
     span = np.zeros((features, size, size))
     np.add.at(span, (feature % features, shift, group), 1)
-    return int(np.linalg.matrix_rank(span.reshape(features, -1)))
+    span = span.reshape(features, -1)
+    return int(np.linalg.matrix_rank(span @ span.T, hermitian=True))  # as that of the span
 
 
 def test_rank_accumulates_over_merges():

@@ -8,10 +8,8 @@ import socket
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import train_llama
 import train_log
@@ -20,6 +18,7 @@ from train_flags import parse_args
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 FLAGS = ("--model", "tiny", "--rank", "2", "--targets", ".*up_proj", "--length", "16",
          "--batch", "4", "--steps", "8", "--lr", "1e-2", "--save-every", "2", "--remora-every", "4",
          "--text", ROOT / "LICENSE")  # fmt: skip
@@ -36,35 +35,13 @@ def losses(out):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Where all runs of this file share what they compile, which is most of their time."""
-    folder = tmp_path_factory.mktemp("compiled")
-    options = {"jax_compilation_cache_dir": str(folder),
-               "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def environment(compiled):
+def environment():
     """Of subprocesses."""
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles sooner
-    }
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(scope="module")
-def whole(compiled, tmp_path_factory):
+def whole(tmp_path_factory):
     """The losses of the uninterrupted run on one device."""
     out = tmp_path_factory.mktemp("whole")
     summary = train(out)
@@ -98,12 +75,11 @@ def test_resumes_at_the_last_whole_checkpoint_bit_for_bit(whole, tmp_path, capsy
 
 def start(environment, out, devices, *flags):
     """The script as a process of its own."""
-    flags_of_xla = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-W", "error", EXAMPLES / "train_llama.py",
          *map(str, (*FLAGS, "--out", out, *flags))],
-        env={**environment, "XLA_FLAGS": flags_of_xla}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**environment, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -121,9 +97,10 @@ def test_two_processes_save_on_four_devices_for_two_and_for_one(whole, environme
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         several = ("--fsdp", 2, "--coordinator", f"localhost:{port}", "--processes", 2)
-        return finish(
-            *(start(environment, out, 2, *several, "--process", n, *flags) for n in (0, 1))
-        )
+        # The second may not read of what is compiled what the first is writing.
+        compiled = shutil.copytree(environment[CACHE], tmp_path / f"compiled {port}")
+        own = environment, {**environment, CACHE: str(compiled)}
+        return finish(*(start(own[n], out, 2, *several, "--process", n, *flags) for n in (0, 1)))
 
     four, two, one = (tmp_path / name for name in ("four", "two", "one"))
     _, summary = pair(four, "--stop-at", 3)
@@ -144,12 +121,12 @@ def test_two_processes_save_on_four_devices_for_two_and_for_one(whole, environme
         np.testing.assert_allclose([*found.values()], [*whole.values()], rtol=1e-5)
 
 
-def test_killed_runs_go_on_bit_for_bit(environment):
+def test_killed_runs_go_on_bit_for_bit(environment, tmp_path):
     script = EXAMPLES / "benchmarks" / "kill.py"
     flags = ("--kills", "2", "--steps", "60", "--", *FLAGS, "--remora-every", "100")
     done = subprocess.run(
         [sys.executable, script, *flags],
-        env=environment,
+        env={**environment, CACHE: str(tmp_path)},  # whose entries a kill may tear
         capture_output=True,
         text=True,
         check=False,
