@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 
 import jax.numpy as jnp
 import optax
@@ -27,10 +28,12 @@ def test_the_readme_runs(tmp_path, monkeypatch, capsys):
         "loss_fn": loss_fn,
     }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 12
+    for part in ("adapter", "base"):
+        shutil.copytree(GOLDEN / "llama_type1" / part, tmp_path / "downloaded" / part)
     for block in blocks:
         # Rank 8 is more than the smallest layers of this small model can use, and warns.
         exec(block.replace("rank=8", "rank=2"), namespace)
     assert "14 adapters in 7 kernels" in capsys.readouterr().out
     assert namespace["report"] == (7, 14, 1, {})
-    assert (tmp_path / "adapters").is_dir()
+    assert all((tmp_path / name).is_dir() for name in ("adapters", "library", "out"))

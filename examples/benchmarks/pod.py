@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 import mora_jax
 from llama import Llama
-from llama_mesh import RULES, batch_sharding, param_shardings
+from llama_mesh import BATCH_AXES, RULES, batch_sharding, param_shardings
 from mora_jax import _remora, sharding
 
 Shape = jax.ShapeDtypeStruct
@@ -144,8 +144,9 @@ class Variant:
         frozen = placed(shapes, places)
         trainable, self.model, self.plan = {}, base, None
         if config is not None:
-            self.model = mora_jax.adapt(base, config)
-            plan = self.plan = mora_jax.plan(self.model, tokens)
+            plan = mora_jax.plan(mora_jax.adapt(base, config), tokens)
+            plan = self.plan = sharding.on_mesh(plan, frozen, BATCH_AXES)
+            self.model = mora_jax.adapt(base, plan)
             attach = lambda params: mora_jax.attach(plan, params, key=jax.random.key(1))
             full = jax.eval_shape(attach, frozen)
             whole = placed(full, sharding.param_shardings(plan, frozen, split=split))
