@@ -100,7 +100,7 @@ def test_a_checkpoint_that_disagrees_with_its_plan_is_refused(tmp_path, inputs):
 
 def small_adapters(tmp_path):
     """(base's parameters, plan, parameters with adapters, directory they are saved in)."""
-    module = nn.Sequential([nn.Dense(40), nn.Dense(40)])
+    module = nn.Sequential((nn.Dense(40), nn.Dense(40)))
     _, pretrained, _, plan, params = adapted_network(
         jnp.ones((1, 40)), module=module, scheme="sharing", rank=12, also_train="layers_1/bias"
     )

@@ -134,7 +134,7 @@ def test_a_merge_warns_where_most_of_an_update_is_lost():
 
 
 def test_keys():
-    module = nn.Sequential([nn.Dense(16, param_dtype=BF16), nn.Dense(16, param_dtype=BF16)])
+    module = nn.Sequential((nn.Dense(16, param_dtype=BF16), nn.Dense(16, param_dtype=BF16)))
     _, _, _, plan, params = adapted_network(jnp.ones((1, 16)), module=module, scheme="sharing")
     first = params["layers_0"] | {"mora": perturb(params["layers_0"]["mora"], scale=1e-3)}
     params = {"layers_1": first, "layers_0": first}
