@@ -31,8 +31,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("evaluation").add_argument
     add("--test", type=pathlib.Path, metavar="FILE", help="JSON lines; by default pairs that are "
         "held out of the data")  # fmt: skip
-    add("--test-items", type=int, default=32, help="pairs to evaluate on, the first of --test")
-    add("--test-batch", type=int, default=32, help="prompts that are answered at a time")
+    add("--test-items", type=int, default=16, help="pairs to evaluate on, the first of --test")
+    add("--test-batch", type=int, default=16, help="prompts that are answered at a time")
     add("--new-tokens", type=int, default=256, help="tokens of an answer at most; 0: generate none")
     add("--eval-every", type=int, default=20, help="steps between losses on the held-out pairs")
     parser.add_argument_group("mesh").add_argument("--fsdp", type=int, default=1, help="devices "
