@@ -33,6 +33,7 @@ from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_
 from mora_jax._mesh import (
     UNKNOWN,
     Spread,
+    axes_of,
     explicit_mesh,
     in_auto_axes,
     may_be_sharded,
@@ -49,7 +50,7 @@ from mora_jax._operators import (
     delta_transpose,
     to_compressed,
 )
-from mora_jax._placement import best_places
+from mora_jax._placement import Parts, best_places
 from mora_jax._schemes import LowRank, Scheme
 
 
@@ -149,6 +150,7 @@ def mora_dot_general(
             split_over(names, inputs, lhs.shape),
             split_over(result.sharding.spec, outputs, result.shape),
             sum((split_over(names, [axis], lhs.shape) or () for axis in rows), ()),
+            axes_of(jax.typeof(rhs).sharding.spec, (*call.axes.inputs, *call.axes.outputs)),
         )
         again = functools.partial(
             mora_dot_general,
@@ -276,9 +278,13 @@ class _Call:
         rows = math.prod(lhs.shape) // math.prod((*batch, in_features))
         if not isinstance(rows, int):  # a symbol, in a function to export
             return ("kernel" if self.placement == "auto" else self.placement), "kernel"
-        rows = max(1, rows // shards_of(self.spread.rows))
+        spread = self.spread
+        rows = max(1, rows // shards_of(spread.rows))
+        split = Parts(*(shards_of(x or ()) for x in (spread.inputs, spread.outputs, spread.kernel)))
         size = next(iter(adapter.values())).shape[-1]
-        forward, backward = best_places(rows, in_features, out_features, size, self.scheme)
+        forward, backward = best_places(
+            rows, in_features, out_features, size, self.scheme, None, split
+        )
         return (forward if self.placement == "auto" else self.placement), backward
 
 

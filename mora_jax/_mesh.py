@@ -42,11 +42,13 @@ class Spread(NamedTuple):
       inputs: the axes that input features are split over; None where it is not known.
       outputs: those of output features, likewise.
       rows: those of the batch.
+      kernel: all that the kernel is split over where its delta is added.
     """
 
     inputs: MeshAxes | None = None
     outputs: MeshAxes | None = None
     rows: MeshAxes = ()
+    kernel: MeshAxes = ()
 
 
 UNKNOWN = Spread()
@@ -77,8 +79,8 @@ def feature_axes() -> tuple[MeshAxes | None, MeshAxes | None]:
         split = (name for name in axes if kinds[name] != AxisType.Manual)
         return tuple(name for name in split if mesh.shape[name] > 1)
 
-    inputs, outputs, _ = _AT_HAND.get()
-    return here(inputs), here(outputs)
+    spread = _AT_HAND.get()
+    return here(spread.inputs), here(spread.outputs)
 
 
 def shards_of(axes: MeshAxes) -> int:
@@ -87,6 +89,17 @@ def shards_of(axes: MeshAxes) -> int:
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     split = (name for name in axes if kinds.get(name, AxisType.Manual) != AxisType.Manual)
     return math.prod(mesh.shape[name] for name in split)
+
+
+def axes_of(spec: PartitionSpec, axes: Sequence[int]) -> MeshAxes:
+    """All mesh axes that an array is split over along these axes.
+
+    >>> axes_of(PartitionSpec("layers", "fsdp", None, ("data", "tensor")), (1, 3))
+    ('fsdp', 'data', 'tensor')
+    """
+    names = dict(enumerate(spec))
+    entries = (entry for axis in axes if (entry := names.get(axis)) is not None)
+    return sum(((e,) if isinstance(e, str) else tuple(e) for e in entries), ())
 
 
 def split_over(spec: PartitionSpec, axes: Sequence[int], shape: Sequence[int]) -> MeshAxes | None:

@@ -10,7 +10,7 @@ Shape letters: T rows, I input features, O output features, R the square size, N
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mora_jax._blocks import BlockGrid
 from mora_jax._mesh import platform
@@ -29,12 +29,14 @@ class Machine:
       adding: passes over a result to which a delta is added. It is read and written, but for what
         compilers merge into the operation that follows.
       tables: whether `Sharing` is spread by products with a table, R terms to a number.
+      sending: numbers moved while one is summed over devices.
     """
 
     arithmetic: float
     launch: float
     adding: float = 1.5
     tables: bool = False
+    sending: float = 10
 
 
 #: "gpu" is an H100 (3 TB/s, 5 us a kernel); its constants were set by hand after timing single
@@ -47,6 +49,17 @@ MACHINES = {
 }
 
 
+class Parts(NamedTuple):
+    """Over how many devices a layer's input features, its output features and its kernel are split.
+
+    A kernel may lie in more parts than its features do: in FSDP it is gathered after the sum.
+    """
+
+    inputs: int = 1
+    outputs: int = 1
+    kernel: int = 1
+
+
 def best_places(
     rows: int,
     in_features: int,
@@ -54,19 +67,22 @@ def best_places(
     size: int,
     scheme: Scheme,
     machine: str | None = None,
+    parts: Parts = Parts(),  # noqa: B008
 ) -> tuple[Place, Place]:
     """The cheaper places of the delta in the forward pass and for the gradient of the inputs.
 
     In the kernel either pass reads and writes `I O` numbers more. In the activations it has
-    products with the matrix, and adds to `T O` outputs or `T I` inputs.
+    products with the matrix, and adds to `T O` outputs or `T I` inputs; where features are split,
+    devices have to sum what they have compressed, `T R` numbers.
 
     Args:
-      rows: T, the rows of one product.
+      rows: T, the rows of one product that a device has.
       in_features: I.
       out_features: O.
       size: R, or LoRA's rank.
       scheme: the scheme.
       machine: "gpu", "tpu" or "cpu"; by default that of the mesh in use, or where JAX runs.
+      parts: how the layer is split over devices.
 
     >>> from mora_jax import Sharing
     >>> best_places(16384, 4096, 4096, 256, Sharing(), "gpu")
@@ -88,9 +104,12 @@ def best_places(
     spreading = size / costs.arithmetic if costs.tables and isinstance(scheme, Sharing) else 0
     # Exact in float32, as the kernel's sum is, a product takes six passes.
     kernel += 6 * spreading * in_features * out_features
+    kernel /= parts.kernel
     product = 2 * rows * entries / costs.arithmetic + moved + 2 * costs.launch
+    if parts.inputs * parts.outputs > 1:
+        product += costs.sending * rows * size + 2 * costs.launch
 
-    def place(added: int) -> Place:
+    def place(added: float) -> Place:
         return "activation" if product + (costs.adding + spreading) * added < kernel else "kernel"
 
-    return place(rows * out_features), place(rows * in_features)
+    return place(rows * out_features / parts.outputs), place(rows * in_features / parts.inputs)

@@ -20,7 +20,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._mesh import UNKNOWN, Spread, beside, split_over
+from mora_jax._mesh import UNKNOWN, Spread, axes_of, beside, split_over
 from mora_jax._optimizer_state import parameter_path
 from mora_jax._params import check_paths
 from mora_jax._plan import AdapterSpec, Plan
@@ -106,7 +106,7 @@ def on_mesh(plan: Plan, base: Mapping[str, Any], batch: str | Sequence[str]) -> 
     >>> specs = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec()}
     >>> plan = on_mesh(plan, specs, batch=("data", "fsdp"))
     >>> plan[""].config.spread
-    Spread(inputs=(), outputs=('tensor',), rows=('data', 'fsdp'))
+    Spread(inputs=(), outputs=('tensor',), rows=('data', 'fsdp'), kernel=('fsdp', 'tensor'))
     """
     leaves = flatten(base)
     check_paths(plan, leaves)
@@ -133,7 +133,7 @@ def _spread(place: Any, spec: AdapterSpec, batch: tuple[str, ...]) -> Spread:
         kept.append(left or None)
     own, layout = PartitionSpec(*kept), spec.kernel_axes
     sides = (split_over(own, axes, spec.kernel_shape) for axes in (layout.inputs, layout.outputs))
-    return Spread(*sides, rows=batch)
+    return Spread(*sides, rows=batch, kernel=axes_of(names, (*layout.inputs, *layout.outputs)))
 
 
 def optimizer_shardings(

@@ -5,7 +5,7 @@ import pytest
 
 import mora_jax
 from conftest import SCHEMES
-from mora_jax._placement import best_places
+from mora_jax._placement import Parts, best_places
 
 
 def places(rows, in_features, out_features, scheme, machine, rank=8):
@@ -40,3 +40,16 @@ def test_auto_goes_by_the_mesh_that_is_compiled_for(machine, place):
     mesh = jax.sharding.AbstractMesh((8,), ("d",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert places(200, 1024, 1024, mora_jax.Sharing(), None) == (place, place)
+
+
+def test_split_kernels_are_cheap_and_split_features_dear():
+    # A layer of Llama-3-8B on a pod of TPUs, fsdp 16 x tensor 4, 1,024 rows a chip.
+    size, sharing = 256, mora_jax.Sharing()
+    shapes = (1024, 4096, 4096, size, sharing, "tpu")
+    assert best_places(*shapes) == ("activation", "activation")
+    assert best_places(*shapes, Parts(1, 4, 64)) == ("kernel", "kernel")
+    # Decoding a few tokens is another matter.
+    few = (8, 4096, 4096, size, sharing, "gpu")
+    assert best_places(*few, Parts(1, 4, 4)) == ("kernel", "kernel")
+    wide = (8, 8192, 28672, 544, sharing, "gpu")
+    assert best_places(*wide, Parts(1, 4, 4)) == ("activation", "activation")
