@@ -90,6 +90,11 @@ class _Record:
     arrays: Mapping[str, Any] | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        for field in (self.base, {} if self.arrays is None else self.arrays, {"": self.metadata}):
+            if not all(isinstance(of, Mapping) for of in (field, *dict(field).values())):
+                raise ValueError(f"its record has {field!r:.100}, and not fields by path")
+
 
 def save_adapters(
     directory: str | os.PathLike[str],
@@ -345,7 +350,8 @@ def _check_fits(path: epath.Path, record: _Record, leaves: Mapping[str, Any]) ->
         kernel: spec.kernel_shape
         for kernel, spec in zip(plan.kernel_paths(), plan.values(), strict=True)
     }
-    prints = {kernel: of["checksum"] for kernel, of in record.base.items() if "checksum" in of}
+    known = ((kernel, record.base.get(kernel, {})) for kernel in shapes)
+    prints = {kernel: of["checksum"] for kernel, of in known if "checksum" in of}
     for name, shape in {**shapes, **dict(plan.also_train)}.items():
         if name not in leaves:
             differences.append(f"no parameter at {name!r}, which had shape {tuple(shape)}")

@@ -245,7 +245,11 @@ def test_what_disagrees_with_its_own_record_is_refused(tmp_path):
     numbers = jax.tree.map(lambda leaf: leaf, trainable)
     numbers["layers_0"]["mora"]["matrix"] = numbers["layers_0"]["mora"]["matrix"].at[2, 3].add(1e-7)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), trainable)
+    record = json.dumps({"format": 2, "base": [], "arrays": {}, "metadata": {}})
+    digest = checkpoint._digest(custom["mora_jax_plan"], record)
+    made_up = {**custom, "mora_jax_record": record, "mora_jax_digest": digest}
     cases = {
+        r"its record has \[\], and not fields by path": (trainable, made_up),
         "format 3 of a later mora_jax; this version reads formats up to 2": (trainable, later),
         "is damaged: its metadata are not those": (trainable, other_plan),
         "damaged: 'layers_0/mora/matrix' are not the numbers saved": (numbers, custom),
