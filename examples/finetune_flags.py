@@ -42,6 +42,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = check_training(parser, parser.parse_args(arguments))
     if args.test_items < 1:
         parser.error(f"--test-items {args.test_items}: wanted at least 1")
+    if args.model != "smollm2":
+        out = pathlib.Path(args.out).resolve()
+        if pathlib.Path(args.model).resolve().is_relative_to(out):
+            parser.error(f"--model {args.model} lies in --out {args.out}, where models of an "
+                "earlier run are deleted: wanted another --out")  # fmt: skip
     if args.method == "full":
         args.param_dtype = "float32"  # what is trained is
     args.test_batch = min(args.test_batch, args.test_items)

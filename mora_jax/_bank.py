@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from mora_jax._features import wide_dtype
@@ -109,6 +110,10 @@ class AdapterBank:
                     f"{path!r} of {name!r} is {leaf.dtype}, and the bank holds {held[path].dtype}. "
                     "Make the bank with stack_adapters(..., dtype=...), or cast the adapter."
                 )
+            # From where it was loaded to the bank's mesh; all that is there moves within `_write`.
+            place = sharding_of(held[path])
+            if place is not None and not isinstance(leaf, Tracer) and sharding_of(leaf) is None:
+                new[path] = jax.device_put(leaf, NamedSharding(place.mesh, PartitionSpec()))
         write = _write_donating if donate else _write
         held = write(held, new, index, self.plan, places_of(held))
         slots = (*self.slots[:index], name, *self.slots[index + 1 :])

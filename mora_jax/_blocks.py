@@ -185,9 +185,8 @@ class BlockGrid:
             width = split.shape[-1]
             start = lax.axis_index(axes) * width
             count = -(-(width + size - 1) // size)
-            place = (0, start % size)
             room = jnp.zeros((len(split), count * size), split.dtype)
-            blocks = lax.dynamic_update_slice(room, split, place)
+            blocks = lax.dynamic_update_slice_in_dim(room, split, start % size, 1)
             ids = start // size + jnp.arange(count)
             if filled is None:
                 ids = ids % total  # outputs beyond the last block repeat the first ones

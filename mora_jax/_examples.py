@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mora_jax._operators import Adapter, delta
@@ -104,7 +105,8 @@ def delta_by_example(
 
     # The gather needs no inputs, so a scheduler would make that of all layers first: a copy of the
     # bank.
-    x, ids = lax.optimization_barrier((x, ids))
+    # Other integers lack -1, or the number of adapters.
+    x, ids = lax.optimization_barrier((x, ids.astype(np.int32)))
 
     def choose(leaf):
         # A negative index would count from the end.

@@ -289,7 +289,7 @@ class Plan(Mapping[str, AdapterSpec]):
                 tuple((path, tuple(shape)) for path, shape in fields["also_train"].items()),
                 fields["base_parameters"],
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"not a plan: {error!r}. Expected the text of Plan.to_json, of this version."
             ) from error
@@ -309,10 +309,12 @@ def _spec_from_dict(fields: Mapping[str, Any]) -> AdapterSpec:
     config["scheme"] = scheme_from_dict(config["scheme"])
     if isinstance(config["cycle"], list):
         config["cycle"] = tuple(scheme_from_dict(scheme) for scheme in config["cycle"])
-    return AdapterSpec(
+    spec = AdapterSpec(
         config=LayerConfig(**config),
         kernel_shape=tuple(fields["kernel_shape"]),
         kernel_axes=KernelAxes(**{name: tuple(value) for name, value in axes.items()}),
         adapter_batch_axes=tuple(fields["adapter_batch_axes"]),
         kernel_name=fields["kernel_name"],
     )
+    _ = spec.rows  # axes that are not the kernel's are an error here
+    return spec

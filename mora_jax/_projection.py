@@ -68,6 +68,7 @@ class ProjectionReport:
         table = [("layer", "norm", "relative error", "energy kept")]
         rows = {**self.layers, f"all, rank {self.rank}": self.total}
         for name, layer in rows.items():
+            name = name or "(root)"
             table.append((name, f"{layer.norm:.4g}", f"{layer.error:.2e}", f"{layer.kept:.2%}"))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]

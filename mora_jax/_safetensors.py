@@ -75,7 +75,7 @@ def write_tensors(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
-            tensor = np.ascontiguousarray(read(name))
+            tensor = np.asarray(read(name), order="C")
             if (tensor.shape, tensor.dtype) != (shapes[name].shape, shapes[name].dtype):
                 raise ValueError(
                     f"{name!r} came as {tensor.dtype}{list(tensor.shape)}, not as "

@@ -90,6 +90,11 @@ class _Record:
     arrays: Mapping[str, Any] | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        for field in (self.base, {} if self.arrays is None else self.arrays, {"": self.metadata}):
+            if not all(isinstance(of, Mapping) for of in (field, *dict(field).values())):
+                raise ValueError(f"its record has {field!r:.100}, and not fields by path")
+
 
 def save_adapters(
     directory: str | os.PathLike[str],
@@ -142,8 +147,11 @@ def save_adapters(
         raise ValueError(f"{path} exists already; adapters are saved to a new directory.")
     if name is not None:
         _check_name(name)
-        if _is_checkpoint(path):
-            raise ValueError(f"{path} is a saved adapter itself, and cannot hold named ones.")
+        for folder in (path, path / name):
+            if _is_checkpoint(folder):
+                raise ValueError(f"{folder} is a saved adapter itself, and cannot hold named ones.")
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file, and cannot hold adapters.")
         version = max(_versions(path / name), default=0) + 1
         path = path / name / str(version)
     sums = checksums(values)
@@ -179,6 +187,9 @@ def load_adapters(
 ) -> tuple[dict[str, Any], Plan]:
     """Loads adapters beside the parameters of their base model.
 
+    Every array keeps its bits and the dtype that it was saved in, whatever those of the plan and of
+    the base: what was trained in float32 beside a bfloat16 base is not rounded.
+
     Args:
       directory: where `save_adapters` wrote.
       params: the base model's parameters, without adapters. Leaves of `also_train` are replaced.
@@ -199,13 +210,13 @@ def load_adapters(
     plan, leaves = record.plan, flatten(params)
     _check_fits(path, record, leaves)
     check_unadapted(plan, leaves)
-    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in plan.adapter_leaves().items()}
-    wanted |= {name: (shape, value_of(leaves[name]).dtype) for name, shape in plan.also_train}
+    wanted = {name: leaf.shape for name, leaf in plan.adapter_leaves().items()}
+    wanted |= dict(plan.also_train)
     _check_saved(path, wanted, saved, record.arrays)
     # Orbax wants to be told where arrays go: to their kernel's mesh, or where new arrays go.
     owners, anywhere = plan.adapter_owners(), jnp.zeros(()).sharding
     abstract = {}
-    for leaf, (shape, _) in wanted.items():
+    for leaf, shape in wanted.items():
         kernel, axes = owners.get(leaf, (leaf, {axis: axis for axis in range(len(shape))}))
         place = sharding_of(value_of(leaves[kernel]))
         sharding = anywhere if place is None else beside(place, len(shape), axes)
@@ -216,7 +227,6 @@ def load_adapters(
         if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf].get("checksum")]:
             raise ValueError(f"{path} is damaged: {listing(other)} are not the numbers saved.")
     _check_finite(path, loaded, "loaded")
-    loaded = {leaf: value.astype(wanted[leaf][1]) for leaf, value in loaded.items()}
     for leaf, (kernel, axes) in owners.items():
         loaded[leaf] = box_like(leaves[kernel], loaded[leaf], axes)
     for leaf, _ in plan.also_train:
@@ -340,7 +350,8 @@ def _check_fits(path: epath.Path, record: _Record, leaves: Mapping[str, Any]) ->
         kernel: spec.kernel_shape
         for kernel, spec in zip(plan.kernel_paths(), plan.values(), strict=True)
     }
-    prints = {kernel: of["checksum"] for kernel, of in record.base.items() if "checksum" in of}
+    known = ((kernel, record.base.get(kernel, {})) for kernel in shapes)
+    prints = {kernel: of["checksum"] for kernel, of in known if "checksum" in of}
     for name, shape in {**shapes, **dict(plan.also_train)}.items():
         if name not in leaves:
             differences.append(f"no parameter at {name!r}, which had shape {tuple(shape)}")
@@ -382,11 +393,16 @@ def _check_saved(
             f"{listing(wanted.keys() - saved.keys()) or 'none'}, surplus "
             f"{listing(saved.keys() - wanted.keys()) or 'none'}."
         )
-    for name, (shape, _) in wanted.items():
+    for name, shape in wanted.items():
         if tuple(saved[name].shape) != tuple(shape):
             raise ValueError(
                 f"{path}: {name!r} was saved with shape {tuple(saved[name].shape)}, the plan says "
                 f"{tuple(shape)}."
+            )
+        if jnp.result_type(saved[name].dtype) != saved[name].dtype:
+            raise ValueError(
+                f"{path}: {name!r} is {saved[name].dtype}, which JAX holds only with "
+                "jax_enable_x64; not narrowed."
             )
         was = str(saved[name].dtype) if arrays is None else arrays.get(name, {}).get("dtype")
         if was != str(saved[name].dtype):

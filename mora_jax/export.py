@@ -29,6 +29,7 @@ import jax
 
 from mora_jax import peft
 from mora_jax._merge import check_finite, check_mergeable
+from mora_jax._mesh import on_host
 from mora_jax._one_tensor import merged_tensor
 from mora_jax._params import Params, check_adapted
 from mora_jax._plan import Plan
@@ -36,8 +37,8 @@ from mora_jax._projection import ProjectionReport, project_to_lora
 from mora_jax._safetensors import Shapes, read_header, shards, size_of, write_tensors
 from mora_jax._torch_names import Name, torch_kernels
 from mora_jax._torch_tensors import LLAMA, Kept, torch_tensors
-from mora_jax._tree import flatten, is_adapter, listing
-from mora_jax._variables import value_of
+from mora_jax._tree import flatten, is_adapter, listing, rebuild
+from mora_jax._variables import value_of, with_value
 
 __all__ = ["LLAMA", "Kept", "Name", "save_lora", "save_merged"]
 
@@ -143,7 +144,8 @@ def save_lora(
     """Writes the LoRA nearest to the adapters, as PEFT has it, and says what each layer lost.
 
     `mora_jax.project_to_lora`, then `mora_jax.peft.save_adapters`: float32, with `lora_alpha` the
-    rank, which is a scale of 1. The LoRA goes with the base model, not with a merged one.
+    rank, which is a scale of 1. The LoRA goes with the base model, not with a merged one. Where
+    several processes share the parameters all of them call it, and the first writes.
 
     Args:
       directory: a path that does not exist yet.
@@ -163,7 +165,13 @@ def save_lora(
     _check_new(directory)
     _check_projectable(params, plan, names)
     lora, lora_plan, report = project_to_lora(params, plan, rank)
-    peft.save_adapters(directory, lora, lora_plan, names=names)
+    leaves = flatten(lora)
+    # Arrays of all processes come together by the help of all.
+    host = {
+        p: with_value(leaves[p], on_host(value_of(leaves[p]))) for p in lora_plan.adapter_leaves()
+    }
+    if jax.process_index() == 0:
+        peft.save_adapters(directory, rebuild(leaves | host, lora), lora_plan, names=names)
     return report
 
 

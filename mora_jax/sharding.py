@@ -48,7 +48,7 @@ def param_shardings(
       A tree like `attach` gives, of shardings (or of specs, where `base` has them).
 
     Raises:
-      ValueError: where `base` lacks a kernel of the plan.
+      ValueError: where `base` lacks a kernel of the plan, or `split` is no axis of its mesh.
       TypeError: where a leaf says nothing of where it lies on a mesh.
 
     >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
@@ -71,6 +71,11 @@ def param_shardings(
 def _split_rows(
     place: NamedSharding, shape: tuple[int, ...], axes: Mapping[int, int], name: str
 ) -> NamedSharding:
+    if not isinstance(place, NamedSharding) or name not in place.mesh.shape:
+        raise ValueError(
+            f"split={name!r} names no axis of {getattr(place, 'mesh', place)}; expected one of the "
+            "mesh of the base's NamedShardings."
+        )
     rows = min(axis for axis in range(len(shape)) if axis not in axes)
     if shape[rows] % place.mesh.shape[name]:
         return place

@@ -144,6 +144,32 @@ def check_parts_of_shards():
         )
 
 
+def check_double_precision():
+    """Parts of shards in float64, whose Python integers are 64 bits wide."""
+    mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
+    grid = BlockGrid(32, 16, 4, False)
+    with jax.enable_x64(True), jax.set_mesh(mesh), spread_is(Spread(("tensor",), ())):
+        x, dy = jnp.ones((2, 32), jnp.float64), jnp.ones((2, 16), jnp.float64)
+        parts = jax.jit(grid.gradient)(x, dy)
+    assert parts.dtype == np.float64
+    assert len(parts) == 8
+
+
+def check_bank():
+    """Adapters that were loaded on one device go into a bank on a mesh."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    spec = mora_jax.AdapterSpec(
+        LayerConfig(1, SCHEMES["sharing"]), (8, 8), mora_jax.KernelAxes((0,), (1,))
+    )
+    plan = mora_jax.Plan((("up", spec),))
+    kernel = jax.device_put(numbers(8, 8), NamedSharding(mesh, P("fsdp")))
+    params = mora_jax.attach(plan, {"up": {"kernel": kernel}})
+    bank = mora_jax.stack_adapters({"one": (params, plan)}, capacity=2)
+    matrix = jax.device_put(numbers(4, 4), jax.devices()[1])
+    bank = bank.add("two", {"up": {"mora": {"matrix": matrix}}}, plan)
+    np.testing.assert_array_equal(bank.select("two")["up"]["mora"]["matrix"], matrix)
+
+
 def check_restart(plan, params, whole):
     """Merging and restarting keep every sharding, and give what one device gives."""
     wanted = mora_jax.merge(whole, plan)
@@ -207,6 +233,8 @@ def main():
             if name == "sharing" or mesh == "2x2x2":
                 found[f"{mesh} {kind.name} {name}"] = measure(mesh, kind, scheme)
     check_parts_of_shards()
+    check_double_precision()
+    check_bank()
     print(json.dumps(found))
 
 

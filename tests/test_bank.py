@@ -67,6 +67,12 @@ def test_who_has_none_is_the_base_and_who_is_unknown_is_no_number():
     y = mora_jax.mora_dot_general(x, kernel, dims, bank, FAMILIES[0], adapter_ids=ids)
     assert_same_bits(y[0], (x @ kernel)[0])
     np.testing.assert_array_equal(jnp.isfinite(y).all(1), [True, True, False, False])
+    # Unsigned integers have no -1, and small ones not the number of adapters.
+    many = {"matrix": jnp.ones((200, 3, 3))}
+    for dtype in (np.uint8, np.int8):
+        some = np.array([1, 0, 100, 1], dtype)
+        y = mora_jax.mora_dot_general(x, kernel, dims, many, FAMILIES[0], adapter_ids=some)
+        np.testing.assert_array_equal(y, jnp.full((4, 4), 12.0))
 
 
 def make_bank(plan, params, capacity=None):

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 import mora_jax
 from conftest import Network, adapted_network, assert_same_bits, perturb
 from mora_jax import checkpoint
+from mora_jax._checksums import checksums
 
 
 @pytest.mark.parametrize("scheme", ["sharing", "rotation", "low_rank"])
@@ -156,6 +157,11 @@ def test_names_and_versions(tmp_path):
         load(version=1)
     with pytest.raises(ValueError, match="a saved adapter itself"):
         checkpoint.save_adapters(unnamed, params, plan, name="poems")
+    with pytest.raises(ValueError, match="saved is a saved adapter itself"):
+        checkpoint.save_adapters(tmp_path, params, plan, name="saved")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, and cannot hold adapters"):
+        checkpoint.save_adapters(tmp_path / "file", params, plan, name="poems")
     with pytest.raises(ValueError, match="cannot be written as JSON"):
         save(params, "poems", metadata={"model": object()})
     with pytest.raises(FileNotFoundError, match="no adapters at"):
@@ -195,9 +201,21 @@ def test_a_fingerprint_knows_its_base(tmp_path):
     with pytest.raises(ValueError, match="'layers_0/kernel' holds other numbers"):
         checkpoint.load_adapters(tmp_path / "known", other)
     checkpoint.load_adapters(tmp_path / "saved", other)
+    other["layers_0"]["kernel"] = -kernel
+    with pytest.raises(ValueError, match="'layers_0/kernel' holds other numbers"):
+        checkpoint.load_adapters(tmp_path / "known", other)
     # Of another dtype the numbers cannot be compared.
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pretrained)
-    checkpoint.load_adapters(tmp_path / "known", half)
+    loaded, _ = checkpoint.load_adapters(tmp_path / "known", half)
+    # What was trained in full is not rounded to the base's dtype.
+    assert_same_bits(mora_jax.split(loaded, plan)[0], mora_jax.split(params, plan)[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_checksums_know_signs_places_and_every_bit(dtype):
+    x = jnp.linspace(0.1, 1, 6, dtype=dtype).reshape(2, 3)
+    others = [-x, x.at[0, :2].multiply(-1), x.T, x[::-1], x.at[1, 2].multiply(1.01), x * 2]
+    assert len(set(checksums(dict(enumerate([x, *others]))).values())) == 7
 
 
 def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
@@ -227,7 +245,11 @@ def test_what_disagrees_with_its_own_record_is_refused(tmp_path):
     numbers = jax.tree.map(lambda leaf: leaf, trainable)
     numbers["layers_0"]["mora"]["matrix"] = numbers["layers_0"]["mora"]["matrix"].at[2, 3].add(1e-7)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), trainable)
+    record = json.dumps({"format": 2, "base": [], "arrays": {}, "metadata": {}})
+    digest = checkpoint._digest(custom["mora_jax_plan"], record)
+    made_up = {**custom, "mora_jax_record": record, "mora_jax_digest": digest}
     cases = {
+        r"its record has \[\], and not fields by path": (trainable, made_up),
         "format 3 of a later mora_jax; this version reads formats up to 2": (trainable, later),
         "is damaged: its metadata are not those": (trainable, other_plan),
         "damaged: 'layers_0/mora/matrix' are not the numbers saved": (numbers, custom),

@@ -207,3 +207,22 @@ def test_what_a_lora_cannot_hold(golden, tmp_path):
     with pytest.raises(ValueError, match=r"'embed_tokens/embedding' is .* no kernel of a linear"):
         export.save_lora(tmp_path / "lora", params, plan, 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_number_alone_is_a_parameter_too(tmp_path):
+    params = {"scale": jnp.float32(3), "none": jnp.zeros((0, 2))}
+    names = [export.Kept("scale", "logit_scale"), export.Kept("none", "none")]
+    config = {"tie_word_embeddings": True}
+    export.save_merged(tmp_path / "model", params, None, config=config, names=names)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert (saved["logit_scale"], saved["none"].shape) == (np.float32(3), (0, 2))
+
+
+def test_of_several_processes_one_writes_a_lora(golden, tmp_path, monkeypatch):
+    params, plan = golden
+    reports = []
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        reports.append(export.save_lora(tmp_path / "lora", params, plan, 2))
+        assert (tmp_path / "lora").exists() == (process == 0)
+    assert reports[0] == reports[1]

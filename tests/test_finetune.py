@@ -107,6 +107,12 @@ def test_what_is_no_pair_is_named(tmp_path):
         prompts.make_template("Q:", [])
 
 
+def test_a_model_that_the_run_would_delete_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--model", str(tmp_path / "merged"), "--out", str(tmp_path)])
+    assert "wanted another --out" in capsys.readouterr().err
+
+
 @pytest.fixture
 def flags(tmp_path):
     """A model of 128 tokens, 20 sums to train on and 4 of them to be answered."""

@@ -7,6 +7,7 @@ from flax import linen as nn
 
 import mora_jax
 from conftest import Network, adapted_network
+from mora_jax._config import LayerConfig
 
 ATTENTION = ["attention/query", "attention/key", "attention/value", "attention/out"]
 LAYERS = ["embed", "layers/up", "layers/down", *ATTENTION]
@@ -150,6 +151,13 @@ def test_a_matrix_larger_than_its_layer_warns_of_dead_entries():
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(ValueError, match="not a plan"):
         mora_jax.Plan.from_json(text)
+
+
+def test_axes_that_are_not_the_kernels_are_no_plan():
+    axes = mora_jax.KernelAxes((0,), (7,))
+    spec = mora_jax.AdapterSpec(LayerConfig(1, mora_jax.Sharing()), (3, 6), axes)
+    with pytest.raises(ValueError, match="not a plan: IndexError"):
+        mora_jax.Plan.from_json(mora_jax.Plan((("a", spec),)).to_json())
 
 
 def test_a_cycle_that_cannot_go_on_is_an_error_at_once(inputs):
