@@ -17,13 +17,14 @@ was damaged later is refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -142,7 +143,7 @@ def save_adapters(
     trainable, _ = split(params, plan)
     leaves = flatten(params)
     values = {path: value_of(leaf) for path, leaf in flatten(trainable).items()}
-    path, version = epath.Path(directory).absolute(), 0
+    path = epath.Path(directory).absolute()
     if name is None and path.exists():
         raise ValueError(f"{path} exists already; adapters are saved to a new directory.")
     if name is not None:
@@ -152,8 +153,7 @@ def save_adapters(
                 raise ValueError(f"{folder} is a saved adapter itself, and cannot hold named ones.")
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"{folder} is a file, and cannot hold adapters.")
-        version = max(_versions(path / name), default=0) + 1
-        path = path / name / str(version)
+        path = path / name
     sums = checksums(values)
     _check_finite(path, values, "saved")
     base = {
@@ -174,8 +174,41 @@ def save_adapters(
         ) from error
     text = plan.to_json()
     custom: Any = {_PLAN: text, _RECORD: record, _DIGEST: _digest(text, record)}
-    ocp.save(path, unflatten(values), custom_metadata=custom)
+    if name is None:
+        ocp.save(path, unflatten(values), custom_metadata=custom)
+        return 0
+    with _new_version(path) as version:
+        ocp.save(path / str(version), unflatten(values), custom_metadata=custom)
     return version
+
+
+@contextlib.contextmanager
+def _new_version(path: epath.Path) -> Iterator[int]:
+    """A version of a name that no other program writes.
+
+    Two that took the same one would delete each other's files. A directory is made by one of them
+    alone (on file systems; buckets have no such thing). What a killed program leaves of it costs a
+    number. The processes of one program take the same version.
+    """
+    version = max(_versions(path), default=0) + 1
+    if jax.process_count() > 1:
+        yield version
+        return
+    while True:
+        claim = path / f".{version}.is_being_saved"
+        try:
+            claim.mkdir(parents=True)
+        except FileExistsError:
+            version += 1
+            continue
+        if not (path / str(version)).exists():
+            break
+        claim.rmdir()  # saved while we looked
+        version += 1
+    try:
+        yield version
+    finally:
+        claim.rmdir()
 
 
 def load_adapters(

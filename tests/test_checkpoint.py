@@ -14,7 +14,7 @@ from flax import linen as nn
 from orbax.checkpoint import v1 as ocp
 
 import mora_jax
-from conftest import Network, adapted_network, assert_same_bits, perturb
+from conftest import Network, Small, adapted_network, assert_same_bits, perturb
 from mora_jax import checkpoint
 from mora_jax._checksums import checksums
 
@@ -315,3 +315,12 @@ def test_damaged_files_are_refused_or_not_needed(tmp_path):
     (one,) = checkpoint.list_adapters(tmp_path / "library")
     assert one.plan is None
     assert "is no adapter saved by save_adapters" in str(one)
+
+
+def test_a_version_is_written_by_one_program_alone(inputs, tmp_path):
+    _, pretrained, _, plan, params = adapted_network(inputs, module=Small(), scheme="sharing")
+    (tmp_path / "poems" / ".1.is_being_saved").mkdir(parents=True)  # by another one, just now
+    assert checkpoint.save_adapters(tmp_path, params, plan, name="poems") == 2
+    assert sorted(p.name for p in (tmp_path / "poems").iterdir()) == [".1.is_being_saved", "2"]
+    loaded, _ = checkpoint.load_adapters(tmp_path, pretrained, name="poems")
+    assert_same_bits(jax.tree.map(jnp.asarray, params), loaded)
