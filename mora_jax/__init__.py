@@ -29,6 +29,7 @@ from mora_jax._schemes import (
     scheme_from_mora_type,
     square_rank,
 )
+from mora_jax._spectrum import Spectrum, SpectrumReport, spectrum
 from mora_jax._unmerge import unmerge, unmerge_losses
 from mora_jax._version import __version__
 from mora_jax.linen import MoRADense
@@ -51,6 +52,8 @@ __all__ = [
     "Rotation",
     "Scheme",
     "Sharing",
+    "Spectrum",
+    "SpectrumReport",
     "Truncation",
     "__version__",
     "adapt",
@@ -71,6 +74,7 @@ __all__ = [
     "project_to_lora",
     "scheme_from_dict",
     "scheme_from_mora_type",
+    "spectrum",
     "split",
     "square_rank",
     "stack_adapters",
