@@ -59,9 +59,9 @@ def draw(reports: dict[str, mora_jax.SpectrumReport], threshold: float, title: s
         for name, layer in report.layers.items():
             kind = re.sub(r"\[?\d+\]?", "*", name).strip("*").rpartition("/")[-1] or "(root)"
             kinds.setdefault(kind, []).append(layer.count(threshold))
-        mean, low, high = ([f(found) for found in kinds.values()] for f in (np.mean, min, max))
+        mean, low, high = np.array([(np.mean(x), min(x), max(x)) for x in kinds.values()]).T
         at = np.arange(len(kinds)) + (number - (len(reports) - 1) / 2) * width
-        one_axis.bar(at, mean, width, yerr=(np.subtract(mean, low), np.subtract(high, mean)),
+        one_axis.bar(at, mean, width, yerr=(mean - low, high - mean),
                      error_kw={"linewidth": 0.8, "alpha": 0.6}, label=label)  # fmt: skip
         one_axis.set_xticks(range(len(kinds)), kinds, rotation=30)
     any_axis.axvline(threshold, color="tab:gray", linestyle=":", linewidth=1)

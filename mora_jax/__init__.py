@@ -4,6 +4,7 @@ Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", ar
 """
 
 from mora_jax._adapt import adapt, plan
+from mora_jax._allocate import Allocation, LayerScore, allocate
 from mora_jax._bank import AdapterBank, stack_adapters
 from mora_jax._config import MoRAConfig
 from mora_jax._dot import mora_dot_general
@@ -37,8 +38,10 @@ from mora_jax.linen import MoRADense
 __all__ = [
     "AdapterBank",
     "AdapterSpec",
+    "Allocation",
     "Decoupling",
     "KernelAxes",
+    "LayerScore",
     "LowRank",
     "MergeLoss",
     "MergeWarning",
@@ -57,6 +60,7 @@ __all__ = [
     "Truncation",
     "__version__",
     "adapt",
+    "allocate",
     "as_params",
     "attach",
     "compress",

@@ -21,7 +21,8 @@ FLOORS = [
     {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize", "_layers"}
     | {"_decomposition"},
     {"_linen_layers", "_function", "_nnx_layers", "_merge", "_bank"},
-    {"linen", "_remora", "_unmerge", "_hugging_face", "_one_tensor", "_projection"} | {"_spectrum"},
+    {"linen", "_remora", "_unmerge", "_hugging_face", "_one_tensor", "_projection"}
+    | {"_spectrum", "_allocate"},
     {"_linen_plan", "nnx"},
     {"_adapt", "checkpoint", "peft", "quantized", "sharding"},
     {"export"},
