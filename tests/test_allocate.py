@@ -118,7 +118,7 @@ def test_a_batch_costs_less_than_a_step_and_forms_no_kernels_gradient():
     product = 2 * 2048 * 64 * 64
     # Three products forward and two back: the first layer's input needs no gradient.
     assert 5 * product < scoring < 6.5 * product
-    assert 2 * scoring < 2 * one_step
+    assert scoring < one_step
     assert full == pytest.approx(scoring, rel=0.05)  # kernels' own gradients are zero by `frozen`
     by_hand = jax.grad(lambda base, batch: jnp.square(chain(base, batch[0]) - batch[1]).sum())
     assert flops(jax.jit(by_hand), base, batch) > scoring + 1.5 * product
