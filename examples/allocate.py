@@ -181,11 +181,13 @@ def train(
     """Trains one variant and gives what it came to."""
     model = mora_jax.adapt(task.base_model, config)
     plan = mora_jax.plan(model, SHAPE)
-    trainable, frozen = mora_jax.split(mora_jax.attach(plan, task.base), plan)
+    # On a device for good, as batches are: the step would be compiled again for what it gives back.
+    params = jax.device_put(mora_jax.attach(plan, task.base), jax.devices()[0])
+    trainable, frozen = mora_jax.split(params, plan)
     warmup = min(args.warmup, args.steps // 2)
     rate = optax.warmup_cosine_decay_schedule(lr / (warmup + 1), lr, warmup, args.steps + 1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
-    state, losses = (trainable, optimizer.init(trainable)), []
+    state, losses = (trainable, jax.jit(optimizer.init)(trainable)), []
     for step in tqdm.trange(args.steps, desc=label, leave=False):
         batch = task.batch(step, args.batch)
         state, loss = train_step(model, optimizer, state, frozen, batch)
