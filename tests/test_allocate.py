@@ -2,9 +2,7 @@
 
 import functools
 import itertools
-import json
 import math
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from tokenizers import Tokenizer, models
 
 import allocate
 import mora_jax
@@ -60,10 +57,6 @@ def batches_of(count, inputs, outputs):
 
 
 SHAPES = {"a+b": (16, 24), "a.b": (24, 16), "c": (16, 16)}
-
-
-#: Of the golden Llama: q, k, v, o, gate, up, down.
-PROJECTIONS = [(48, 48), (48, 24), (48, 24), (48, 48), (48, 112), (48, 112), (112, 48)]
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -222,28 +215,6 @@ def test_gradients_that_say_nothing():
     bad = lambda params, x: jnp.nan * params["c"]["mora"]["matrix"].sum()
     with pytest.raises(ValueError, match=r"the gradients of 'c/mora/matrix' are not finite"):
         mora_jax.allocate(params, plan, bad, [1.0], 0.5)
-
-
-def test_the_example_in_miniature_and_again(tmp_path, capsys):
-    folder, out = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(GOLDEN / "llama_type1" / "base", folder)
-    characters = {character: i for i, character in enumerate("?^$0123456789abcdef-\n")}
-    Tokenizer(models.BPE(characters, merges=[])).save(str(folder / "tokenizer.json"))
-    flags = ["--model", folder, "--out", out, "--pairs", 2, "--batch", 2, "--steps", 3,
-             "--seeds", 1, "--rank", 2, "--variants", "allocated", "--stacked"]  # fmt: skip
-    allocate.main(list(map(str, flags)))
-    (run,) = map(json.loads, (out / "results.jsonl").read_text().splitlines())
-    assert run["losses"][-1] < run["losses"][0]
-    uniform = 2 * sum(mora_jax.square_rank(*s, 2, mora_jax.Sharing()) ** 2 for s in PROJECTIONS)
-    assert 0.4 * uniform < run["trained"] <= 0.5 * uniform
-    assert (out / "scores-0.png").stat().st_size > 5_000
-    written = (out / "results.jsonl").read_bytes()
-    printed = capsys.readouterr().out.splitlines()
-    allocate.main(list(map(str, flags)))
-    assert (out / "results.jsonl").read_bytes() == written
-    assert capsys.readouterr().out.splitlines() == printed[-2:]
-    with pytest.raises(SystemExit, match="is of other flags"):
-        allocate.main(list(map(str, [*flags, "--rank", 4])))
 
 
 def test_unrolled_layers_are_those_of_the_stack():
