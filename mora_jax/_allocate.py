@@ -120,7 +120,9 @@ def allocate(
     the norm |g|_1 of a gradient without noise, and zero on average for one of noise alone (from
     two batches on; a single one cannot tell them apart). The gain of other ranks is taken to grow
     with the square root of the parameters, as where the gradient of a kernel has no preferred
-    signs. What is bought next is what gains most for each parameter.
+    signs. What is bought next is what gains most for each parameter. All of this is about the
+    first step: whether it also serves the last one better than a smaller rank everywhere is to be
+    measured for a task (`examples/allocate.py`).
 
     A batch costs a backward pass of adapters, less than a training step. No gradient of a kernel is
     formed.
