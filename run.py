@@ -3,6 +3,8 @@
     python3 run.py test                      # all tests, two files at a time; or pytest's arguments
     python3 run.py memorize                  # examples/memorize.py; further arguments go to it
     python3 run.py finetune                  # examples/finetune.py, likewise
+    python3 run.py allocate                  # examples/allocate.py, likewise
+    python3 run.py spectrum DIRECTORY        # examples/spectrum.py, likewise
     python3 run.py train                     # examples/train_llama.py, likewise
     python3 run.py step                      # examples/benchmarks/step.py; generate, adapters too
 
@@ -20,8 +22,10 @@ import venv
 ROOT = pathlib.Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
 SCRIPTS = {
+    "allocate": "examples/allocate.py",
     "memorize": "examples/memorize.py",
     "finetune": "examples/finetune.py",
+    "spectrum": "examples/spectrum.py",
     "train": "examples/train_llama.py",
     "step": "examples/benchmarks/step.py",
     "generate": "examples/benchmarks/generate.py",

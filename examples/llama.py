@@ -194,9 +194,12 @@ class Llama(_Block):
       dtype: of the computation; norms, rotary angles and softmax are float32 inside.
       param_dtype: of the parameters that `init` makes.
       remat: recompute each layer in the backward pass instead of keeping its activations.
+      unrolled: layers of their own, `layers_0`, `layers_1`, ..., instead of a stack in a scan, so
+        that each can have an adapter of its own size. Slower to compile, and without a cache.
     """
 
     remat: bool = False
+    unrolled: bool = False
 
     @nn.compact
     def __call__(
@@ -250,6 +253,10 @@ class Llama(_Block):
         angles = rotary_angles(positions, config.head_features, config.rope_theta)
 
         embed = nn.Embed(config.vocab_size, config.features, **shared, name="embed_tokens")
+        x = embed(tokens)
+        for number in range(config.num_layers if self.unrolled else 0):
+            layer = nn.remat(Layer) if self.remat else Layer
+            x, _ = layer(config, **shared, name=f"layers_{number}")(x, angles, attend, slot)
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False) if self.remat else Layer,  # scan prevents CSE itself
             variable_axes={"params": 0, "cache": 0},
@@ -257,7 +264,8 @@ class Llama(_Block):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=config.num_layers,
         )
-        x, _ = layers(config, **shared, name="layers")(embed(tokens), angles, attend, slot)
+        if not self.unrolled:
+            x, _ = layers(config, **shared, name="layers")(x, angles, attend, slot)
         x = self._norm("norm")(x)
         head = embed.attend if config.tie_embeddings else self._dense(config.vocab_size, "lm_head")
         return head(x).astype(jnp.float32)

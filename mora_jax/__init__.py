@@ -4,6 +4,7 @@ Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", ar
 """
 
 from mora_jax._adapt import adapt, plan
+from mora_jax._allocate import Allocation, LayerScore, allocate
 from mora_jax._bank import AdapterBank, stack_adapters
 from mora_jax._config import MoRAConfig
 from mora_jax._dot import mora_dot_general
@@ -29,6 +30,7 @@ from mora_jax._schemes import (
     scheme_from_mora_type,
     square_rank,
 )
+from mora_jax._spectrum import Spectrum, SpectrumReport, spectrum
 from mora_jax._unmerge import unmerge, unmerge_losses
 from mora_jax._version import __version__
 from mora_jax.linen import MoRADense
@@ -36,8 +38,10 @@ from mora_jax.linen import MoRADense
 __all__ = [
     "AdapterBank",
     "AdapterSpec",
+    "Allocation",
     "Decoupling",
     "KernelAxes",
+    "LayerScore",
     "LowRank",
     "MergeLoss",
     "MergeWarning",
@@ -51,9 +55,12 @@ __all__ = [
     "Rotation",
     "Scheme",
     "Sharing",
+    "Spectrum",
+    "SpectrumReport",
     "Truncation",
     "__version__",
     "adapt",
+    "allocate",
     "as_params",
     "attach",
     "compress",
@@ -71,6 +78,7 @@ __all__ = [
     "project_to_lora",
     "scheme_from_dict",
     "scheme_from_mora_type",
+    "spectrum",
     "split",
     "square_rank",
     "stack_adapters",

@@ -29,6 +29,7 @@ from mora_jax._schemes import (
     scheme_from_dict,
     square_rank,
 )
+from mora_jax._table import table
 from mora_jax._tree import adapter_path, is_adapter, join_path
 
 _FORMAT = 1
@@ -240,17 +241,15 @@ class Plan(Mapping[str, AdapterSpec]):
                 f"{spec.parameters:,}",
             )
             rows.setdefault(row, []).append(path)
-        table: list[tuple[str, ...]] = [("layer", "kernel", "scheme", "size", "trained")]
+        cells: list[tuple[str, ...]] = [("layer", "kernel", "scheme", "size", "trained")]
         for (pattern, *rest), paths in rows.items():
             name = paths[0] or "(root)" if len(paths) == 1 else f"{pattern} ({len(paths)}x)"
-            table.append((name, *rest))
-        table += [
+            cells.append((name, *rest))
+        cells += [
             (path, " x ".join(map(str, shape)), "(trained in full)", "", f"{math.prod(shape):,}")
             for path, shape in self.also_train
         ]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-        lines.insert(1, "-" * max(map(len, lines)))
+        lines = table(cells)
         adapters = sum(math.prod(spec.batch) for _, spec in self.layers)
         share = self.trained_parameters / max(self.base_parameters, 1)
         lines.append(

@@ -43,6 +43,7 @@ from mora_jax._quantize import (
     quantize_kernel,
 )
 from mora_jax._rewrite import trace
+from mora_jax._spectrum import dense
 from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
 from mora_jax._variables import value_of
 
@@ -228,6 +229,12 @@ def _(kernel: qwix.QArray, plan: Plan, leaves: Mapping[str, Any]) -> str:
         "params = mora_jax.quantized.dequantize(params). To merge once all the same, and see what "
         "is lost: mora_jax.quantized.merge(params, plan)."
     )
+
+
+@dense.register
+def _(kernel: qwix.QArray) -> jax.Array:
+    """What `spectrum` takes the norm of."""
+    return qwix.dequantize(kernel)
 
 
 def _floating_shape(leaf: Any) -> Any:

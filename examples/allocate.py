@@ -1,0 +1,274 @@
+"""Does half the budget, spent where `mora_jax.allocate` says, learn what uniform targeting learns?
+
+    python3 run.py allocate --pairs 8 --steps 40 --seeds 1        # hours on 2 CPU cores
+    python3 examples/allocate.py --pairs 2000 --batch 200 --steps 400 --lrs 1e-3 2e-3 \
+        --dtype bfloat16
+    python3 examples/allocate.py --data train.jsonl --test test.jsonl --length 512 --batch 16 \
+        --steps 600 --warmup 50 --lrs 1e-3 2e-3 --dtype bfloat16 --out results/allocate-gsm8k
+
+The first two memorise random UUIDs and are measured on these; the third is measured on held-out
+pairs. Every variant sees the same batches of a seed, and the best of the rates counts. Finished
+runs are lines of `results.jsonl`; started again with the same flags, it does the others.
+
+Variants: *uniform*, every layer at `--rank`; *half*, every layer at the rank that the budget
+allows; *allocated*, layers and ranks by the scores; *chosen*, layers by the scores, at `--rank`;
+*reversed*, at `--rank` the layers that the scores advise against.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import tqdm
+
+import chat_data
+import mora_jax
+import pretrained
+import prompts
+import text
+import uuids
+from llama import Llama
+
+VARIANTS = ("uniform", "half", "allocated", "chosen", "reversed")
+SHAPE = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags; `--help` prints them."""
+    parser = argparse.ArgumentParser(
+        description="Compares allocated ranks with uniform ones.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=pathlib.Path, help="a directory in Hugging Face's layout; else SmolLM2")
+    add("--data", type=pathlib.Path, help="JSON lines of pairs; else random UUIDs")
+    add("--test", type=pathlib.Path, help="JSON lines, with --data")
+    add("--test-items", type=int, default=200)
+    add("--prompt-field", default="question")
+    add("--response-field", default="answer")
+    add("--pairs", type=int, default=8, help="of random UUIDs")
+    add("--length", type=int, default=128, help="tokens of a row")
+    add("--batch", type=int, default=8, help="rows in a step")
+    add("--steps", type=int, default=40)
+    add("--warmup", type=int, default=5)
+    add("--lrs", type=float, nargs="+", default=[3e-3])
+    add("--seeds", type=int, default=3)
+    add("--rank", type=int, default=8)
+    add("--scheme", default="sharing")
+    add("--budget", type=float, default=0.5, help="as a fraction of uniform targeting")
+    add("--score-batches", type=int, default=2)
+    add("--stacked", action="store_true", help="one rank for all layers of a kind, in a scan")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--dtype", default="float32", help="of the base model and its computation")
+    add("--remat", action="store_true")
+    add("--out", type=pathlib.Path, default=pathlib.Path("results/allocate"))
+    return parser.parse_args(arguments)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """The base and the rows of one seed."""
+
+    base_model: Llama
+    base: dict[str, Any]
+    order: text.Windows
+    rows: chat_data.Rows
+    measured: chat_data.Rows
+
+    def batch(self, step: int, size: int) -> chat_data.Batch:
+        """The batch of a step, a function of the seed and the step."""
+        return _batch(self.rows, self.order.rows(step * size, size))
+
+    def loss(self, model: Llama, params: Any, size: int) -> float:
+        """Mean cross-entropy of what is measured."""
+        index = np.arange(-(-len(self.measured.tokens) // size) * size).reshape(-1, size)
+        index = np.where(index < len(self.measured.tokens), index, -1)
+        total = self.measured.response[:, 1:].sum()
+        return sum(float(_loss(model, params, _batch(self.measured, i, total))) for i in index)
+
+
+def _batch(rows: chat_data.Rows, index: np.ndarray, total: float | None = None) -> Any:
+    total = rows.response[index, 1:].sum() if total is None else total
+    return chat_data.make_batch(rows, index, jax.devices()[0], total)  # pyright: ignore
+
+
+_loss = jax.jit(chat_data.response_loss, static_argnames="model")
+
+
+def unstack(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """Parameters of the unrolled model from those of the stacked one."""
+    layers = {
+        f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)
+    }
+    return {name: value for name, value in params.items() if name != "layers"} | layers
+
+
+def load_task(args: argparse.Namespace, base: pretrained.Pretrained, seed: int) -> Task:
+    """The data of a seed: other pairs, or other batches."""
+    if args.data:
+        fields = args.prompt_field, args.response_field
+        pairs = prompts.read_pairs(args.data, *fields)
+        tested = prompts.read_pairs(args.test, *fields)[: args.test_items]
+        special = [token.content for token in base.tokenizer.get_added_tokens_decoder().values()]
+        template = prompts.make_template(None, special)
+    else:
+        pairs = tested = [prompts.Pair(*pair) for pair in uuids.make_pairs(args.pairs, seed)]
+        template = prompts.make_template("{prompt}\n", [])
+    encode = functools.partial(
+        chat_data.encode, tokenizer=base.tokenizer, template=template, end_token=base.end_token
+    )
+    rows, measured = (
+        chat_data.pack(encode(found), args.length, packing=bool(args.data))
+        for found in (pairs, tested)
+    )
+    shared = {"dtype": args.dtype, "param_dtype": args.dtype, "remat": args.remat}
+    model = Llama(base.config, unrolled=not args.stacked, **shared)
+    params = base.params if args.stacked else unstack(base.params, base.config.num_layers)
+    return Task(model, params, text.Windows(rows.tokens, seed), rows, measured)
+
+
+def allocations(args: argparse.Namespace, task: Task, seed: int) -> dict[str, mora_jax.MoRAConfig]:
+    """Variant -> config."""
+    uniform = mora_jax.MoRAConfig(rank=args.rank, scheme=args.scheme, targets=r".*_proj")
+    half = dataclasses.replace(uniform, rank=max(1, round(args.budget * args.rank)))
+    model = mora_jax.adapt(task.base_model, uniform)
+    plan = mora_jax.plan(model, SHAPE)
+    params = mora_jax.attach(plan, task.base)
+    loss = functools.partial(chat_data.response_loss, model)
+    batches = [task.batch(step, args.batch) for step in range(args.score_batches)]
+    started = time.perf_counter()
+    found = mora_jax.allocate(params, plan, loss, batches, args.budget)
+    seconds = time.perf_counter() - started
+    chosen = mora_jax.allocate(params, plan, loss, batches, args.budget, ranks=[args.rank])
+    left, worst = chosen.budget, []
+    for path, score in sorted(chosen.scores.items(), key=lambda x: x[1].gain / x[1].parameters):
+        if score.parameters <= left:
+            left -= score.parameters
+            worst.append(path)
+    report = f"scored in {seconds:.1f} s, compiling included\n{found}\n\n{chosen}\n"
+    (args.out / f"allocation-{seed}.txt").write_text(report)
+    draw_scores(found, args.out / f"scores-{seed}.png")
+    reverse = dataclasses.replace(uniform, targets="|".join(map(re.escape, worst)))
+    return {"uniform": uniform, "half": half, "allocated": found.config, "chosen": chosen.config,
+            "reversed": reverse}  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames="state")
+def train_step(model, optimizer, state, frozen, batch):
+    """One step on the trainable half."""
+    trainable, opt_state = state
+    value, gradients = jax.value_and_grad(
+        lambda trainable: chat_data.response_loss(model, mora_jax.join(trainable, frozen), batch)
+    )(trainable)
+    updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+    return (optax.apply_updates(trainable, updates), opt_state), value
+
+
+def train(
+    args: argparse.Namespace, task: Task, config: Any, lr: float, label: str
+) -> dict[str, Any]:
+    """Trains one variant and gives what it came to."""
+    model = mora_jax.adapt(task.base_model, config)
+    plan = mora_jax.plan(model, SHAPE)
+    # On a device for good, as batches are: the step would be compiled again for what it gives back.
+    params = jax.device_put(mora_jax.attach(plan, task.base), jax.devices()[0])
+    trainable, frozen = mora_jax.split(params, plan)
+    warmup = min(args.warmup, args.steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(lr / (warmup + 1), lr, warmup, args.steps + 1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
+    state, losses = (trainable, jax.jit(optimizer.init)(trainable)), []
+    for step in tqdm.trange(args.steps, desc=label, leave=False):
+        batch = task.batch(step, args.batch)
+        state, loss = train_step(model, optimizer, state, frozen, batch)
+        losses.append(loss)
+    loss = task.loss(model, mora_jax.join(state[0], frozen), args.batch)
+    ranks = {path: spec.config.rank for path, spec in plan.items()}
+    return {"loss": loss, "trained": plan.trained_parameters, "ranks": ranks,
+            "losses": np.asarray(jnp.stack(losses)).round(5).tolist()}  # fmt: skip
+
+
+def draw_scores(allocation: mora_jax.Allocation, path: pathlib.Path) -> None:
+    """Gains for each parameter and ranks, by kind of layer and depth."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    kinds: dict[str, dict[int, tuple[float, int]]] = collections.defaultdict(dict)
+    for name, score in allocation.scores.items():
+        kind, number = name.rpartition("/")[-1], re.search(r"\d+", name)
+        each = np.ravel(score.gains) / (score.parameters / score.gains.size)
+        for index, gain in enumerate(each):
+            kinds[kind][index if score.gains.ndim else int(number[0] if number else 0)] = (
+                gain, score.rank
+            )  # fmt: skip
+    depth = 1 + max(max(found) for found in kinds.values())
+    grid = np.full((2, len(kinds), depth), np.nan)
+    for row, found in enumerate(kinds.values()):
+        for column, cell in found.items():
+            grid[:, row, column] = cell
+    figure, axes = pyplot.subplots(2, 1, figsize=(7, 4), layout="constrained", sharex=True)
+    for axis, cells, label in zip(axes, grid, ("gain for a parameter", "rank"), strict=True):
+        figure.colorbar(axis.imshow(cells, aspect="auto"), ax=axis, label=label)
+        axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axes[1].set_xlabel("layer")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def summarise(runs: list[dict[str, Any]]) -> str:
+    """A row for each variant and rate."""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        groups[run["variant"], run["lr"]].append(run)
+    rows = []
+    for (variant, lr), found in groups.items():
+        losses = [run["loss"] for run in found]
+        spread = ", ".join(f"{loss:.4f}" for loss in losses)
+        trained = np.mean([run["trained"] for run in found])
+        rows.append(f"{variant:10} {lr:<8g} {trained:>12,.0f}  {np.mean(losses):.4f}  ({spread})")
+    head = f"{'variant':10} {'lr':8} {'trained':>12}  loss, mean of the seeds, and each"
+    return "\n".join([head, *rows])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs what is not there yet, and prints the table."""
+    args = parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    free = ("out", "seeds", "lrs", "variants")
+    flags = {name: str(value) for name, value in vars(args).items() if name not in free}
+    path, runs = args.out / "results.jsonl", []
+    if path.exists():
+        runs = [json.loads(line) for line in path.read_text().splitlines()]
+        if other := [run for run in runs if run["flags"] != flags]:
+            raise SystemExit(f"{path} is of other flags: {other[0]['flags']}, not {flags}")
+    base = pretrained.load(args.model, args.dtype)
+    done = {(run["variant"], run["seed"], run["lr"]) for run in runs}
+    for seed in range(args.seeds):
+        wanted = [(v, lr) for v in args.variants for lr in args.lrs if (v, seed, lr) not in done]
+        if not wanted:
+            continue
+        task = load_task(args, base, seed)
+        configs = allocations(args, task, seed)
+        for variant, lr in wanted:
+            found = train(args, task, configs[variant], lr, f"{variant}, seed {seed}, lr {lr:g}")
+            run = {"variant": variant, "seed": seed, "lr": lr, **found, "flags": flags,
+                   "device": jax.devices()[0].device_kind, "jax": jax.__version__}  # fmt: skip
+            runs.append(run)
+            with path.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+            print(f"{variant}, seed {seed}, lr {lr:g}: loss {run['loss']:.4f}", flush=True)
+    print(summarise(runs))
+
+
+if __name__ == "__main__":
+    main()

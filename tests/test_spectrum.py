@@ -1,0 +1,112 @@
+"""The singular values of deltas: NumPy's own decomposition of whole kernels is the oracle."""
+
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+import mora_jax
+import spectrum
+from conftest import FAMILIES, GOLDEN, adapted_network, perturb
+from llama import Llama
+from llama_hf import load_hf
+from mora_jax import checkpoint, quantized
+from test_projection import deltas, stacked
+
+
+@pytest.mark.parametrize("scheme", FAMILIES, ids=str)
+def test_it_is_that_of_the_whole_delta(scheme):
+    plan, params = stacked(scheme)
+    kernel = jnp.arange(480, dtype=jnp.bfloat16).reshape(plan["layers"].kernel_shape)
+    params["layers"]["kernel"] = kernel
+    report = mora_jax.spectrum(params, plan, threshold=3.0)
+    assert list(report.layers) == ["layers[0]", "layers[1]"]
+    base = np.asarray(kernel, np.float64).transpose(1, 2, 0)
+    for layer, (delta, whole) in zip(
+        report.layers.values(), zip(deltas(params, plan), base, strict=True), strict=True
+    ):
+        values = np.linalg.svd(delta, compute_uv=False)
+        size = len(layer.singular_values)
+        np.testing.assert_allclose(layer.singular_values, values[:size], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(values[size:], 0, atol=1e-5)
+        assert layer.count(3.0) == (values > 3).sum()
+        np.testing.assert_allclose(layer.norm, np.linalg.norm(delta), rtol=1e-6)
+        np.testing.assert_allclose(
+            layer.relative_norm, np.linalg.norm(delta) / np.linalg.norm(whole), rtol=1e-6
+        )
+    counts = [layer.count(3.0) for layer in report.layers.values()]
+    assert 0 < sum(counts) == 2 * report.mean_count
+
+
+def test_effective_rank():
+    rank = lambda *values: mora_jax.Spectrum(np.array(values), 1.0).effective_rank
+    np.testing.assert_allclose(rank(2.0, 2.0, 2.0), 3)
+    np.testing.assert_allclose(rank(5.0, 0.0), 1)
+    assert rank(0.0, 0.0) == 0
+    share = np.array([0.75, 0.25])
+    np.testing.assert_allclose(rank(3.0, 1.0), np.prod(share**-share))
+
+
+def test_the_table():
+    values = np.array([0.3, 0.1, 0.05])
+    layers = {"up": mora_jax.Spectrum(values, 2.0), "": mora_jax.Spectrum(np.zeros(3), 2.0)}
+    assert str(mora_jax.SpectrumReport(layers, 0.07)).splitlines() == [
+        "layer      norm    of base  largest  > 0.07  effective rank",
+        "-----------------------------------------------------------",
+        "up         0.3202  16.01%   0.3      2       2.3",
+        "(root)     0       0.00%    0        0       0.0",
+        "mean of 2  0.1601  8.00%    0.15     1.0     1.2",
+    ]
+
+
+def test_a_quantised_base_is_measured_as_its_products_see_it(inputs):
+    config = {"scheme": "sharing", "placement": "activation", "targets": "embed"}
+    *_, plan, params = adapted_network(inputs, **config)
+    params["embed"]["mora"] = perturb(params["embed"]["mora"])
+    small = quantized.quantize(params, plan, "int8")
+    found = mora_jax.spectrum(small, plan).layers["embed"]
+    dense = mora_jax.spectrum(quantized.dequantize(small), plan).layers["embed"]
+    assert found.base_norm == dense.base_norm
+    assert found.relative_norm == dense.relative_norm > 0
+
+
+def test_what_is_no_spectrum():
+    plan, params = stacked(mora_jax.Sharing())
+    bad = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    with pytest.raises(ValueError, match="layers/mora/matrix"):
+        mora_jax.spectrum(bad, plan)
+    with pytest.raises(ValueError, match="threshold must not be negative, got -1"):
+        mora_jax.spectrum(params, plan, threshold=-1)
+
+
+def test_the_example_prints_and_draws_saved_adapters(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "llama_type1" / "base", folder)
+    Tokenizer(models.BPE({"a": 0}, merges=[])).save(str(folder / "tokenizer.json"))
+    config, base = load_hf(folder)
+    labelled = []
+    for label, scheme in (("MoRA", "sharing"), ("LoRA", mora_jax.LowRank())):
+        adapters = mora_jax.MoRAConfig(rank=2, scheme=scheme, targets=r".*(q|up)_proj")
+        model = mora_jax.adapt(Llama(config), adapters)
+        plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+        params = mora_jax.attach(plan, base, key=jax.random.key(0))
+        trainable, frozen = mora_jax.split(params, plan)
+        params = mora_jax.join(perturb(trainable), frozen)
+        checkpoint.save_adapters(tmp_path / label, params, plan)
+        labelled.append(f"{label}={tmp_path / label}")
+    out = tmp_path / "figures" / "spectrum.png"
+    flags = [*labelled, "--model", folder, "--dtype", "float32", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["spectrum.py", *map(str, flags)])
+    spectrum.main()
+    *_, summary, path = capsys.readouterr().out.splitlines()
+    counts = {
+        label: row["count"] for label, row in json.loads(summary).items() if label[1:] == "oRA"
+    }
+    assert counts["LoRA"] == 2 < counts["MoRA"]
+    assert path == str(out)
+    assert out.stat().st_size > 10_000
