@@ -141,11 +141,11 @@ def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> li
         rows.append(row)
     print(f"\n{title}; {args.turns} turns of {steps} steps")
     print(
-        f"{'':22}{'ms':>9}{'x floor':>9}{'low':>7}{'high':>7}{'temp GB':>9}{'x':>6}{'compile':>9}"
+        f"{'':30}{'ms':>9}{'x floor':>9}{'low':>7}{'high':>7}{'temp GB':>9}{'x':>6}{'compile':>9}"
     )
     for row in rows:
         print(
-            f"{row['scheme'] + ' ' + row['placement']:22}{row['ms']:9.2f}{row['ratio']:9.3f}"
+            f"{row['scheme'] + ' ' + row['placement']:30}{row['ms']:9.2f}{row['ratio']:9.3f}"
             f"{row['low']:7.3f}{row['high']:7.3f}{row['temp_gb']:9.2f}{row['temp_ratio']:6.2f}"
             f"{row['compile_s']:8.1f}s"
         )
