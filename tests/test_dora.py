@@ -16,7 +16,6 @@ from flax import nnx
 import mora_jax
 import reference
 from conftest import (
-    Small,
     adapted_network,
     assert_same_bits,
     perturb,
@@ -134,46 +133,41 @@ def test_functions():
 
 class Layers(nnx.Module):
     def __init__(self, rngs):
-        self.up = nnx.Linear(6, 8, rngs=rngs)
-        self.mix = nnx.Einsum("bi,io->bo", (8, 6), rngs=rngs)
+        self.up = nnx.Linear(6, 6, rngs=rngs)
         self.stack = nnx.vmap(lambda rngs: nnx.Linear(6, 6, rngs=rngs))(rngs.split(3))
 
     def __call__(self, x):
-        scan = nnx.scan(
-            lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
-        )
-        return scan(self.mix(nnx.relu(self.up(x))), self.stack)
+        scan = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return scan(self.up(x), self.stack)
 
 
-def test_nnx_restarts_in_place(optimized):
+def test_nnx_restarts_in_place():
     base, x = Layers(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (4, 6))
     run = nnx.jit(lambda model: model(x))
-    config = mora_jax.MoRAConfig(rank=1, scheme="sharing", dora=True)
-    model = mora_jax.adapt(base, config)
-    np.testing.assert_array_equal(run(model), run(base))
+    model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, scheme="sharing", dora=True))
     state = nnx.state(model, mora_nnx.MoRAParam)
     assert nnx.to_pure_dict(state)["stack"]["mora"]["magnitude"].shape == (3, 1, 6)
     nnx.update(model, perturb(state))
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=mora_nnx.MoRAParam)
     y = run(model)
-    assert np.abs(y - run(base)).max() > 0.01
     np.testing.assert_allclose(run(mora_nnx.merge(model)), y, rtol=1e-5, atol=1e-6)
-    assert mora_nnx.merge_and_reset(model, optimizer, donate=False).layers == 3
+    assert mora_nnx.merge_and_reset(model, optimizer, donate=False).layers == 2
     np.testing.assert_allclose(run(model), y, rtol=1e-5, atol=1e-6)
     assert (model.up.mora.magnitude[...] == 1).all()
     assert not model.up.mora.matrix[...].any()
 
 
-def test_training_restarts_and_saves(inputs, tmp_path):
+def test_training_restarts_and_saves(tmp_path):
+    x = jax.random.normal(jax.random.key(1), (8, 10))
     base, pretrained, model, plan, params = adapted_network(
-        inputs, dora=True, scheme="sharing", module=Small()
+        x, dora=True, scheme="sharing", module=nn.Dense(6)
     )
     tx = mora_jax.freeze_base(optax.adam(3e-2), plan)
 
     @jax.jit
     def step(params, state):
         def loss(params):
-            return jnp.square(model.apply({"params": params}, inputs) - 1).mean()
+            return jnp.square(model.apply({"params": params}, x) - 1).mean()
 
         value, gradients = jax.value_and_grad(loss)(params)
         updates, state = tx.update(gradients, state, params)
@@ -184,25 +178,25 @@ def test_training_restarts_and_saves(inputs, tmp_path):
         params, state, value = step(params, state)
         losses.append(value)
     assert losses[-1] < 0.7 * losses[0]
-    magnitude = params["embed"]["mora"]["magnitude"]
-    assert 0.05 < np.abs(magnitude - 1).max() < 0.5
-    assert_same_bits(params["embed"]["kernel"], pretrained["embed"]["kernel"])
+    assert 0.05 < np.abs(params["mora"]["magnitude"] - 1).max() < 0.5
+    assert_same_bits(params["kernel"], pretrained["kernel"])
 
     checkpoint.save_adapters(tmp_path / "dora", params, plan)
     loaded, loaded_plan = checkpoint.load_adapters(tmp_path / "dora", pretrained)
     assert loaded_plan == plan
     assert_same_bits(loaded, params)
 
-    y = model.apply({"params": params}, inputs)
     result = mora_jax.merge_and_reset(params, state, plan, donate=False)
-    again = mora_jax.adapt(base, result.plan).apply({"params": result.params}, inputs)
-    np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-5)
-    assert (result.params["embed"]["mora"]["magnitude"] == 1).all()
+    assert_same_bits(result.params["mora"], mora_jax.attach(plan, pretrained)["mora"])
+    merged = {name: leaf for name, leaf in result.params.items() if name != "mora"}
+    np.testing.assert_allclose(
+        base.apply({"params": merged}, x), model.apply({"params": params}, x), rtol=1e-5, atol=1e-5
+    )
     moments = [
         leaf for path, leaf in jax.tree_util.tree_leaves_with_path(result.opt_state)
         if "magnitude" in jax.tree_util.keystr(path)
     ]  # fmt: skip
-    assert len(moments) == 4
+    assert len(moments) == 2
     assert not any(leaf.any() for leaf in moments)
 
 
@@ -227,17 +221,19 @@ def test_no_gradient_of_a_kernel_and_no_wide_outputs():
 
 
 def test_columns_of_zeros_stay():
-    layer = mora_jax.MoRADense(6, rank=1, scheme="sharing", dora=True, use_bias=False)
-    x = jax.random.normal(jax.random.key(0), (2, 3))
-    params = drawn(layer.init(jax.random.key(0), x)["params"])
-    params["kernel"] = params["kernel"].at[:, 2].set(0)
-    value, gradients = jax.value_and_grad(lambda p: jnp.sum(layer.apply({"params": p}, x) ** 2))(
-        params
-    )
-    assert np.isfinite(value)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
-    assert not layer.apply({"params": params}, x)[:, 2].any()
-    assert not mora_jax.merge(params, mora_jax.plan(layer, x))["kernel"][:, 2].any()
+    kernel = jnp.ones((4, 4)).at[:, 2].set(0)
+    adapter = {"matrix": jnp.ones((2, 2)), "magnitude": jnp.ones((1, 4))}
+
+    @jax.jit
+    def run(adapter):
+        y = mora_jax.mora_dot_general(jnp.ones((2, 4)), kernel, DIMS, adapter, mora_jax.Sharing())
+        return jnp.square(y).sum(), y
+
+    (_, y), gradients = jax.value_and_grad(run, has_aux=True)(adapter)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    np.testing.assert_allclose(y[0], [4, 4, 0, 4], rtol=1e-6)  # a delta along the columns
+    delta = kernel_delta(kernel, adapter, mora_jax.KernelAxes((0,), (1,)), mora_jax.Sharing())
+    assert not delta[:, 2].any()
 
 
 def test_a_quantised_base():
