@@ -44,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--method", choices=["mora", "lora", "fft"], default="mora")
     parser.add_argument("--scheme", default="sharing", help="MoRA's scheme, by name, or auto")
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA trains as much")
+    parser.add_argument("--dora", action="store_true", help="train a magnitude too, with DoRA")
     parser.add_argument("--lr", type=float, help="learning rate; by default one that fits")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
@@ -106,7 +107,9 @@ def main() -> None:
     model, trainable, frozen = base_model, base, {}
     if args.method != "fft":
         scheme = mora_jax.LowRank() if args.method == "lora" else args.scheme
-        adapters = mora_jax.MoRAConfig(rank=args.rank, scheme=scheme, targets=r".*_proj")
+        adapters = mora_jax.MoRAConfig(
+            rank=args.rank, scheme=scheme, targets=r".*_proj", dora=args.dora
+        )
         model = mora_jax.adapt(base_model, adapters)
         plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 8), jnp.int32))
         params = mora_jax.attach(plan, base, key=jax.random.key(args.seed))

@@ -156,13 +156,18 @@ class AdapterBank:
         Raises:
           KeyError: for a name that the bank has not.
           ValueError: for `LowRank`, whose delta is a product of two trained matrices: the sum of
-            two such has another rank.
+            two such has another rank; for DoRA, which divides by a norm.
         """
         if low := [path for path, spec in self.plan.items() if isinstance(spec.scheme, LowRank)]:
             raise ValueError(
                 f"not combined: LowRank's delta is a product of two trained matrices, and a sum of "
                 f"such products has another rank (layers {listing(low)}). Merge them instead, or "
                 "give examples adapters of their own."
+            )
+        if dora := [path for path, spec in self.plan.items() if spec.config.dora]:
+            raise ValueError(
+                f"not combined: DoRA divides by a norm, so that a sum of its adapters is not the "
+                f"sum of what they do (layers {listing(dora)}). Select one of them."
             )
         # All slots have a weight, so that any number of names is the same code.
         full: list[Any] = [0.0] * len(self.slots)

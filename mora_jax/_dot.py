@@ -30,6 +30,7 @@ from jax import lax
 from mora_jax._config import Placement
 from mora_jax._examples import Examples, delta_by_example
 from mora_jax._layout import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
+from mora_jax._magnitude import apart, column_scale, scaled
 from mora_jax._mesh import (
     UNKNOWN,
     Spread,
@@ -80,7 +81,8 @@ def mora_dot_general(
         `dimension_numbers`, are the I input features; its free axes the O output features.
       dimension_numbers: as for `jax.lax.dot_general`.
       adapter: `{"matrix": [B..., R, R]}`, or `{"a": [B..., I, rank], "b": [B..., rank, O]}`; B the
-        batch axes, one matrix for each.
+        batch axes, one matrix for each. With a `"magnitude"` [B..., 1, O] beside them it is DoRA:
+        the product is of `magnitude (W + delta) ||W|| / ||W + delta||`, column by column.
       scheme: the scheme.
       placement: where the forward pass has the delta: "kernel", "activation", or "auto": the
         cheaper one by static shapes, the kernel for many rows, the activations for few and for
@@ -111,7 +113,7 @@ def mora_dot_general(
 
     Raises:
       TypeError: for a kernel that is not floating.
-      ValueError: where the adapter does not fit the kernel.
+      ValueError: where the adapter does not fit the kernel; for DoRA with `adapter_ids`.
 
     >>> from mora_jax import Sharing
     >>> x, kernel = jnp.ones((2, 6)), jnp.zeros((6, 4))
@@ -138,7 +140,18 @@ def mora_dot_general(
     if adapter_ids is not None:
         Examples(adapter_ids, "").check(lhs.shape, dimension_numbers)
     one = {name: jax.ShapeDtypeStruct(a.shape[-2:], a.dtype) for name, a in adapter.items()}
-    check_adapter(one, in_features, out_features, scheme)
+    direction, magnitude = apart(one)
+    check_adapter(direction, in_features, out_features, scheme)
+    if magnitude is not None:
+        if magnitude.shape != (1, out_features):
+            raise ValueError(
+                f"the magnitude must have shape {(1, out_features)}, got {magnitude.shape}."
+            )
+        if adapter_ids is not None:
+            raise ValueError(
+                "adapter_ids: DoRA takes the norm of a kernel and its delta, another pass over the "
+                "kernel for every example; select one adapter for all of them."
+            )
     if (mesh := explicit_mesh(lhs, rhs)) is not None:
         # Its shardings are those of the base product, or what JAX says of that is raised.
         result = jax.eval_shape(call.product, lhs, rhs)
@@ -169,12 +182,18 @@ def mora_dot_general(
 
         arrays = (lhs, rhs, dict(adapter), adapter_lhs, adapter_ids)
         return in_auto_axes(run, mesh, result.sharding, *arrays)
+    direction, magnitude = apart(adapter)
     plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
     if plain or adapter_lhs is not None or adapter_ids is not None:
         inputs = lhs if adapter_lhs is None else adapter_lhs
-        return call.in_activations(lhs, inputs, rhs, adapter, adapter_ids)
-    lhs, rhs, adapter = vary_alike((lhs, rhs, dict(adapter)))
-    return _dot(lhs, rhs, adapter, dataclasses.replace(call, placement=placement))
+        y = call.in_activations(lhs, inputs, rhs, direction, adapter_ids)
+    else:
+        varied = vary_alike((lhs, rhs, direction))
+        y = _dot(*varied, dataclasses.replace(call, placement=placement))
+    if magnitude is None:
+        return y
+    scale = column_scale(rhs, adapter, call.axes, scheme, after=lhs)
+    return scaled(y, call.to_outputs(scale))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
@@ -246,6 +265,13 @@ class _Call:
         order = lhs_batch + self.lhs_free + lhs_in
         value = rows.reshape([shape[axis] for axis in order])
         return value.transpose([order.index(axis) for axis in range(len(shape))])
+
+    def to_outputs(self, columns):
+        """Numbers laid out like the kernel, of inputs one each, as results of the product lie."""
+        axes, rows = self.axes, [1] * len(self.lhs_free)
+        value = columns.transpose(axes.batch + axes.inputs + axes.outputs)
+        split = len(axes.batch), len(axes.batch + axes.inputs)
+        return value.reshape(*value.shape[: split[0]], *rows, *value.shape[split[1] :])
 
     def per_batch(self, function):
         for _ in self.axes.batch:

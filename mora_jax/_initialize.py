@@ -7,11 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mora_jax._schemes import LowRank, Scheme
+from mora_jax._schemes import MAGNITUDE, LowRank, Scheme
 
 
 def initialize(key, shape, dtype, *, name: str, fan_in: int) -> jax.Array:
     """A new leaf of an adapter: zeros, but for LoRA's `a`, which is drawn from `key`.
+
+    DoRA's magnitude is one: it is that of the base.
 
     LoRA's `a` is uniform in +-1/sqrt(I), as in the LoRA authors' code and in PEFT.
 
@@ -19,12 +21,14 @@ def initialize(key, shape, dtype, *, name: str, fan_in: int) -> jax.Array:
       key: a PRNG key; may be None where nothing is drawn.
       shape: shape of the leaf.
       dtype: dtype of the leaf.
-      name: "matrix", "a" or "b".
+      name: "matrix", "a", "b" or "magnitude".
       fan_in: I, the input features of the layer.
 
     >>> initialize(None, (1, 2), "float32", name="matrix", fan_in=8)
     Array([[0., 0.]], dtype=float32)
     """
+    if name == MAGNITUDE:
+        return jnp.ones(shape, dtype)
     if name != "a":
         return jnp.zeros(shape, dtype)
     limit = 1 / math.sqrt(fan_in)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mora_jax._magnitude import kernel_delta
 from mora_jax._mesh import may_be_sharded, platform
 from mora_jax._operators import Adapter
 from mora_jax._plan import AdapterSpec, Plan
@@ -106,7 +107,7 @@ def _read(kernel, adapter: Adapter, spec: AdapterSpec, key, index=None):
         adapter = {k: lax.dynamic_slice_in_dim(leaf, index, 1) for k, leaf in adapter.items()}
         key, stack = None if key is None else jax.random.fold_in(key, index), None
     bits = None if key is None else random_bits(key, kernel.shape, stack)
-    return kernel, axes.delta(adapter, kernel.shape, spec.scheme), bits
+    return kernel, kernel_delta(kernel, adapter, axes, spec.scheme), bits
 
 
 def _after(kernel: jax.Array, key: jax.Array) -> jax.Array:

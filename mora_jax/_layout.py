@@ -49,6 +49,12 @@ class KernelAxes:
         value = kernel(adapter).reshape([shape[axis] for axis in order])
         return value.transpose([order.index(axis) for axis in range(len(shape))])
 
+    def columns(self, value: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """[B..., 1, O] laid out like the kernel, the axes of inputs of size 1."""
+        order = self.batch + self.inputs + self.outputs
+        value = value.reshape([1 if axis in self.inputs else shape[axis] for axis in order])
+        return value.transpose([order.index(axis) for axis in range(len(shape))])
+
 
 def kernel_axes(kernel: jax.Array, dimension_numbers: DotDimensionNumbers) -> KernelAxes:
     """The axes of the right-hand side of a `jax.lax.dot_general`."""

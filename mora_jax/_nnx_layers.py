@@ -26,14 +26,14 @@ from mora_jax._layout import KernelAxes
 from mora_jax._mesh import beside, sharding_of
 from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import trace
-from mora_jax._schemes import Scheme, adapter_shapes, as_scheme
+from mora_jax._schemes import Scheme, as_scheme
 from mora_jax._tree import ADAPTER, IDS
 from mora_jax._variables import MoRAParam, box_like, value_of
 from mora_jax._views import Adapted
 
 
 class MoRA(nnx.Module):
-    """The adapter of one kernel: `matrix`, or `a` and `b`.
+    """The adapter of one kernel: `matrix`, or `a` and `b`; with DoRA `magnitude` too.
 
     Attributes:
       config: rank, scheme and options.
@@ -89,7 +89,7 @@ class MoRA(nnx.Module):
         Within a scan over stacked layers, they are those of one layer.
         """
         _, in_features, out_features = self.kernel_axes.sizes(self.kernel_shape)
-        shapes = adapter_shapes(in_features, out_features, self.config.rank, self.config.scheme)
+        shapes = self.config.shapes(in_features, out_features)
         rows = {name: shape[0] for name, shape in shapes.items()}
         leaves = {name: getattr(self, name)[...] for name in rows}
         if (variable := getattr(self, IDS, None)) is None:
@@ -267,16 +267,18 @@ class MoRALinear(_WithDotGeneral, nnx.Linear):
         scheme: Scheme | str = "auto",
         placement: Placement = "auto",
         adapter_dtype: Any = "float32",
+        dora: bool = False,
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        """As `nnx.Linear`; `rank`, `scheme`, `placement` and the adapter's dtype beside it."""
+        """As `nnx.Linear`; beside it what `MoRAConfig` has by the same names."""
         super().__init__(in_features, out_features, rngs=rngs, **options)
         config = LayerConfig(
             rank=rank,
             scheme=as_scheme(scheme, rank),
             placement=placement,
             dtype=jnp.dtype(adapter_dtype).name,
+            dora=dora,
         )
         axes, shape = KernelAxes((0,), (1,)), (in_features, out_features)
         key = rngs.params() if draws_numbers(config.scheme) else None

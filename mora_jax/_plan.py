@@ -25,7 +25,6 @@ from mora_jax._schemes import (
     Scheme,
     Sharing,
     Truncation,
-    adapter_shapes,
     scheme_from_dict,
     square_rank,
 )
@@ -77,7 +76,7 @@ class AdapterSpec:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shapes of the adapter's leaves, batch axes in their places."""
         shapes = {}
-        for name, shape in adapter_shapes(*self.features, self.config.rank, self.scheme).items():
+        for name, shape in self.config.shapes(*self.features).items():
             rest = iter(shape)
             ndim = len(shape) + len(self.batch)
             sizes = dict(zip(self.adapter_batch_axes, self.batch, strict=True))
@@ -236,7 +235,7 @@ class Plan(Mapping[str, AdapterSpec]):
             row = (
                 re.sub(r"\d+", "*", path),
                 " x ".join(map(str, spec.kernel_shape)),
-                str(spec.scheme),
+                f"{spec.scheme}, DoRA" if spec.config.dora else str(spec.scheme),
                 str(spec.size),
                 f"{spec.parameters:,}",
             )

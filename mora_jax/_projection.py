@@ -23,7 +23,7 @@ from mora_jax._params import Params, check_adapted
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._schemes import LowRank, check_rank
 from mora_jax._table import table
-from mora_jax._tree import flatten, is_adapter, rebuild
+from mora_jax._tree import flatten, is_adapter, listing, rebuild
 from mora_jax._variables import box_like, value_of
 
 
@@ -92,8 +92,8 @@ def project_to_lora(
       plan to `adapt` the base model with; and the error of every layer.
 
     Raises:
-      ValueError: where the plan does not fit the parameters, an adapter is not finite, or the rank
-        is not a positive integer.
+      ValueError: where the plan does not fit the parameters, an adapter is not finite, a layer has
+        DoRA, or the rank is not a positive integer.
 
     >>> import flax.linen as nn, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
@@ -110,6 +110,11 @@ def project_to_lora(
     leaves = flatten(params)
     check_adapted(plan, leaves)
     check_finite(plan, leaves)
+    if dora := [path for path, spec in plan.items() if spec.config.dora]:
+        raise ValueError(
+            f"not projected: DoRA scales the columns of the base too, which no LoRA does (layers "
+            f"{listing(dora)}). Merge it instead."
+        )
     layers = tuple((path, _low_rank(spec, rank)) for path, spec in plan.items())
     lora = dataclasses.replace(plan, layers=layers)
     factors: dict[str, dict[str, np.ndarray]] = {}

@@ -19,6 +19,7 @@ import qwix
 from jax import lax
 
 from mora_jax._features import wide_dtype
+from mora_jax._magnitude import kernel_delta
 from mora_jax._merge_loss import MergeLoss
 from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import View
@@ -106,15 +107,16 @@ def merge_kernel(
     """The kernel plus its adapter's delta, quantised as before, and what that lost."""
     # Calls of their own, so that all three are rounded to what they are elsewhere: within one, the
     # compiler would join a product and a sum, and find a loss where there is none.
-    before, delta = dequantize_kernel(kernel), _delta(adapter, spec)
+    before = dequantize_kernel(kernel)
+    delta = _delta(before, adapter, spec)
     merged = _add(kernel, before, delta)
     loss = _loss(before, delta, dequantize_kernel(merged))
     return merged, MergeLoss(*(number.item() for number in loss))
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _delta(adapter: Mapping[str, jax.Array], spec: AdapterSpec) -> jax.Array:
-    return spec.delta(adapter)
+def _delta(kernel: jax.Array, adapter: Mapping[str, jax.Array], spec: AdapterSpec) -> jax.Array:
+    return kernel_delta(kernel, spec.batch_first(adapter), spec.kernel_axes, spec.scheme)
 
 
 @jax.jit

@@ -13,6 +13,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+#: The leaf of DoRA among an adapter's leaves.
+MAGNITUDE = "magnitude"
+
 Grouping = Literal["stride", "contiguous"]
 _GROUPINGS = ("stride", "contiguous")
 
@@ -240,16 +243,17 @@ def square_rank(in_features: int, out_features: int, rank: int, scheme: Scheme) 
 
 
 def adapter_shapes(
-    in_features: int, out_features: int, rank: int, scheme: Scheme
+    in_features: int, out_features: int, rank: int, scheme: Scheme, *, dora: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the arrays that a scheme trains.
+    """Names and shapes of the arrays that a scheme trains, and with DoRA the magnitude.
 
     >>> adapter_shapes(64, 32, 2, Truncation())
     {'matrix': (14, 14)}
-    >>> adapter_shapes(64, 32, 2, LowRank())
-    {'a': (64, 2), 'b': (2, 32)}
+    >>> adapter_shapes(64, 32, 2, LowRank(), dora=True)
+    {'a': (64, 2), 'b': (2, 32), 'magnitude': (1, 32)}
     """
     size = square_rank(in_features, out_features, rank, scheme)
+    shapes = {"matrix": (size, size)}
     if isinstance(scheme, LowRank):
-        return {"a": (in_features, size), "b": (size, out_features)}
-    return {"matrix": (size, size)}
+        shapes = {"a": (in_features, size), "b": (size, out_features)}
+    return shapes | ({MAGNITUDE: (1, out_features)} if dora else {})

@@ -22,7 +22,7 @@ from mora_jax._mesh import Places, places_of, put
 from mora_jax._params import Params, check_base, join
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._rounding import Rounding, check_rounding, neighbour, rounded
-from mora_jax._tree import flatten, is_adapter, rebuild
+from mora_jax._tree import flatten, is_adapter, listing, rebuild
 from mora_jax._variables import value_of, with_value
 
 #: Steps from round(W' - D) at which a kernel's number is looked for, the likeliest first: after
@@ -55,7 +55,8 @@ def unmerge(
       Parameters with adapters.
 
     Raises:
-      ValueError: where the plan does not fit, an adapter is not finite, or a key is missing.
+      ValueError: where the plan does not fit, an adapter is not finite, a key is missing, or a
+        layer has DoRA, whose merge cannot be taken back.
     """
     params, key = _joined(merged, adapters, plan, rounding, key)
     leaves = flatten(params)
@@ -109,6 +110,11 @@ def unmerge_losses(
 def _joined(merged, adapters, plan, rounding, key) -> tuple[Params, jax.Array | None]:
     """Merged kernels beside their adapters, and the key if one is used; raises ValueError."""
     check_rounding(rounding, key)
+    if dora := [path for path, spec in plan.items() if spec.config.dora]:
+        raise ValueError(
+            f"not unmerged: DoRA divides by the norms of a kernel and its delta, and of the sum "
+            f"alone they are not known (layers {listing(dora)}). Keep the base."
+        )
     leaves = {path: leaf for path, leaf in flatten(adapters).items() if is_adapter(path)}
     check_base(plan, flatten(merged))
     params = join(merged, rebuild(leaves, adapters))

@@ -13,6 +13,7 @@ from mora_jax._config import LayerConfig
 from mora_jax._dot import dropout, mora_dot_general
 from mora_jax._examples import Examples
 from mora_jax._layout import KernelAxes, add_delta
+from mora_jax._magnitude import apart, column_scale, kernel_delta, scaled
 from mora_jax._operators import Adapter, delta_transpose
 from mora_jax._ragged import ragged_delta
 from mora_jax._rewrite import View
@@ -105,8 +106,9 @@ class Adapted(View):
     def array(self):
         if self.examples is not None:
             raise self.examples.refuse("what is no product over its inputs (a lookup, a head)")
-        delta = self.axes.delta(self.adapter, self.value.shape, self.config.scheme)
-        return add_delta(self._base(), delta).transpose(self.order)
+        base = self._base()
+        delta = kernel_delta(base, self.adapter, self.axes, self.config.scheme)
+        return add_delta(base, delta).transpose(self.order)
 
     def _base(self):
         """The kernel in the view's dtype, a constant unless it is trained beside the adapter."""
@@ -134,6 +136,11 @@ class Adapted(View):
         value, adapter, key = leaves
         return dataclasses.replace(self, value=value, adapter=adapter, key=key)
 
+    def _scale(self, after):
+        """DoRA's, laid out like `value`."""
+        value = self.value.astype(self.dtype)
+        return column_scale(value, self.adapter, self.axes, self.config.scheme, after)
+
     def _adapter_inputs(self, lhs):
         return lhs if self.key is None else dropout(lhs, self.config.dropout, self.key)
 
@@ -156,10 +163,14 @@ class Adapted(View):
             return lax.ragged_dot_general(lhs, self.array(), group_sizes, **params)
         kernel = self._base().transpose(self.order)
         base = lax.ragged_dot_general(lhs, kernel, group_sizes, **params)
-        extra = ragged_delta(
-            self._adapter_inputs(lhs), self.adapter, group_sizes, base.shape[-1], self.config.scheme
-        )
-        return base + extra.astype(base.dtype)
+        (adapter, magnitude), scheme = apart(self.adapter), self.config.scheme
+        rows = self._adapter_inputs(lhs)
+        extra = ragged_delta(rows, adapter, group_sizes, base.shape[-1], scheme)
+        y = base + extra.astype(base.dtype)
+        if magnitude is None:
+            return y
+        scale = self._scale(after=lhs).transpose(found)[:, 0]
+        return scaled(y, jnp.repeat(scale, group_sizes, 0, total_repeat_length=len(y)))
 
     def _adapted(self, lhs, pairs, batches, batch_order, out_sharding=None, **params):
         """The product over the inputs. Its axes: batch, free ones of `lhs`, outputs."""
@@ -194,13 +205,16 @@ class Adapted(View):
 
     def _transposed(self, lhs, contracting, batch, **params):
         """The product over the outputs of a matrix, as with a tied embedding."""
+        ((left, _),), (adapter, magnitude) = contracting, apart(self.adapter)
+        if magnitude is not None:
+            scale = self._scale(after=lhs).reshape([-1, *[1] * (lhs.ndim - 1 - left)])
+            lhs = scaled(lhs, scale)
         kernel = self._base().transpose(self.order)
         base = _dot_general(lhs, kernel, contracting, batch, **params)
-        ((left, _),) = contracting
         rows = jnp.moveaxis(self._adapter_inputs(lhs), left, -1)
         in_features = self.value.shape[self.axes.inputs[0]]
         extra = delta_transpose(
-            rows.reshape(-1, rows.shape[-1]), self.adapter, in_features, self.config.scheme
+            rows.reshape(-1, rows.shape[-1]), adapter, in_features, self.config.scheme
         )
         return base + extra.reshape(base.shape).astype(base.dtype)
 

@@ -59,6 +59,7 @@ class MoRADense(nn.Dense):
       placement: "kernel", "activation" or "auto", see `mora_dot_general`.
       dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
       adapter_dtype: dtype of the adapter.
+      dora: train a magnitude for each output feature too, see `MoRAConfig`.
 
     >>> import jax
     >>> layer = MoRADense(6, rank=1, scheme="sharing")
@@ -72,6 +73,7 @@ class MoRADense(nn.Dense):
     placement: Placement = "auto"
     dropout: float = 0.0
     adapter_dtype: Any = "float32"
+    dora: bool = False
 
     def __post_init__(self):
         if self.dot_general_cls is not None and not uses_mora(self):
@@ -83,6 +85,7 @@ class MoRADense(nn.Dense):
             placement=self.placement,
             dropout=self.dropout,
             dtype=jnp.dtype(self.adapter_dtype).name,
+            dora=self.dora,
         )
         base_dot = self.dot_general or lax.dot_general
         self.dot_general_cls = functools.partial(MoRA, config, base_dot, name=ADAPTER)

@@ -55,8 +55,8 @@ def save_adapters(
     Raises:
       ValueError: where the plan does not fit the parameters; where the directory exists; where a
         layer has no name; naming the layers that the format has no words for: schemes that the
-        authors lack, several schemes in one plan, `also_train`; where an adapter holds a number
-        that is not finite.
+        authors lack, several schemes in one plan, DoRA, `also_train`; where an adapter holds a
+        number that is not finite.
 
     >>> import tempfile, flax.linen as nn, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
@@ -78,6 +78,11 @@ def save_adapters(
         raise ValueError(
             "not saved: an adapter's file has no place for parameters trained in full beside it, "
             f"{listing(dict(plan.also_train))}. checkpoint.save_adapters saves them."
+        )
+    if dora := [path for path, spec in plan.items() if spec.config.dora]:
+        raise ValueError(
+            f"not saved: magnitudes of DoRA are relative to the base's here, and absolute in PEFT "
+            f"(layers {listing(dora)}). checkpoint.save_adapters saves them."
         )
     kernels, left = torch_kernels(_shapes(leaves), names)
     tensors, layers, schemes, ranks = {}, {}, {}, {}

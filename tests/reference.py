@@ -147,3 +147,20 @@ def low_rank_grads(alpha: float, A: Array, B: Array, x: Array, dy: Array) -> tup
     """Gradients of <x @ low_rank_kernel, dy> in A and in B."""
     dW = alpha / A.shape[1] * _outer(x, dy)
     return dW @ _float64(B).T, _float64(A).T @ dW
+
+
+def dora_kernel(W: Array, D: Array, m: Array) -> Array:
+    """DoRA, (5) of arXiv 2402.09353: m (W + D) / ||W + D||_c, norms over the inputs; m (out,)."""
+    V = _float64(W) + _float64(D)
+    return _float64(m) * V / np.sqrt((V**2).sum(axis=0))
+
+
+def dora_grads(W: Array, D: Array, m: Array, x: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """Gradients of <x @ W', dy> in m, (7) there, in x, and the dy' for which that of D is x^T dy'.
+
+    The norm is a constant C for the gradient of the direction, (11) there: m / C times that of W'.
+    """
+    V = _float64(W) + _float64(D)
+    norm = np.sqrt((V**2).sum(axis=0))
+    dm = (_outer(x, dy) * V / norm).sum(axis=0)
+    return dm, _float64(dy) @ dora_kernel(W, D, m).T, _float64(dy) * m / norm

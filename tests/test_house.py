@@ -16,7 +16,7 @@ FLOORS = [
     {"_blocks", "_checksums"},
     {"_operators", "_placement"},
     {"_layout", "_ragged", "_examples"},
-    {"_config", "_torch_names", "_peft_config"},
+    {"_config", "_magnitude", "_torch_names", "_peft_config"},
     {"_dot", "_plan", "_peft_read", "_peft_write", "_torch_tensors"},
     {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize", "_layers"}
     | {"_decomposition"},

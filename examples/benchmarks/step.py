@@ -17,6 +17,7 @@ memory of the compiled step in GB; seconds to compile it, the tuning of its prod
 import argparse
 import collections
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -86,7 +87,7 @@ class Run:
 
 
 def variants(args: argparse.Namespace, rank: int) -> list[Variant]:
-    """The floor first, then every scheme in every placement."""
+    """The floor first, then every scheme in every placement, plain and with DoRA if asked."""
     found = [Variant("floor", None)]
     for scheme, placement, path in itertools.product(args.schemes, args.placements, args.paths):
         config = mora_jax.MoRAConfig(
@@ -94,6 +95,9 @@ def variants(args: argparse.Namespace, rank: int) -> list[Variant]:
         )
         name = placement if path == "module" else f"{placement}, {path}"
         found.append(Variant(f"{scheme} {name}", config, path))
+        if args.dora:
+            config = dataclasses.replace(config, dora=True)
+            found.append(Variant(f"{scheme} {name}, DoRA", config, path))
     return found
 
 
@@ -137,11 +141,11 @@ def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> li
         rows.append(row)
     print(f"\n{title}; {args.turns} turns of {steps} steps")
     print(
-        f"{'':22}{'ms':>9}{'x floor':>9}{'low':>7}{'high':>7}{'temp GB':>9}{'x':>6}{'compile':>9}"
+        f"{'':30}{'ms':>9}{'x floor':>9}{'low':>7}{'high':>7}{'temp GB':>9}{'x':>6}{'compile':>9}"
     )
     for row in rows:
         print(
-            f"{row['scheme'] + ' ' + row['placement']:22}{row['ms']:9.2f}{row['ratio']:9.3f}"
+            f"{row['scheme'] + ' ' + row['placement']:30}{row['ms']:9.2f}{row['ratio']:9.3f}"
             f"{row['low']:7.3f}{row['high']:7.3f}{row['temp_gb']:9.2f}{row['temp_ratio']:6.2f}"
             f"{row['compile_s']:8.1f}s"
         )
@@ -192,6 +196,7 @@ def main() -> None:
         "--paths", nargs="+", default=["module"], choices=["module", "function", "merge"],
         help="how adapters get into the model",
     )  # fmt: skip
+    parser.add_argument("--dora", action="store_true", help="each also with a magnitude (DoRA)")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--turn-seconds", type=float, default=0.5, help="of each variant")
     parser.add_argument(
