@@ -152,6 +152,7 @@ def check_restart(plan, params, whole):
     trainable, frozen = mora_jax.split(params, plan)
     state = optimizer.init(trainable)
     before = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    check_pruning(plan, params, state)
     params, state, *_ = mora_jax.merge_and_reset(params, state, plan)
     after = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.is_equivalent_to(b, 2), before, after)))
@@ -160,6 +161,24 @@ def check_restart(plan, params, whole):
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     del frozen
+
+
+def check_pruning(plan, params, state):
+    """The moments that stay are those of one device, and lie where they lay."""
+    state = jax.tree.map(lambda leaf: leaf + jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape)
+                         if leaf.ndim else leaf, state)  # fmt: skip
+    alone = jax.tree.map(jnp.asarray, jax.device_get((params, state)))
+    for prune in (mora_jax.Prune(0.75), mora_jax.Prune(0.75, by="random")):
+        many, one = (
+            mora_jax.merge_and_reset(
+                *trees, plan, donate=False, reset=prune, key=jax.random.key(0)
+            ).opt_state
+            for trees in ((params, state), alone)
+        )
+        for a, b, before in zip(*map(jax.tree.leaves, (many, one, state)), strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert a.sharding.is_equivalent_to(before.sharding, a.ndim)
+            assert not a.ndim or 0 < (a != 0).mean() < 0.5
 
 
 def check_export(kind, folder):

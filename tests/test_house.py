@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(mora_jax.__file__).parent
 FLOORS = [
     {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_variables", "_version"},
     {"_groups", "_cycles", "_initialize", "_merge_loss", "_rounding", "_safetensors"},
-    {"_blocks", "_checksums"},
+    {"_blocks", "_checksums", "_prune"},
     {"_operators", "_placement"},
     {"_layout", "_ragged", "_examples"},
     {"_config", "_torch_names", "_peft_config"},
