@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mora_jax._cycles import Cycle, check_cycle
 from mora_jax._layout import KernelAxes
 from mora_jax._mesh import UNKNOWN, Spread
-from mora_jax._schemes import Scheme, as_scheme, check_rank
+from mora_jax._schemes import Scheme, adapter_shapes, as_scheme, check_multiple, check_rank
 from mora_jax._tree import join_path, listing
 
 Placement = Literal["auto", "kernel", "activation"]
@@ -34,6 +34,7 @@ class LayerConfig:
       train_kernel: whether the kernel itself is trained beside its adapter (`also_train`).
       spread: how its activations lie on a mesh; stated by `mora_jax.sharding.on_mesh`.
       keep_sums: see `MoRAConfig`.
+      size_multiple: see `MoRAConfig`.
     """
 
     rank: int
@@ -45,9 +46,11 @@ class LayerConfig:
     train_kernel: bool = False
     spread: Spread = UNKNOWN
     keep_sums: bool = False
+    size_multiple: int = 1
 
     def __post_init__(self):
         check_rank(self.rank)
+        check_multiple(self.size_multiple)
         check_cycle(self.cycle)
         if self.placement not in get_args(Placement):
             raise ValueError(
@@ -57,6 +60,10 @@ class LayerConfig:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise TypeError(f"an adapter's dtype must be floating, got {self.dtype!r}.")
+
+    def adapter_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
+        """Names and shapes of the adapter's arrays for a layer of these features."""
+        return adapter_shapes(in_features, out_features, self.rank, self.scheme, self.size_multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +93,9 @@ class MoRAConfig:
       keep_sums: True for a model whose layers run under remat: the sum of a kernel and its delta is
         then kept until the layer's backward pass, which spares a sum, and with FSDP a gathering.
         Without remat it would be a second copy of the model.
+      size_multiple: the sides of square matrices are rounded to multiples of it, such as 64 or 128,
+        see `square_rank`: about as many parameters, in sizes that suit the machine. 1 for the
+        authors' sizes, the only ones that their format knows.
 
     Raises:
       ValueError: for a rank that is not positive, an unknown name, a rate out of range.
@@ -109,6 +119,7 @@ class MoRAConfig:
     placement: Placement = "auto"
     dtype: Any = "float32"
     keep_sums: bool = False
+    size_multiple: int = 1
 
     def __post_init__(self):
         # Tuples instead of dicts and names instead of dtypes make the config hashable.
@@ -174,6 +185,7 @@ class MoRAConfig:
             dtype=self.dtype,
             train_kernel=train_kernel,
             keep_sums=self.keep_sums,
+            size_multiple=self.size_multiple,
         )
 
 

@@ -23,7 +23,6 @@ from mora_jax._examples import Examples, bank_size, holds_bank, unfold
 from mora_jax._initialize import initialize
 from mora_jax._layout import KernelAxes, einsum_axes, kernel_axes
 from mora_jax._rewrite import trace
-from mora_jax._schemes import adapter_shapes
 from mora_jax._tree import ADAPTER, join_path
 from mora_jax._variables import box_like
 from mora_jax._views import Adapted
@@ -130,7 +129,7 @@ def _leaves(
     """The adapter of a layer, made where there is none, or the bank that it holds."""
     layer, ids = join_path(*module.path[:-1]), IDS_OF_EXAMPLES.get()
     _, in_features, out_features = axes.sizes(kernel.shape)
-    shapes = adapter_shapes(in_features, out_features, module.config.rank, module.config.scheme)
+    shapes = module.config.adapter_shapes(in_features, out_features)
     rows = {name: shape[0] for name, shape in shapes.items()}
     found = {name: module.get_variable("params", name) for name in rows}
     stored = {name: nn.unbox(leaf) for name, leaf in found.items() if leaf is not None}
@@ -144,7 +143,7 @@ def _leaves(
 def _make_leaves(module: Any, kernel: jax.Array, axes: KernelAxes, name: str) -> dict[str, Any]:
     config, leaves = module.config, {}
     batch, in_features, out_features = axes.sizes(kernel.shape)
-    shapes = adapter_shapes(in_features, out_features, config.rank, config.scheme)
+    shapes = config.adapter_shapes(in_features, out_features)
     # As it is stored, in its box where it is partitioned.
     layer = module.scope.parent
     stored = None if layer is None else layer.get_variable("params", name)

@@ -26,7 +26,7 @@ from mora_jax._layout import KernelAxes
 from mora_jax._mesh import beside, sharding_of
 from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import trace
-from mora_jax._schemes import Scheme, adapter_shapes, as_scheme
+from mora_jax._schemes import Scheme, as_scheme
 from mora_jax._tree import ADAPTER, IDS
 from mora_jax._variables import MoRAParam, box_like, value_of
 from mora_jax._views import Adapted
@@ -89,7 +89,7 @@ class MoRA(nnx.Module):
         Within a scan over stacked layers, they are those of one layer.
         """
         _, in_features, out_features = self.kernel_axes.sizes(self.kernel_shape)
-        shapes = adapter_shapes(in_features, out_features, self.config.rank, self.config.scheme)
+        shapes = self.config.adapter_shapes(in_features, out_features)
         rows = {name: shape[0] for name, shape in shapes.items()}
         leaves = {name: getattr(self, name)[...] for name in rows}
         if (variable := getattr(self, IDS, None)) is None:

@@ -25,7 +25,6 @@ from mora_jax._schemes import (
     Scheme,
     Sharing,
     Truncation,
-    adapter_shapes,
     scheme_from_dict,
     square_rank,
 )
@@ -70,13 +69,16 @@ class AdapterSpec:
     @property
     def size(self) -> int:
         """R: the side of the square matrix, or LoRA's rank."""
-        return square_rank(*self.features, self.config.rank, self.scheme)
+        config = self.config
+        return square_rank(
+            *self.features, config.rank, config.scheme, multiple=config.size_multiple
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shapes of the adapter's leaves, batch axes in their places."""
         shapes = {}
-        for name, shape in adapter_shapes(*self.features, self.config.rank, self.scheme).items():
+        for name, shape in self.config.adapter_shapes(*self.features).items():
             rest = iter(shape)
             ndim = len(shape) + len(self.batch)
             sizes = dict(zip(self.adapter_batch_axes, self.batch, strict=True))
