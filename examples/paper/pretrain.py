@@ -15,13 +15,11 @@ Shape letters: B sequences, T tokens of a sequence.
 
 import argparse
 import dataclasses
-import functools
 import os
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -29,18 +27,26 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tqdm
-from recipes import RECIPES, Groups, Recipe, draw_groups, inverse, permuted
+from etils import epath
+from recipes import RECIPES, Groups, draw_groups, inverse, permuted
 from results import Results, draw, table
+from task import (
+    Pretraining,
+    make_optimizer,
+    make_plan,
+    make_schedule,
+    parted,
+    random_params,
+    ranks,
+)  # fmt: skip
 
 import mora_jax
 import text
 from llama import Llama
 from train_checkpoints import Checkpoints
-from train_flags import FROM_SCRATCH, PRESETS
-from train_state import TrainState, part
-from train_step import next_token_loss
+from train_flags import PRESETS
+from train_state import TrainState
 
 #: What the losses do not depend on.
 FREE = {"mode", "methods", "rates", "minutes", "json", "picture", "out", "save_every", "text"}
@@ -82,122 +88,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_plan(recipe: Recipe, base_model: Llama, rank: int) -> mora_jax.Plan | None:
-    """The adapters of a recipe at its start."""
-    if recipe.scheme is None:
-        return None
-    config = mora_jax.MoRAConfig(
-        rank=rank, scheme=recipe.scheme, cycle=recipe.cycle, targets=".*_proj",
-        also_train=FROM_SCRATCH,
-    )  # fmt: skip
-    model = mora_jax.adapt(base_model, config)
-    return mora_jax.plan(model, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def random_params(base_model: Llama, seed: jax.Array) -> Any:
-    """A base model's parameters."""
-    return base_model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretraining:
-    """One method's training, but for its rate and its seed; what is compiled depends on it alone.
-
-    Attributes:
-      base_model: the model.
-      recipe: what is trained.
-      optimizer: at a learning rate of one, which each step multiplies.
-    """
-
-    base_model: Llama
-    recipe: Recipe
-    optimizer: Any
-
-    def effective(self, params: Any, plan: mora_jax.Plan, groups: Groups) -> Any:
-        """The base model's parameters with what its adapters add."""
-        return permuted(mora_jax.merge(params, plan), groups)
-
-    def loss(self, params: Any, tokens: jax.Array, plan: Any, groups: Groups) -> jax.Array:
-        """Mean cross-entropy: [B, T + 1] int32 -> scalar."""
-        if self.recipe.random:
-            params = self.effective(params, plan, groups)
-            plan = None
-        model = self.base_model if plan is None else mora_jax.adapt(self.base_model, plan)
-        return next_token_loss(model, params, tokens, None)
-
-    @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
-    def step(self, trained, frozen, tokens, rate, plan, groups):
-        """One step of AdamW: ((trainable, optimizer's state), loss)."""
-        trainable, opt_state = trained
-
-        def loss_of(trainable):
-            return self.loss(mora_jax.join(trainable, frozen), tokens, plan, groups)
-
-        loss, gradients = jax.value_and_grad(loss_of)(trainable)
-        updates, opt_state = self.optimizer.update(gradients, opt_state, trainable)
-        updates = jax.tree.map(lambda update: rate * update, updates)
-        return (optax.apply_updates(trainable, updates), opt_state), loss
-
-    @functools.partial(jax.jit, static_argnums=(0, 4))
-    def evaluate(self, trainable, frozen, tokens, plan, groups):
-        """The loss of held-out tokens, [batches, B, T + 1]."""
-        params = mora_jax.join(trainable, frozen)
-        return jax.lax.map(lambda batch: self.loss(params, batch, plan, groups), tokens).mean()
-
-    def merge(self, state: TrainState, plan: Any, groups: Groups, after: Groups, key: Any):
-        """(state, plan) after ReMoRA's restart, and where groups are random, in other ones."""
-        params = mora_jax.join(state.trainable, state.frozen)
-        params, opt_state, plan, _ = mora_jax.merge_and_reset(
-            params, state.opt_state, plan, key=key
-        )
-        params = permuted(permuted(params, groups), inverse(after))
-        return TrainState(*_parted(params, plan, opt_state)), plan
-
-
-def _parted(params: Any, plan: mora_jax.Plan | None, opt_state: Any) -> tuple[Any, Any, Any]:
-    trains = lambda path: plan is None or plan.group(path) != "frozen"
-    trainable, frozen = part(params, trains)
-    return trainable, opt_state, frozen
-
-
-def make_optimizer(clip: float, plan: mora_jax.Plan | None) -> Any:
-    """AdamW at a rate of one: its updates are linear in it, so that no rate is compiled in."""
-    optimizer = optax.adamw(1.0, weight_decay=0.0)
-    if plan is not None:
-        optimizer = mora_jax.freeze_base(optimizer, plan)
-    return optax.chain(optax.clip_by_global_norm(clip), optimizer)
-
-
-def make_schedule(args: argparse.Namespace, recipe: Recipe, rate: float) -> optax.Schedule:
-    """Cosine to a tenth, and jagged where the recipe merges."""
-    merges = mora_jax.merge_steps(args.steps, args.merge_every) if recipe.merges else ()
-    return mora_jax.jagged_cosine_schedule(
-        rate, args.steps, merges, warmup_steps=args.warmup, rewarm_steps=args.rewarm,
-        end_value=rate / 10,
-    )  # fmt: skip
-
-
-def ranks(before: Any, after: Any, kernels: list[str]) -> dict[str, float]:
-    """How much of full rank the whole update has: means over all matrices.
-
-    `rank` counts singular values above a thousandth of the largest; `effective_rank` is the
-    exponential of the entropy of their shares (Roy and Vetterli, 2007).
-    """
-    found = []
-    for path in kernels:
-        names = path.split("/")
-        old, new = (functools.reduce(lambda t, name: t[name], names, t) for t in (before, after))
-        for update in np.asarray(new, np.float32) - np.asarray(old, np.float32):
-            values = np.linalg.svd(update, compute_uv=False)
-            share = values / max(values.sum(), 1e-30)
-            entropy = -(share * np.log(np.maximum(share, 1e-30))).sum()
-            full = len(values)
-            found.append(((values > 1e-3 * values[0]).sum() / full, np.exp(entropy) / full))
-    rank, effective = np.mean(found, 0)
-    return {"rank": float(rank), "effective_rank": float(effective)}
-
-
 def pretrain(
     args: argparse.Namespace,
     task: Pretraining,
@@ -233,7 +123,7 @@ def pretrain(
         params: Any = permuted(jax.tree.map(jnp.copy, initial), inverse(groups_at(0)))
         if start is not None:
             params = mora_jax.attach(start, params, key=key)
-        trainable, _, frozen = _parted(params, start, None)
+        trainable, _, frozen = parted(params, start, None)
         return TrainState(trainable, task.optimizer.init(trainable), frozen)
 
     folder = pathlib.Path(args.out).absolute() / f"{method} {rate:g} {seed}".replace(" ", "_")
@@ -241,7 +131,7 @@ def pretrain(
     state, curve, first, seconds = begin(), [], 0, 0.0
     curve_file = folder / "curve.npy"
     with Checkpoints(
-        _epath(folder), run=run, keeps_base=True, keep=1, say=tqdm.tqdm.write
+        epath.Path(folder), run=run, keeps_base=True, keep=1, say=tqdm.tqdm.write
     ) as saved:
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         if (restored := saved.restore(jax.eval_shape(lambda: state), places)) is not None:
@@ -276,31 +166,14 @@ def pretrain(
     params = mora_jax.join(state.trainable, state.frozen)
     if plan is not None:
         params = task.effective(params, plan, groups)
-    kernels = [path for path in _kernels(initial) if path.endswith("_proj/kernel")]
     shutil.rmtree(folder, ignore_errors=True)
     return {
         "method": method, "rate": rate, "seed": seed, "loss": curve[-1][1], "curve": curve,
-        **ranks(initial, params, kernels),
+        **ranks(initial, params),
         "trained": sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
         "seconds": seconds + time.monotonic() - began,
         "device": jax.devices()[0].device_kind, "jax": jax.__version__,
     }  # fmt: skip
-
-
-def _epath(folder: pathlib.Path) -> Any:
-    from etils import epath
-
-    return epath.Path(folder)
-
-
-def _kernels(params: Mapping[str, Any], prefix: str = "") -> list[str]:
-    return [
-        path
-        for name, leaf in params.items()
-        for path in (
-            _kernels(leaf, f"{prefix}{name}/") if isinstance(leaf, Mapping) else [prefix + name]
-        )
-    ]
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -67,14 +67,14 @@ def draw_groups(plan: mora_jax.Plan, seed: int, merges: int) -> Groups:
     """Random groups for every kernel: a function of the seed and of how many merges there were."""
     rng = np.random.default_rng((seed, merges))
     return {
-        kernel: tuple(rng.permutation(count) for count in spec.features)
+        kernel: (rng.permutation(spec.features[0]), rng.permutation(spec.features[1]))
         for kernel, spec in zip(plan.kernel_paths(), plan.values(), strict=True)
     }
 
 
 def permuted(params: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
     """Kernels [L, I, O] with their features permuted; everything else as it is."""
-    leaves = traverse_util.flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = {**traverse_util.flatten_dict(params, sep="/")}
     for path, (inputs, outputs) in groups.items():
         leaves[path] = jnp.take(jnp.take(leaves[path], inputs, axis=1), outputs, axis=2)
     return traverse_util.unflatten_dict(leaves, sep="/")
