@@ -57,6 +57,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_training(parser, [*LEARNING_RATES])
     add = parser.add_argument_group("ReMoRA").add_argument
     add("--remora-every", type=int, default=0, help="steps between merges, or 0")
+    add("--cycle", choices=["auto", "groupings", "shifts", "signs"], default="auto",
+        help="the groupings of sharing, one after each merge")  # fmt: skip
+    add("--rounding", choices=["nearest", "stochastic"], default="nearest", help="of merges into "
+        "kernels narrower than float32")  # fmt: skip
     add("--also-train", help="parameters trained in full, a pattern; ReMoRA from scratch has one")
     add = parser.add_argument_group("text").add_argument
     add("--text", type=pathlib.Path, nargs="+", help="files, .jsonl too; by default Python's own")

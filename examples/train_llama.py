@@ -130,7 +130,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     base_dtype = "float32" if args.method == "full" else args.param_dtype
     base_model = Llama(config, dtype=args.dtype, param_dtype=base_dtype, remat=args.remat)
     base_shardings = base_places(base_model, mesh)
-    method = make_method(args, base_model).on_mesh(base_shardings)
+    method = make_method(args, base_model, args.cycle).on_mesh(base_shardings)
     optimizer, schedule = make_optimizer(args, method.plan)
     shapes, shardings, make = lay_out(
         args, base_shardings, base_model, pretrained, method, optimizer
@@ -181,7 +181,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 log.write(step, metrics)
                 if args.remora_every and step % args.remora_every == 0 and step < args.steps:
                     merge_key = jax.random.fold_in(key, step)
-                    state, method, report = merge(state, method, merge_key)
+                    state, method, report = merge(state, method, merge_key, args.rounding)
                     log.say(f"step {step}: merged and restarted, {report}")
                 ends = preempted(step)
                 if step % args.save_every == 0 or step == last or ends:

@@ -6,7 +6,7 @@ Shape letters: A microbatches, B sequences of a step, T tokens of a sequence, D 
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,8 @@ class Method:
         return path == "shift" or not self.floor
 
 
-def make_method(args: argparse.Namespace, base_model: Llama) -> Method:
-    """The method that the flags name."""
+def make_method(args: argparse.Namespace, base_model: Llama, cycle: Any = "auto") -> Method:
+    """The method that the flags name; `cycle` as in `MoRAConfig`."""
     if args.method in ("full", "floor"):
         return Method(None, floor=args.method == "floor")
     scheme = mora_jax.LowRank() if args.method == "lora" else args.scheme
@@ -80,6 +80,7 @@ def make_method(args: argparse.Namespace, base_model: Llama) -> Method:
         targets=args.targets,
         dropout=args.dropout,
         also_train=args.also_train or None,
+        cycle=cycle,
         keep_sums=args.remat,
     )
     model = mora_jax.adapt(base_model, config)
@@ -190,12 +191,19 @@ def _shifted(shift: jax.Array | None):
 
 
 def merge(
-    state: TrainState, method: Method, key: jax.Array
+    state: TrainState,
+    method: Method,
+    key: jax.Array,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
 ) -> tuple[TrainState, Method, mora_jax.ResetReport]:
     """ReMoRA's restart: the state with merged kernels and new adapters, and the next grouping."""
     assert method.plan is not None
     params, opt_state, plan, report = mora_jax.merge_and_reset(
-        mora_jax.join(state.trainable, state.frozen), state.opt_state, method.plan, key=key
+        mora_jax.join(state.trainable, state.frozen),
+        state.opt_state,
+        method.plan,
+        key=key,
+        rounding=rounding,
     )
     method = dataclasses.replace(method, plan=plan)
     trainable, frozen = part(params, method.trains)

@@ -17,8 +17,9 @@ from mora_jax._operators import compress, decompress, delta, delta_kernel
 from mora_jax._params import attach, join, split, trainable_mask
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._projection import Projected, ProjectionReport, project_to_lora
+from mora_jax._prune import Prune
 from mora_jax._remora import ResetReport, ResetResult, merge_and_reset
-from mora_jax._schedules import jagged_cosine_schedule
+from mora_jax._schedules import jagged_cosine_schedule, merge_steps
 from mora_jax._schemes import (
     Decoupling,
     LowRank,
@@ -50,6 +51,7 @@ __all__ = [
     "Plan",
     "Projected",
     "ProjectionReport",
+    "Prune",
     "ResetReport",
     "ResetResult",
     "Rotation",
@@ -73,6 +75,7 @@ __all__ = [
     "merge",
     "merge_and_reset",
     "merge_losses",
+    "merge_steps",
     "mora_dot_general",
     "plan",
     "project_to_lora",

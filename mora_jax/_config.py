@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mora_jax._cycles import Cycle, check_cycle
 from mora_jax._layout import KernelAxes
 from mora_jax._mesh import UNKNOWN, Spread
-from mora_jax._schemes import Scheme, adapter_shapes, as_scheme, check_rank
+from mora_jax._schemes import Scheme, adapter_shapes, as_scheme, check_multiple, check_rank
 from mora_jax._tree import join_path, listing
 
 Placement = Literal["auto", "kernel", "activation"]
@@ -35,6 +35,7 @@ class LayerConfig:
       spread: how its activations lie on a mesh; stated by `mora_jax.sharding.on_mesh`.
       keep_sums: see `MoRAConfig`.
       dora: likewise.
+      size_multiple: see `MoRAConfig`.
     """
 
     rank: int
@@ -47,9 +48,11 @@ class LayerConfig:
     spread: Spread = UNKNOWN
     keep_sums: bool = False
     dora: bool = False
+    size_multiple: int = 1
 
     def __post_init__(self):
         check_rank(self.rank)
+        check_multiple(self.size_multiple)
         check_cycle(self.cycle)
         if self.placement not in get_args(Placement):
             raise ValueError(
@@ -64,7 +67,9 @@ class LayerConfig:
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
         """Names and shapes of one adapter's leaves."""
-        return adapter_shapes(in_features, out_features, self.rank, self.scheme, dora=self.dora)
+        return adapter_shapes(
+            in_features, out_features, self.rank, self.scheme, self.size_multiple, dora=self.dora
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,9 @@ class MoRAConfig:
       dora: train a magnitude for each output feature beside the direction that the delta turns, as
         DoRA does (arXiv 2402.09353) and PEFT's `use_dora`; see `_magnitude.py`. With `LowRank` it
         is DoRA itself.
+      size_multiple: the sides of square matrices are rounded to multiples of it, such as 64 or 128,
+        see `square_rank`: about as many parameters, in sizes that suit the machine. 1 for the
+        authors' sizes, the only ones that their format knows.
 
     Raises:
       ValueError: for a rank that is not positive, an unknown name, a rate out of range.
@@ -121,6 +129,7 @@ class MoRAConfig:
     dtype: Any = "float32"
     keep_sums: bool = False
     dora: bool = False
+    size_multiple: int = 1
 
     def __post_init__(self):
         # Tuples instead of dicts and names instead of dtypes make the config hashable.
@@ -187,6 +196,7 @@ class MoRAConfig:
             train_kernel=train_kernel,
             keep_sums=self.keep_sums,
             dora=self.dora,
+            size_multiple=self.size_multiple,
         )
 
 

@@ -8,9 +8,9 @@ A leaf is an adapter's moment if it stands in such a tree at the adapter's own p
 beside the tree corrects the moments' bias and belongs to them. Any other count, of a schedule or of
 injected hyperparameters, stands beside no such tree, and is left alone.
 
-A restart writes zeros, which is where these fields start. What else stands beside an adapter's
-moments is refused by name: zero may be no start for it (the step sizes of Rprop), or it may be a
-number that goes with the moments (the estimates of Prodigy).
+A restart writes zeros, which is where these fields start, or prunes them. What else stands beside
+an adapter's moments is refused by name: zero may be no start for it (the step sizes of Rprop), or
+it may be a number that goes with the moments (the estimates of Prodigy).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class AdapterState(NamedTuple):
     """Indices into `jax.tree.leaves(opt_state)`.
 
     Attributes:
-      moments: leaves shaped like the adapters.
+      moments: of each of the adapters' moments, and the path of its adapter's leaf.
       counts: the step counts of these moments.
     """
 
-    moments: tuple[int, ...]
+    moments: dict[int, str]
     counts: tuple[int, ...]
 
 
@@ -63,12 +63,12 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
     """
     adapters = set(adapters)
     entries = list(enumerate(jax.tree_util.tree_leaves_with_path(opt_state)))
-    moments: list[int] = []
+    moments: dict[int, str] = {}
     trees: set[KeyPath] = set()
     for index, (keys, _) in entries:
         path = parameter_path(keys)
         if path in adapters:
-            moments.append(index)
+            moments[index] = path
             trees.add(_out_of_box(keys)[: -path.count("/") - 1])
     if not moments and (arrays := [keys for _, (keys, leaf) in entries if np.ndim(leaf)]):
         raise ValueError(
@@ -91,7 +91,7 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
             _check_not_shared(keys, trees, adapters, entries)
             counts.append(index)
     _check_known(owners, trees, entries)
-    return AdapterState(tuple(moments), tuple(counts))
+    return AdapterState(moments, tuple(counts))
 
 
 def _check_known(owners: set[KeyPath], trees: set[KeyPath], entries) -> None:

@@ -70,7 +70,10 @@ class AdapterSpec:
     @property
     def size(self) -> int:
         """R: the side of the square matrix, or LoRA's rank."""
-        return square_rank(*self.features, self.config.rank, self.scheme)
+        config = self.config
+        return square_rank(
+            *self.features, config.rank, config.scheme, multiple=config.size_multiple
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mora_jax._merge import check_merge, merge_losses, merged_kernels
 from mora_jax._merge_loss import MergeLoss, warn_of_losses
 from mora_jax._mesh import places_of, put
-from mora_jax._optimizer_state import find_adapter_state
+from mora_jax._optimizer_state import AdapterState, find_adapter_state
 from mora_jax._params import Params, new_adapters
 from mora_jax._plan import Plan
+from mora_jax._prune import Prune, Reset, check_reset, pruned
 from mora_jax._rounding import Rounding, check_rounding
 from mora_jax._tree import flatten, rebuild
 from mora_jax._variables import value_of, with_value
@@ -27,7 +29,7 @@ class ResetReport(NamedTuple):
 
     Attributes:
       layers: adapters merged and started anew.
-      moments: arrays of optimizer state set to zero.
+      moments: arrays of optimizer state set to zero, or pruned.
       counts: step counts of moments set to zero.
       losses: what rounding did to each layer's update, see `merge_losses`.
     """
@@ -63,6 +65,7 @@ def merge_and_reset(
     key: jax.Array | None = None,
     donate: bool = True,
     rounding: Rounding = "nearest",
+    reset: Reset = "zero",
 ) -> ResetResult:
     """One ReMoRA restart: the adapters go into the base, and training goes on from zero adapters.
 
@@ -83,12 +86,18 @@ def merge_and_reset(
       opt_state: state of an optax optimizer over the whole tree, or over the trainable part of
         `split`.
       plan: the plan.
-      key: a PRNG key, required where a scheme draws numbers (`LowRank`), and for "stochastic".
+      key: a PRNG key, required where a scheme draws numbers (`LowRank`), for "stochastic" and for a
+        random `Prune`.
       donate: reuse the memory of what changes: the adapted kernels, the adapters, their optimizer
         state. These arrays **cannot be used afterwards**, and pretrained parameters that were
         attached share their kernels. Pass False to keep them, at the price of a second copy.
       rounding: "nearest" or "stochastic", as for `merge`. What a merge into bfloat16 loses is lost
         to the training, for its adapters start anew.
+      reset: "zero", or `Prune(0.99)` to keep the largest hundredth of each moment, as ReLoRA does.
+        The step counts restart in both (ReLoRA's code lets them run on): nearly all moments are
+        empty then, and with an old count Adam would take them for full ones; its first step would
+        be three times too long. Where the cycle changes the grouping, an entry of the matrix
+        stands for other pairs of features than the moments that are kept of it.
 
     Returns:
       (params, opt_state, plan, report).
@@ -112,6 +121,7 @@ def merge_and_reset(
     ResetReport(layers=1, moments=2, counts=1, losses={})
     """
     check_rounding(rounding, key)
+    check_reset(reset, key)
     leaves = flatten(params)
     check_merge(plan, leaves)
     next_plan = plan.advance()
@@ -129,8 +139,9 @@ def merge_and_reset(
         warn_of_losses(losses, stacklevel=2)
     restart = _restart_donating if donate else _restart
     places = places_of(changing), places_of(resetting)
-    changed, reset = restart(changing, resetting, key, plan, places, rounding)
-    for index, leaf in reset.items():
+    pruning = _pruning(reset, found, plan, state)
+    changed, anew = restart(changing, resetting, key, plan, places, rounding, pruning)
+    for index, leaf in anew.items():
         state[int(index)] = leaf
     return ResetResult(
         rebuild(leaves | {p: with_value(leaves[p], v) for p, v in changed.items()}, params),
@@ -151,14 +162,43 @@ def _check_distinct(leaves: dict[str, Any]) -> None:
             )
 
 
-def _merge_and_start_anew(leaves, state, key, plan, places, rounding="nearest"):
+class _Pruned(NamedTuple):
+    """One moment to prune: its index in the state, and what `pruned` wants to know."""
+
+    index: str
+    prune: Prune
+    path: str
+    stacks: tuple[int, ...]
+
+
+def _pruning(reset: Reset, found: AdapterState, plan: Plan, state: list) -> tuple[_Pruned, ...]:
+    """The moments to prune; none where all are set to zero."""
+    if not isinstance(reset, Prune):
+        return ()
+    shapes, owners = plan.adapter_leaves(), plan.adapter_owners()
+
+    def stacks(index, path):
+        alike = np.shape(state[index]) == shapes[path].shape
+        return tuple(owners[path][1]) if alike else ()
+
+    return tuple(
+        _Pruned(str(index), reset, path, stacks(index, path))
+        for index, path in found.moments.items()
+    )
+
+
+def _merge_and_start_anew(leaves, state, key, plan, places, rounding="nearest", pruning=()):
     adapters = new_adapters(plan, key)
     kernels = merged_kernels(leaves, plan, None if rounding == "nearest" else key)
-    zeros = jax.tree.map(jnp.zeros_like, state)
-    return put(kernels | adapters, places[0]), put(zeros, places[1])
+    anew = jax.tree.map(jnp.zeros_like, state)
+    anew |= {
+        moment.index: pruned(state[moment.index], moment.prune, moment.path, moment.stacks, key)
+        for moment in pruning
+    }
+    return put(kernels | adapters, places[0]), put(anew, places[1])
 
 
-_STATIC = ("plan", "places", "rounding")
+_STATIC = ("plan", "places", "rounding", "pruning")
 _restart = functools.partial(jax.jit, static_argnames=_STATIC)(_merge_and_start_anew)
 _restart_donating = functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=(0, 1))(
     _merge_and_start_anew

@@ -218,41 +218,68 @@ def check_rank(rank: int) -> int:
     return rank
 
 
-def square_rank(in_features: int, out_features: int, rank: int, scheme: Scheme) -> int:
+def check_multiple(multiple: int) -> int:
+    """Returns `multiple`, or raises ValueError unless it is a positive integer."""
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"size_multiple must be a positive integer, got {multiple!r}.")
+    return multiple
+
+
+def square_rank(
+    in_features: int, out_features: int, rank: int, scheme: Scheme, *, multiple: int = 1
+) -> int:
     """The side R of the square matrix with as many entries as LoRA has at `rank`.
 
     `R = int(sqrt((I + O) rank) + 0.5)`, made even by subtraction for `Rotation`, as in the
     authors' code (the paper rounds down). For `LowRank` it is `rank` itself.
 
+    With a `multiple`, R becomes the nearest one (of those that are even, for `Rotation`): about as
+    many entries, in a size that suits the machine. Rounding makes no dead entries: up to a side of
+    the layer, or to R where that is longer. Where no multiple is as small, R stays as it is.
+
     >>> square_rank(4096, 4096, 8, Sharing())
     256
     >>> square_rank(4096, 14336, 8, Rotation())
     384
+    >>> square_rank(4096, 1024, 8, Sharing()), square_rank(4096, 1024, 8, Sharing(), multiple=64)
+    (202, 192)
 
     Raises:
-      ValueError: where a size or the rank is not a positive integer.
+      ValueError: where a size, the rank or the multiple is not a positive integer.
     """
     check_rank(rank)
+    check_multiple(multiple)
     if in_features < 1 or out_features < 1:
         raise ValueError(f"features must be positive, got {in_features} -> {out_features}.")
     if isinstance(scheme, LowRank):
         return rank
     size = int(math.sqrt((in_features + out_features) * rank) + 0.5)
-    # Rotation pairs feature j with j + R/2.
-    return max(size - size % 2, 2) if isinstance(scheme, Rotation) else size
+    if isinstance(scheme, Rotation):
+        # It pairs feature j with j + R/2.
+        size, multiple = max(size - size % 2, 2), math.lcm(multiple, 2)
+    most = max(size, min(in_features, out_features)) // multiple
+    return min(max((size + multiple // 2) // multiple, 1), most) * multiple or size
 
 
 def adapter_shapes(
-    in_features: int, out_features: int, rank: int, scheme: Scheme, *, dora: bool = False
+    in_features: int,
+    out_features: int,
+    rank: int,
+    scheme: Scheme,
+    multiple: int = 1,
+    *,
+    dora: bool = False,
 ) -> dict[str, tuple[int, int]]:
     """Names and shapes of the arrays that a scheme trains, and with DoRA the magnitude.
+
+    `multiple` is as for `square_rank`.
 
     >>> adapter_shapes(64, 32, 2, Truncation())
     {'matrix': (14, 14)}
     >>> adapter_shapes(64, 32, 2, LowRank(), dora=True)
     {'a': (64, 2), 'b': (2, 32), 'magnitude': (1, 32)}
     """
-    size = square_rank(in_features, out_features, rank, scheme)
+    size = square_rank(in_features, out_features, rank, scheme, multiple=multiple)
     shapes = {"matrix": (size, size)}
     if isinstance(scheme, LowRank):
         shapes = {"a": (in_features, size), "b": (size, out_features)}

@@ -27,6 +27,7 @@ from mora_jax._initialize import draws_numbers
 from mora_jax._nnx_kernels import Kernel, kernels, path_of
 from mora_jax._nnx_layers import AdaptedLayer, MoRA, MoRALinear, adapted_class, fresh
 from mora_jax._plan import Plan
+from mora_jax._prune import Reset
 from mora_jax._remora import ResetReport
 from mora_jax._rounding import Rounding
 from mora_jax._tree import IDS, checksum, flatten, is_adapter, join_path, listing, unflatten
@@ -198,16 +199,19 @@ def merge_and_reset(
     key: jax.Array | None = None,
     donate: bool = True,
     rounding: Rounding = "nearest",
+    reset: Reset = "zero",
 ) -> ResetReport:
     """One ReMoRA restart, in place: `mora_jax.merge_and_reset` for a model and its optimizer.
 
     Args:
       model: an adapted model; its adapters move to the next scheme of their cycles.
       optimizer: the `nnx.Optimizer` that trains it.
-      key: a PRNG key, required where a scheme draws numbers (`LowRank`), and for "stochastic".
+      key: a PRNG key, required where a scheme draws numbers (`LowRank`), for "stochastic" and for a
+        random `Prune`.
       donate: reuse the memory of what changes. The base model shares these kernels and **cannot
         be used afterwards**, unless this is False.
       rounding: "nearest" or "stochastic", as for `mora_jax.merge`.
+      reset: "zero" or a `Prune`, as for `mora_jax.merge_and_reset`.
 
     Returns:
       What was reset, and what rounding lost.
@@ -218,7 +222,7 @@ def merge_and_reset(
     state = jax.tree.map(_as_dict, optimizer.opt_state, is_leaf=_is_state)
     values = jax.tree.map(lambda leaf: leaf[...], state, is_leaf=_is_variable)
     result = _remora.merge_and_reset(
-        _values(model), values, plan(model), key=key, donate=donate, rounding=rounding
+        _values(model), values, plan(model), key=key, donate=donate, rounding=rounding, reset=reset
     )
     jax.tree.map(_set, state, result.opt_state, is_leaf=_is_variable)
     params = flatten(result.params)

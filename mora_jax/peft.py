@@ -29,7 +29,7 @@ from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, tensor_name
 from mora_jax._peft_read import check_modules, read
 from mora_jax._peft_write import config_for, write
 from mora_jax._plan import AdapterSpec, Plan
-from mora_jax._schemes import LowRank, Sharing
+from mora_jax._schemes import LowRank, Sharing, square_rank
 from mora_jax._torch_names import LLAMA, Name, torch_kernels
 from mora_jax._tree import flatten, listing, rebuild
 from mora_jax._variables import box_like, value_of
@@ -90,6 +90,12 @@ def save_adapters(
         if kernel not in kernels:
             raise ValueError(f"not saved: layer {layer!r} has no module in names: {left[kernel]}.")
         axes, modules = kernels[kernel]
+        if spec.size != (size := square_rank(*spec.features, spec.config.rank, spec.scheme)):
+            raise ValueError(
+                f"not saved: layer {layer!r} has a matrix of {spec.size} rows "
+                f"(size_multiple={spec.config.size_multiple}); the authors' code makes it {size} "
+                f"at rank {spec.config.rank}. checkpoint.save_adapters saves every size."
+            )
         if axes != spec.kernel_axes:
             raise ValueError(
                 f"not saved: names read {kernel!r} as {axes}, the plan as {spec.kernel_axes}."

@@ -109,6 +109,7 @@ def measure(name, kind, scheme):
     with jax.set_mesh(mesh):
         if name == "2x2x2" and isinstance(scheme, mora_jax.Sharing):
             check_rounding(plan, mora_jax.join(trainable, frozen), mora_jax.join(whole, base))
+            check_pruning(plan, mora_jax.join(trainable, frozen), mesh)
         check_restart(plan, mora_jax.join(trainable, frozen), mora_jax.join(whole, base))
     return {case: collectives(compiled) for case, compiled in found.items()}
 
@@ -186,6 +187,23 @@ def check_restart(plan, params, whole):
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     del frozen
+
+
+def check_pruning(plan, params, mesh):
+    """The moments that stay are those of one device, and lie in parts as they lay."""
+    state = optax.adam(1e-3).init(mora_jax.split(params, plan)[0])
+    in_parts = NamedSharding(mesh, P("fsdp"))
+    draw = lambda leaf: jax.device_put(numbers(*leaf.shape), in_parts) if leaf.ndim else leaf
+    state = jax.tree.map(draw, state)
+    alone = jax.tree.map(jnp.asarray, jax.device_get((params, state)))
+    for prune in (mora_jax.Prune(0.75), mora_jax.Prune(0.75, by="random")):
+        options = {"donate": False, "reset": prune, "key": jax.random.key(0)}
+        many = mora_jax.merge_and_reset(params, state, plan, **options).opt_state
+        one = mora_jax.merge_and_reset(*alone, plan, **options).opt_state
+        for a, b, before in zip(*map(jax.tree.leaves, (many, one, state)), strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert a.sharding.is_equivalent_to(before.sharding, a.ndim)
+            assert not a.ndim or 0 < (np.asarray(a) != 0).mean() < 0.4
 
 
 def check_export(kind, folder):

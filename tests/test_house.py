@@ -13,7 +13,7 @@ FLOORS = [
     {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_variables", "_version"}
     | {"_table"},
     {"_groups", "_cycles", "_initialize", "_merge_loss", "_rounding", "_safetensors"},
-    {"_blocks", "_checksums"},
+    {"_blocks", "_checksums", "_prune"},
     {"_operators", "_placement"},
     {"_layout", "_ragged", "_examples"},
     {"_config", "_magnitude", "_torch_names", "_peft_config"},

@@ -1,5 +1,6 @@
 """Adapters in the format of PEFT and of the authors' fork: bit for bit, and what is refused."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -270,6 +271,13 @@ def test_what_else_is_not_saved(tmp_path, monkeypatch):
         peft.save_adapters(tmp_path / "adapter", params, trained)
     with pytest.raises(ValueError, match="'layers/self_attn/q_proj' has no module in names"):
         peft.save_adapters(tmp_path / "adapter", params, plan, names=peft.LLAMA[:1])
+    layers = tuple(
+        (path, dataclasses.replace(s, config=dataclasses.replace(s.config, size_multiple=8)))
+        for path, s in plan.layers
+    )
+    message = r"'layers/\S+' has a matrix of 8 rows \(size_multiple=8\); the authors' code makes it"
+    with pytest.raises(ValueError, match=message):
+        peft.save_adapters(tmp_path / "adapter", mora_jax.attach(Plan(layers), base), Plan(layers))
     two = [peft.Name(f"layers/mlp/{name}_proj/kernel", "mlp.{n}") for name in ("up", "down")]
     with pytest.raises(ValueError, match=r"one module, 'mlp\.0'"):
         peft.save_adapters(tmp_path / "adapter", params, plan, names=two)

@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import mora_jax
-from conftest import Network, adapted_network
+from conftest import Network, Small, adapted_network, perturb
 from mora_jax._config import LayerConfig
 
 ATTENTION = ["attention/query", "attention/key", "attention/value", "attention/out"]
@@ -62,6 +64,29 @@ def test_the_plan_is_static_and_travels_as_json(inputs):
     assert dict(plan.also_train)["layers/up/bias"] == (3, 24)
     adapted = mora_jax.adapt(Network(), plan)
     assert mora_jax.plan(adapted, inputs) == plan
+
+
+def test_rounded_sizes_stand_in_the_plan_and_in_every_kind_of_model(inputs):
+    config = mora_jax.MoRAConfig(rank=3, scheme="sharing", size_multiple=4)
+    model = mora_jax.adapt(Small(), config)
+    plan = mora_jax.plan(model, inputs)
+    assert {path: spec.size for path, spec in plan.items()} == {"embed": 8, "head": 8}
+    assert "128 trained parameters" in str(plan)
+    again = mora_jax.Plan.from_json(plan.to_json())
+    assert again == plan != mora_jax.plan(mora_jax.adapt(Small(), mora_jax.MoRAConfig(3)), inputs)
+    params = mora_jax.attach(again, Small().init(jax.random.key(0), inputs)["params"])
+    assert params["head"]["mora"]["matrix"].shape == (8, 8)
+    params = perturb(params)
+    merged = mora_jax.merge(params, again)
+    np.testing.assert_allclose(
+        mora_jax.adapt(Small(), again).apply({"params": params}, inputs),
+        Small().apply({"params": merged}, inputs),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    linear = mora_jax.adapt(nnx.Linear(10, 16, rngs=nnx.Rngs(0)), config)
+    assert linear.mora.matrix.shape == (8, 8)
+    assert linear(inputs).shape == (2, 5, 16)
 
 
 def test_the_printed_table(inputs):

@@ -32,6 +32,31 @@ def test_square_rank_is_the_authors(in_features, out_features, rank):
         assert mora_jax.square_rank(in_features, out_features, rank, scheme) == wanted
 
 
+@given(*(st.integers(1, 20_000) for _ in range(2)), st.integers(1, 512), st.integers(1, 200))
+def test_sizes_are_rounded_to_the_nearest_multiple_that_the_layer_holds(i, o, rank, multiple):
+    for scheme, step in (
+        (mora_jax.Sharing(), multiple),
+        (mora_jax.Rotation(), np.lcm(multiple, 2)),
+    ):
+        exact = mora_jax.square_rank(i, o, rank, scheme)
+        size = mora_jax.square_rank(i, o, rank, scheme, multiple=multiple)
+        most = max(exact, min(i, o))
+        held = [n for n in range(step, 2 * exact + step, step) if n <= most]
+        nearest = min((abs(n - exact) for n in held), default=0)
+        assert abs(size - exact) == nearest
+        assert size in (held or [exact])
+    assert mora_jax.square_rank(i, o, rank, mora_jax.LowRank(), multiple=multiple) == rank
+
+
+def test_rounded_sizes_of_llama_3():
+    features = {"q": (4096, 4096), "k": (4096, 1024), "up": (4096, 14336)}
+    sizes = {
+        name: [mora_jax.square_rank(*f, rank, mora_jax.Sharing(), multiple=64) for rank in (8, 128)]
+        for name, f in features.items()
+    }
+    assert sizes == {"q": [256, 1024], "k": [192, 832], "up": [384, 1536]}
+
+
 def test_the_authors_types():
     types = {number: mora_jax.scheme_from_mora_type(number) for number in (1, 2, 3, 4, 6)}
     assert types[3] == mora_jax.Sharing("contiguous", "stride")
@@ -47,6 +72,8 @@ def test_ranks_are_positive_integers(rank):
         mora_jax.square_rank(8, 8, rank, mora_jax.Sharing())
     with pytest.raises(ValueError, match="rank must be a positive integer"):
         mora_jax.MoRAConfig(rank=rank)
+    with pytest.raises(ValueError, match=f"size_multiple must be a positive integer, got {rank}"):
+        mora_jax.MoRAConfig(size_multiple=rank)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ every method that trains through a frozen model pays. All variants of a row run 
 the same weights, in turns, and each figure is the median over the turns.
 
 Columns: ms a step; its ratio to the floor of the same turn (median, lowest and highest); temp
-memory of the compiled step in GB; seconds to compile it, the tuning of its products included.
+memory of the compiled step in GB; seconds to compile it, the tuning of its products included;
+trained parameters.
 """
 
 import argparse
@@ -64,6 +65,7 @@ class Run:
             full = mora_jax.attach(plan, params, key=jax.random.key(1))
             trainable["params"], self.frozen = mora_jax.split(full, plan)
         self.name, self.x = variant.name, x
+        self.trained = 0 if plan is None else plan.trained_parameters
         self.state = (trainable, optimizer.init(trainable))
         self.lowered = step.lower(*self.state, self.frozen, x)
 
@@ -91,8 +93,9 @@ def variants(args: argparse.Namespace, rank: int) -> list[Variant]:
     found = [Variant("floor", None)]
     for scheme, placement, path in itertools.product(args.schemes, args.placements, args.paths):
         config = mora_jax.MoRAConfig(
-            rank=rank, scheme=SCHEMES[scheme], placement=placement, targets=".*_proj"
-        )
+            rank=rank, scheme=SCHEMES[scheme], placement=placement, targets=".*_proj",
+            size_multiple=args.size_multiple,
+        )  # fmt: skip
         name = placement if path == "module" else f"{placement}, {path}"
         found.append(Variant(f"{scheme} {name}", config, path))
         if args.dora:
@@ -109,6 +112,8 @@ def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> li
     params = make_params(base, jax.ShapeDtypeStruct(shape, base.dtype))
     x = jax.random.normal(jax.random.key(2), shape, base.dtype)
     title = f"{tokens} tokens, rank {rank}, {'remat' if remat else 'no remat'}"
+    if args.size_multiple > 1:
+        title += f", sizes in multiples of {args.size_multiple}"
     runs = [Run(base, v, params, x) for v in tqdm(variants(args, rank), f"{title}: trace")]
     with concurrent.futures.ThreadPoolExecutor(args.compile_threads) as pool:
         compiled = pool.map(Run.compile, runs)
@@ -128,6 +133,7 @@ def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> li
             "tokens": tokens,
             "rank": rank,
             "remat": remat,
+            "size_multiple": args.size_multiple,
             "scheme": scheme,
             "placement": placement,
             "ms": statistics.median(times[run.name]) * 1e3,
@@ -137,17 +143,19 @@ def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> li
             "temp_gb": run.temp_gb,
             "temp_ratio": run.temp_gb / runs[0].temp_gb,
             "compile_s": run.compile_s,
+            "trained": run.trained,
         }
         rows.append(row)
     print(f"\n{title}; {args.turns} turns of {steps} steps")
     print(
         f"{'':30}{'ms':>9}{'x floor':>9}{'low':>7}{'high':>7}{'temp GB':>9}{'x':>6}{'compile':>9}"
+        f"{'trained':>12}"
     )
     for row in rows:
         print(
             f"{row['scheme'] + ' ' + row['placement']:30}{row['ms']:9.2f}{row['ratio']:9.3f}"
             f"{row['low']:7.3f}{row['high']:7.3f}{row['temp_gb']:9.2f}{row['temp_ratio']:6.2f}"
-            f"{row['compile_s']:8.1f}s"
+            f"{row['compile_s']:8.1f}s{row['trained']:12,}"
         )
     return rows
 
@@ -189,6 +197,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 128])
     parser.add_argument("--remat", action=argparse.BooleanOptionalAction, help="default: both")
+    parser.add_argument("--size-multiple", type=int, default=1, help="as in MoRAConfig")
     parser.add_argument("--scan", action="store_true", help="scan over the layers")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
