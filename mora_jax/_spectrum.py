@@ -145,8 +145,8 @@ def spectrum(params: Params, plan: Plan, *, threshold: float = 0.1) -> SpectrumR
     check_finite(plan, leaves)
     if dora := [path for path, spec in plan.items() if spec.config.dora]:
         raise ValueError(
-            f"no spectrum: DoRA scales the columns of the base too (layers {listing(dora)}), so that "
-            "what was learned is more than a delta."
+            f"no spectrum: DoRA scales the columns of the base too (layers {listing(dora)}), so "
+            "that what was learned is more than a delta."
         )
     norms = {
         path: on_host(_norms(value_of(leaves[join_path(path, spec.kernel_name)]), spec))
