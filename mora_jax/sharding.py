@@ -132,9 +132,8 @@ def _spread(place: Any, spec: AdapterSpec, batch: tuple[str, ...]) -> Spread:
         axes = () if name is None else (name,) if isinstance(name, str) else name
         left = tuple(axis for axis in axes if axis not in batch)
         if left and len(left) < len(axes):
-            return UNKNOWN._replace(
-                rows=batch
-            )  # what is gathered of it may be no run of neighbours
+            # What is gathered of it may be no run of neighbours.
+            return UNKNOWN._replace(rows=batch)
         kept.append(left or None)
     own, layout = PartitionSpec(*kept), spec.kernel_axes
     sides = (split_over(own, axes, spec.kernel_shape) for axes in (layout.inputs, layout.outputs))
