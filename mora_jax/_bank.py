@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 
 from mora_jax._features import wide_dtype
 from mora_jax._mesh import Places, places_of, put, sharding_of
-from mora_jax._params import Params, check_adapters
+from mora_jax._params import Params, check_adapters, refuse_dora
 from mora_jax._plan import Plan
 from mora_jax._schemes import LowRank
 from mora_jax._tree import flatten, is_adapter, listing, rebuild
@@ -164,11 +164,12 @@ class AdapterBank:
                 f"such products has another rank (layers {listing(low)}). Merge them instead, or "
                 "give examples adapters of their own."
             )
-        if dora := [path for path, spec in self.plan.items() if spec.config.dora]:
-            raise ValueError(
-                f"not combined: DoRA divides by a norm, so that a sum of its adapters is not the "
-                f"sum of what they do (layers {listing(dora)}). Select one of them."
-            )
+        refuse_dora(
+            self.plan,
+            "combined",
+            "divides by a norm, so that a sum of its adapters is not the sum of what they do. "
+            "Select one of them",
+        )
         # All slots have a weight, so that any number of names is the same code.
         full: list[Any] = [0.0] * len(self.slots)
         for name, weight in weights.items():

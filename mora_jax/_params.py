@@ -218,3 +218,9 @@ def _check_shapes(
                 f"{tuple(value.shape)}, the plan says {shape}. "
                 "Was the plan made for another model, or for another rank?"
             )
+
+
+def refuse_dora(plan: Plan, done: str, why: str) -> None:
+    """Raises ValueError where layers have DoRA, for what needs a delta alone."""
+    if layers := [path for path, spec in plan.items() if spec.config.dora]:
+        raise ValueError(f"not {done}: DoRA {why} (layers {listing(layers)}).")

@@ -19,11 +19,11 @@ import numpy as np
 from mora_jax._decomposition import cores, layer_names
 from mora_jax._merge import check_finite
 from mora_jax._mesh import beside, sharding_of
-from mora_jax._params import Params, check_adapted
+from mora_jax._params import Params, check_adapted, refuse_dora
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._schemes import LowRank, check_rank
 from mora_jax._table import table
-from mora_jax._tree import flatten, is_adapter, listing, rebuild
+from mora_jax._tree import flatten, is_adapter, rebuild
 from mora_jax._variables import box_like, value_of
 
 
@@ -110,11 +110,11 @@ def project_to_lora(
     leaves = flatten(params)
     check_adapted(plan, leaves)
     check_finite(plan, leaves)
-    if dora := [path for path, spec in plan.items() if spec.config.dora]:
-        raise ValueError(
-            f"not projected: DoRA scales the columns of the base too, which no LoRA does (layers "
-            f"{listing(dora)}). Merge it instead."
-        )
+    refuse_dora(
+        plan,
+        "projected",
+        "scales the columns of the base too, which no LoRA does. Merge it instead",
+    )
     layers = tuple((path, _low_rank(spec, rank)) for path, spec in plan.items())
     lora = dataclasses.replace(plan, layers=layers)
     factors: dict[str, dict[str, np.ndarray]] = {}

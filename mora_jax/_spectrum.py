@@ -16,10 +16,10 @@ from mora_jax._decomposition import cores, layer_names
 from mora_jax._features import wide_dtype
 from mora_jax._merge import check_finite
 from mora_jax._mesh import on_host
-from mora_jax._params import Params, check_adapted
+from mora_jax._params import Params, check_adapted, refuse_dora
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._table import table
-from mora_jax._tree import flatten, join_path, listing
+from mora_jax._tree import flatten, join_path
 from mora_jax._variables import value_of
 
 
@@ -143,11 +143,11 @@ def spectrum(params: Params, plan: Plan, *, threshold: float = 0.1) -> SpectrumR
     leaves = flatten(params)
     check_adapted(plan, leaves)
     check_finite(plan, leaves)
-    if dora := [path for path, spec in plan.items() if spec.config.dora]:
-        raise ValueError(
-            f"no spectrum: DoRA scales the columns of the base too (layers {listing(dora)}), so "
-            "that what was learned is more than a delta."
-        )
+    refuse_dora(
+        plan,
+        "decomposed",
+        "scales the columns of the base too, so that what was learned is more than a delta",
+    )
     norms = {
         path: on_host(_norms(value_of(leaves[join_path(path, spec.kernel_name)]), spec))
         for path, spec in plan.items()

@@ -19,10 +19,10 @@ from mora_jax._layers import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merge import check_merge
 from mora_jax._merge_loss import as_numbers
 from mora_jax._mesh import Places, places_of, put
-from mora_jax._params import Params, check_base, join
+from mora_jax._params import Params, check_base, join, refuse_dora
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._rounding import Rounding, check_rounding, neighbour, rounded
-from mora_jax._tree import flatten, is_adapter, listing, rebuild
+from mora_jax._tree import flatten, is_adapter, rebuild
 from mora_jax._variables import value_of, with_value
 
 #: Steps from round(W' - D) at which a kernel's number is looked for, the likeliest first: after
@@ -110,11 +110,12 @@ def unmerge_losses(
 def _joined(merged, adapters, plan, rounding, key) -> tuple[Params, jax.Array | None]:
     """Merged kernels beside their adapters, and the key if one is used; raises ValueError."""
     check_rounding(rounding, key)
-    if dora := [path for path, spec in plan.items() if spec.config.dora]:
-        raise ValueError(
-            f"not unmerged: DoRA divides by the norms of a kernel and its delta, and of the sum "
-            f"alone they are not known (layers {listing(dora)}). Keep the base."
-        )
+    refuse_dora(
+        plan,
+        "unmerged",
+        "divides by the norms of a kernel and its delta, and of the sum alone they are not "
+        "known. Keep the base",
+    )
     leaves = {path: leaf for path, leaf in flatten(adapters).items() if is_adapter(path)}
     check_base(plan, flatten(merged))
     params = join(merged, rebuild(leaves, adapters))

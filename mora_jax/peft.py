@@ -24,7 +24,7 @@ import numpy as np
 
 from mora_jax._config import LayerConfig
 from mora_jax._mesh import beside, sharding_of
-from mora_jax._params import Params, check_adapted, check_unadapted
+from mora_jax._params import Params, check_adapted, check_unadapted, refuse_dora
 from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, tensor_name
 from mora_jax._peft_read import check_modules, read
 from mora_jax._peft_write import config_for, write
@@ -79,11 +79,12 @@ def save_adapters(
             "not saved: an adapter's file has no place for parameters trained in full beside it, "
             f"{listing(dict(plan.also_train))}. checkpoint.save_adapters saves them."
         )
-    if dora := [path for path, spec in plan.items() if spec.config.dora]:
-        raise ValueError(
-            f"not saved: magnitudes of DoRA are relative to the base's here, and absolute in PEFT "
-            f"(layers {listing(dora)}). checkpoint.save_adapters saves them."
-        )
+    refuse_dora(
+        plan,
+        "saved",
+        "has magnitudes relative to the base's here, and absolute ones in PEFT. "
+        "checkpoint.save_adapters saves them",
+    )
     kernels, left = torch_kernels(_shapes(leaves), names)
     tensors, layers, schemes, ranks = {}, {}, {}, {}
     for (layer, spec), kernel in zip(plan.layers, plan.kernel_paths(), strict=True):

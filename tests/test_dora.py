@@ -272,9 +272,10 @@ def test_what_is_refused(tmp_path):
             },
             x,
         ),
-        "magnitudes of DoRA are relative": lambda: peft.save_adapters(
+        "not saved: DoRA": lambda: peft.save_adapters(
             tmp_path / "peft", params, plan, names=[peft.Name("kernel", "dense")]
         ),
+        "not decomposed: DoRA": lambda: mora_jax.spectrum(params, plan),
         "dora must be a bool": lambda: mora_jax.MoRAConfig(dora=1),  # pyright: ignore
         "magnitude must have shape (1, 6)": lambda: mora_jax.mora_dot_general(
             x, params["kernel"], DIMS, {**params["mora"], "magnitude": jnp.ones((1, 5))}, scheme

@@ -96,7 +96,8 @@ def test_two_processes_save_on_four_devices_for_two_and_for_one(whole, environme
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        several = ("--fsdp", 2, "--split-adapters", "--coordinator", f"localhost:{port}", "--processes", 2)
+        several = ("--fsdp", 2, "--split-adapters", "--processes", 2)
+        several += ("--coordinator", f"localhost:{port}")
         # The second may not read of what is compiled what the first is writing.
         compiled = shutil.copytree(environment[CACHE], tmp_path / f"compiled {port}")
         own = environment, {**environment, CACHE: str(compiled)}
