@@ -1,79 +1,196 @@
-"""The paper's pretraining: what is to be done next, random groups, runs that are cut off."""
+"""The paper's experiments: miniatures of each, what is to be done next, runs that are cut off."""
 
+import functools
 import json
 import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import mora_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "paper"))
 
+import biomedicine  # noqa: E402
+import mathematics  # noqa: E402
 import pretrain  # noqa: E402
 import recipes  # noqa: E402
+import study  # noqa: E402
+import training  # noqa: E402
+import uuid_pairs  # noqa: E402
 from results import Results  # noqa: E402
 
-FLAGS = {
-    "model": "tiny", "rank": 1, "steps": 2, "evaluate-every": 1, "merge-every": 1, "warmup": 0,
-    "rewarm": 1, "batch": 2, "length": 16, "held-out": 4, "save-every": 100, "seeds": 0,
-    "rates": 0.001, "text": ROOT / "LICENSE",
-}  # fmt: skip
 
-
-def run(folder, *flags, mode="train"):
+def flags_of(folder, **flags):
+    """The command line of a short training on one CPU."""
     folder.mkdir(exist_ok=True)
-    files = {"json": "runs.json", "out": "out", "picture": "runs.png"}
-    files = FLAGS | {name: folder / file for name, file in files.items()}
-    given = [part for name, value in files.items() for part in (f"--{name}", value)]
-    return [*map(str, (mode, *given, *flags))]
+    files = {"json": folder / "runs.json", "out": folder / "out", "picture": folder / "runs.png"}
+    flags = {"dtype": "float32", "rewarm": 1, "seeds": (0, 1), "model": "tiny", **files, **flags}
+    found = []
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else (value,)
+        found += ["--" + name.replace("_", "-"), *map(str, values)]
+    return found
+
+
+def trained(experiment, known, folder, **flags):
+    """(flags, results) of an experiment."""
+    args = experiment.parse_args(["train", *flags_of(folder, **flags)])
+    return args, study.train(args, experiment.make_task(args), known)
+
+
+SHORT = {
+    "rank": 1, "steps": 2, "evaluate_at": 1, "merge_every": 1, "warmup": 0, "batch": 2,
+    "length": 16, "held_out": 4, "save_every": 100, "text": ROOT / "LICENSE",
+}  # fmt: skip
 
 
 def test_a_run_that_is_cut_off_goes_on_and_random_groups_are_merged(tmp_path, monkeypatch):
     monkeypatch.setattr(Results, "next_of", lambda self, *_: None if self.runs else (0.01, 0))
     seen = []
-    merge = pretrain.Pretraining.merge
+    restart = training.Training.restart
+
+    def loss(task, state, plan, groups):
+        """Of the model that the parameters make, without its step."""
+        tokens = np.arange(34, dtype=np.int32).reshape(2, 17)
+        rows = training.Rows.whole(tokens)
+        return training.held_out_loss(task.base_model, task.merged(state, plan, groups), rows, 2)
 
     def checked(task, state, plan, groups, after, key):
         """The model is the same function before and after, in other groups."""
-        tokens = np.arange(68, dtype=np.int32).reshape(2, 2, 17)
-        before = task.evaluate(state.trainable, state.frozen, tokens, plan, groups)
-        state, plan = merge(task, state, plan, groups, after, key)
-        seen.append((before, task.evaluate(state.trainable, state.frozen, tokens, plan, after)))
+        before = loss(task, state, plan, groups)
+        state, plan = restart(task, state, plan, groups, after, key)
+        seen.append((before, loss(task, state, plan, after)))
         assert any((groups[path][0] != after[path][0]).any() for path in groups)
         return state, plan
 
-    monkeypatch.setattr(pretrain.Pretraining, "merge", checked)
+    monkeypatch.setattr(training.Training, "restart", checked)
 
-    def train(name, *flags):
-        flags = ("--methods", "random groups", *flags)
-        return pretrain.train(pretrain.parse_args(run(tmp_path / name, *flags)))
+    def train(name, **flags):
+        flags = {"methods": "random groups", "seeds": 0, **SHORT, **flags}
+        return trained(pretrain, recipes.RECIPES, tmp_path / name, **flags)[1]
 
     whole = train("whole")
-    assert not train("parts", "--minutes", 0).runs  # one step, and a merge
+    assert not train("parts", minutes=0).runs  # one step, and a merge
     parts = train("parts")
     (one,), (other,) = whole.runs, parts.runs
-    del one["seconds"], other["seconds"]
+    for run in (one, other):
+        del run["step_seconds"], run["compile_seconds"]
     assert one == other
-    assert [step for step, _ in one["curve"]] == [1, 2]
+    assert [found["step"] for found in one["curve"]] == [1, 2]
     # Twice 8 of 32, or 11 of 32 in the wider layers: the second groups add all that they can.
     assert one["rank"] == pytest.approx((4 * 16 + 3 * 22) / 7 / 32, abs=0.03)
     assert len(seen) == 2  # one of each
     np.testing.assert_allclose(*np.array(seen).T, rtol=1e-5)
     with pytest.raises(ValueError, match=r"of another setting: \{'rank': 1\}"):
-        train("whole", "--rank", 2)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *run(tmp_path / "whole", mode="plot")])
-    pretrain.main()
+        train("whole", rank=2)
+    args = pretrain.parse_args(["plot", *flags_of(tmp_path / "whole", **SHORT)])
+    study.main(args, pretrain.make_task, {}, lambda setting: pretrain.COLUMNS, pretrain.draw)
     assert (tmp_path / "whole" / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mora_memorises_what_lora_of_its_size_does_not(tmp_path, capsys):
+    """Table 2 in small: each at its own best rate, which lies within the rates that it tried."""
+    methods = {
+        "LoRA 8": recipes.Recipe(mora_jax.LowRank(), 8, 1.6e-2),
+        "sharing 8": recipes.Recipe(mora_jax.Sharing(), 8, 1.6e-2),
+    }
+    args, found = trained(
+        uuid_pairs, methods, tmp_path, methods=(*methods,), pairs=96, characters=6, steps=60,
+        evaluate_at=30, batch=96, warmup=5,
+    )  # fmt: skip
+    (lora,), (mora,) = (found.best(method) for method in args.methods)
+    assert lora["seed"] == mora["seed"] == 1
+    assert lora["trained"] <= mora["trained"] < 1.02 * lora["trained"]
+    lora_accuracy, mora_accuracy = (run["curve"][-1]["accuracy"] for run in (lora, mora))
+    assert mora_accuracy > 0.9
+    assert mora_accuracy > lora_accuracy + 0.3
+    assert mora["above"] > 16 > 8 >= lora["above"] > 7  # the spectrum of Figure 5
+    for run in (lora, mora):
+        assert min(found.rates(run["method"])) < run["rate"] < max(found.rates(run["method"]))
+    drawn = uuid_pairs.parse_args(["plot", *flags_of(tmp_path)])
+    study.main(drawn, uuid_pairs.make_task, {}, uuid_pairs.columns, uuid_pairs.draw)
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "| method | % at 30 | % at 60 |" in printed
+    assert f"| sharing 8 | {100 * mora['curve'][0]['accuracy']:.1f} |" in printed
+
+
+def test_problems_are_answered_at_chosen_rates_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Results, "next_of", lambda self, *_: [(2e-2, 0), (2e-2, 1), None][len(self.runs)]
+    )
+    for name in ("train", "test"):
+        rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, found = trained(
+        mathematics, recipes.FINETUNING, tmp_path, methods="DoRA on sharing 8", batch=4, steps=30,
+        merge_every=9, length=16, warmup=2, held_out=2, test_items=5, test_batch=2, new_tokens=8,
+        data=tmp_path / "train.jsonl", test=tmp_path / "test.jsonl",
+    )  # fmt: skip
+    chose, tested = found.runs
+    assert [found["step"] for found in tested["curve"]] == [0, 10, 20, 30]
+    assert tested["curve"][0]["loss"] > 5 > 3 > tested["cost"] == tested["curve"][-1]["loss"]
+    assert chose["curve"][-1].keys() == {"step", "loss"}
+    assert tested["curve"][-1].keys() == {"step", "loss", "test", "exact", "last_number"}
+    # Of the five that are tested, those that are trained on are learned by now.
+    assert tested["curve"][-1]["exact"] >= 0.4
+    mathematics.draw(found, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").exists()
+
+
+def test_biomedicine_holds_diseases_out_and_counts_the_likeliest_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Results, "next_of", lambda self, *_: [(2e-2, 0), (2e-2, 1), None][len(self.runs)]
+    )
+    names = [f"Disease {number}" for number in range(200)]
+    quads = [
+        {"question": ask.format(name), "answer": f"{name} is a disease. " * 3}
+        for name in names for ask in ("What is (are) {} ?", "Is {} inherited ?")
+    ]  # fmt: skip
+    studies = [
+        {"question": f"Is {i} odd?", "context": f"{i} is a number.", "answer": "maybe"}
+        for i in range(20)
+    ]
+    for name, rows in (("quad", quads), ("pub", studies)):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    args, found = trained(
+        biomedicine, recipes.FINETUNING, tmp_path, methods="ReMoRA 8", batch=8, steps=9, length=64,
+        merge_every=3, warmup=1, medquad=tmp_path / "quad", pubmedqa=tmp_path / "pub",
+    )  # fmt: skip
+    task, base = biomedicine.make_task(args), biomedicine.base_models.load("tiny")
+    held = [name for name in names if biomedicine.share(name.lower()) <= 0.05]
+    assert 3 < len(held) < 20
+    text = base.tokenizer.decode(np.ravel(task.rows(0).tokens).tolist())
+    assert not any(f"{name} is" in text for name in held)
+    assert sum(f"{name} is" in text for name in names) >= len(names) - len(held) - 1
+    assert sum(study["context"] in text for study in studies) in range(4, 17)
+    chose, tested = found.runs
+    assert chose["curve"][-1].keys() == {"step", "loss"}
+    assert tested["curve"][-1].keys() == {"step", "loss", "test", "right"}
+    assert tested["cost"] < tested["curve"][0]["loss"] - 1
+    # A model that has only these letters is right about every study that says maybe.
+    sure = jax.tree.map(jnp.zeros_like, base.params)
+    sure["norm"]["scale"] += 1
+    sure["embed_tokens"]["embedding"] += 1
+    letters = base.tokenizer.encode(" maybe").ids
+    sure["lm_head"]["kernel"] = sure["lm_head"]["kernel"].at[:, np.array(letters)].add(1)
+    assert task.measure(args.steps, 1, sure)["right"] == 1
+    biomedicine.draw(found, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").exists()
 
 
 def test_the_authors_two_and_four_groupings_go_round():
     config = pretrain.PRESETS["tiny"]
     model = pretrain.Llama(pretrain.dataclasses.replace(config, vocab_size=256))
-    assert pretrain.make_plan(recipes.RECIPES["full rank"], model, 2) is None
+    make_plan = functools.partial(training.make_plan, base_model=model, rank=2, also_train=None)
+    assert make_plan(recipes.RECIPES["full rank"]) is None
     for name, length in (("two groupings", 2), ("four groupings", 4), ("one grouping", 1)):
-        plans = [pretrain.make_plan(recipes.RECIPES[name], model, 2)]
+        plans = [make_plan(recipes.RECIPES[name])]
         for _ in range(length):
             plans.append(plans[-1].advance())
         assert plans[0] == plans[-1]
@@ -86,10 +203,10 @@ def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
     done = []
     while (todo := results.next_of("signs", [1, 2], [0, 1, 2])) is not None:
         rate, seed = todo
-        results.add({"method": "signs", "rate": rate, "seed": seed, "loss": losses[rate] + seed})
+        results.add({"method": "signs", "rate": rate, "seed": seed, "cost": losses[rate] + seed})
         done.append(todo)
     assert done == [(1, 0), (2, 0), (4, 0), (8, 0), (4, 1), (4, 2)]
-    assert [run["loss"] for run in Results.open(results.path).best("signs")] == [2.0, 3.0]
+    assert [run["cost"] for run in Results.open(results.path).best("signs")] == [2.0, 3.0]
     assert json.loads(results.path.read_text())["setting"] == {"seeds": [0, 1, 2]}
 
 

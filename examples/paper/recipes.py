@@ -1,4 +1,4 @@
-"""The ways to pretrain that are compared, and random groups, which the library has no scheme for.
+"""The ways to train that are compared, and random groups, which the library has no scheme for.
 
 Random groups are the bound that a regrouping can hope for: after every merge each feature of a
 layer is put into a group at random. The library's own delta does it between permuted features,
@@ -24,7 +24,7 @@ import numpy as np
 from flax import traverse_util
 
 import mora_jax
-from mora_jax import LowRank, Rotation, Sharing, scheme_from_mora_type
+from mora_jax import Decoupling, LowRank, Rotation, Sharing, Truncation, scheme_from_mora_type
 
 #: Path of a kernel -> (permutation of I, permutation of O).
 Groups = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -32,34 +32,70 @@ Groups = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One way to pretrain.
+    """One way to train.
 
     Attributes:
       scheme: of the adapters; None: every parameter is trained, without adapters.
+      rank: LoRA's, whose number of parameters the adapters have; None: what the flags say.
+      rate: the learning rate in the middle of the first three that are tried.
       cycle: as in `MoRAConfig`.
       merges: whether adapters are merged and restarted on the way.
       random: whether features are put into random groups, other ones after each merge.
+      dora: as in `MoRAConfig`.
     """
 
     scheme: mora_jax.Scheme | None
+    rank: int | None = None
+    rate: float = 2e-3
     cycle: Any = None
-    merges: bool = True
+    merges: bool = False
     random: bool = False
+    dora: bool = False
 
 
+#: From scratch.
 RECIPES = {
-    "full rank": Recipe(None, merges=False),
-    "LoRA": Recipe(LowRank(), merges=False),
-    "ReLoRA": Recipe(LowRank()),
-    "MoRA": Recipe(Sharing(), merges=False),
-    "one grouping": Recipe(Sharing()),
-    "two groupings": Recipe(Sharing(), (Sharing(), scheme_from_mora_type(2))),
-    "four groupings": Recipe(Sharing(), "groupings"),
-    "shifts": Recipe(Sharing(), "shifts"),
-    "signs": Recipe(Sharing(), "signs"),
-    "random groups": Recipe(Sharing(), random=True),
-    "rotation": Recipe(Rotation()),
-    "cycled rotation": Recipe(Rotation(cycle=True)),
+    "full rank": Recipe(None),
+    "LoRA": Recipe(LowRank()),
+    "ReLoRA": Recipe(LowRank(), merges=True),
+    "MoRA": Recipe(Sharing()),
+    "one grouping": Recipe(Sharing(), merges=True),
+    "two groupings": Recipe(Sharing(), cycle=(Sharing(), scheme_from_mora_type(2)), merges=True),
+    "four groupings": Recipe(Sharing(), cycle="groupings", merges=True),
+    "shifts": Recipe(Sharing(), cycle="shifts", merges=True),
+    "signs": Recipe(Sharing(), cycle="signs", merges=True),
+    "random groups": Recipe(Sharing(), merges=True, random=True),
+    "rotation": Recipe(Rotation(), merges=True),
+    "cycled rotation": Recipe(Rotation(cycle=True), merges=True),
+}
+
+#: MoRA's schemes with the rates at which each memorised UUIDs in a first look.
+SCHEMES = {
+    "sharing": (Sharing(), 1e-3),
+    "rotation": (Rotation(), 2e-3),
+    "cycled rotation": (Rotation(cycle=True), 2e-3),
+    "decoupling": (Decoupling(), 2e-3),
+    "truncation": (Truncation(), 2e-3),
+}
+
+
+def adapters(rank: int) -> dict[str, Recipe]:
+    """Adapters of a pretrained model that have as many parameters as LoRA of this rank."""
+    return {f"LoRA {rank}": Recipe(LowRank(), rank, 4e-3)} | {
+        f"{name} {rank}": Recipe(scheme, rank, rate) for name, (scheme, rate) in SCHEMES.items()
+    }
+
+
+#: Of a pretrained model, on text.
+FINETUNING = {
+    "all parameters": Recipe(None, rate=1e-4),
+    **adapters(8),
+    "ReLoRA 8": Recipe(LowRank(), 8, 4e-3, merges=True),
+    "ReMoRA 8": Recipe(Sharing(), 8, 1e-3, merges=True),
+    "DoRA 8": Recipe(LowRank(), 8, 4e-3, dora=True),
+    "DoRA on sharing 8": Recipe(Sharing(), 8, 1e-3, dora=True),
+    "LoRA 32": Recipe(LowRank(), 32, 2e-3),
+    "sharing 32": Recipe(Sharing(), 32, 5e-4),
 }
 
 

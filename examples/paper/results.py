@@ -1,14 +1,19 @@
-"""What the runs of pretrain.py gave: one JSON file, the next run to do, a table, a figure."""
+"""What runs gave: one JSON file for an experiment, the next run to do, a table, curves."""
 
 import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+#: A run as JSON holds it: method, rate, seed, cost, curve and more.
+Run = dict[str, Any]
+#: Head of a column -> the number of a run that stands there, or None where it has none.
+Columns = Mapping[str, Callable[[Run], float | None]]
 
 
 @dataclasses.dataclass
@@ -18,12 +23,12 @@ class Results:
     Attributes:
       path: of the file.
       setting: what all its runs have in common.
-      runs: as dicts: method, rate, seed, loss, curve, ranks and more.
+      runs: in the order in which they were done.
     """
 
     path: pathlib.Path
     setting: dict[str, Any]
-    runs: list[dict[str, Any]]
+    runs: list[Run]
 
     @classmethod
     def open(cls, path: pathlib.Path, setting: dict[str, Any] | None = None) -> "Results":
@@ -40,7 +45,7 @@ class Results:
             raise ValueError(f"{path} is of another setting: {there}. Give another --json.")
         return cls(path, fields["setting"], fields["runs"])
 
-    def add(self, run: dict[str, Any]) -> None:
+    def add(self, run: Run) -> None:
         """Adds a run and writes the file, whole or not at all."""
         self.runs.append(run)
         scratch = self.path.with_suffix(".partial")
@@ -48,7 +53,7 @@ class Results:
         scratch.write_text(f'{{"setting": {json.dumps(self.setting)},\n "runs": [\n{rows}\n]}}\n')
         os.replace(scratch, self.path)
 
-    def of(self, method: str, **wanted: Any) -> list[dict[str, Any]]:
+    def of(self, method: str, **wanted: Any) -> list[Run]:
         """The runs of one method that have these fields."""
         return [
             run
@@ -65,86 +70,109 @@ class Results:
         long as the best lies at an end. The other seeds then have that rate.
         """
         first, *others = seeds
-        losses = {run["rate"]: _finite(run["loss"]) for run in self.of(method, seed=first)}
-        if left := [rate for rate in rates if rate not in losses]:
+        costs = {run["rate"]: _finite(run["cost"]) for run in self.of(method, seed=first)}
+        if left := [rate for rate in rates if rate not in costs]:
             return left[0], first
-        best = min(losses, key=lambda rate: losses[rate])
-        if best == max(losses):
+        best = min(costs, key=lambda rate: costs[rate])
+        if best == max(costs):
             return 2 * best, first
-        if best == min(losses):
+        if best == min(costs):
             return best / 2, first
         done = {run["seed"] for run in self.of(method, rate=best)}
         return next(((best, seed) for seed in others if seed not in done), None)
 
-    def best(self, method: str) -> list[dict[str, Any]]:
-        """The runs of all seeds but the first at the rate that the first found best."""
-        first = self.setting["seeds"][0]
-        grid = self.of(method, seed=first)
-        if not grid:
+    def rates(self, method: str) -> dict[float, float]:
+        """Rate -> cost, of the seed that chooses among them; in rising order."""
+        runs = self.of(method, seed=self.setting["seeds"][0])
+        return {run["rate"]: run["cost"] for run in sorted(runs, key=lambda run: run["rate"])}
+
+    def best(self, method: str) -> list[Run]:
+        """The runs of all seeds but the first at the rate that the first found best.
+
+        The seed that chose the rate has seen its luck; it stands in only while it is alone.
+        """
+        costs = self.rates(method)
+        if not costs:
             return []
-        rate = min(grid, key=lambda run: _finite(run["loss"]))["rate"]
-        # The seed that chose the rate has seen its luck; it stands in only while it is alone.
-        runs = self.of(method, rate=rate)
-        return [run for run in runs if run["seed"] != first] or runs
+        runs = self.of(method, rate=min(costs, key=lambda rate: _finite(costs[rate])))
+        return [run for run in runs if run["seed"] != self.setting["seeds"][0]] or runs
+
+    @property
+    def methods(self) -> list[str]:
+        """Those that have runs, in the order in which they began."""
+        return [*dict.fromkeys(run["method"] for run in self.runs)]
 
 
-def _finite(loss: float | None) -> float:
-    return math.inf if loss is None or math.isnan(loss) else loss
+def _finite(cost: float | None) -> float:
+    return math.inf if cost is None or math.isnan(cost) else cost
 
 
-def table(results: Results) -> str:
-    """A line for each method, best first; losses as mean, lowest and highest over the seeds."""
-    lines = [
-        f"{'':16}{'loss':>8}{'low':>8}{'high':>8}{'seeds':>7}{'rate':>10}{'rank':>8}"
-        f"{'effective':>11}{'trained':>12}{'s':>7}"
-    ]
-    for method in ordered(results):
+def spread(numbers: Iterable[float | None], form: str) -> str:
+    """Mean, and where they differ, the lowest and the highest.
+
+    >>> spread([0.5, 0.25], ".0%"), spread([2, 2], ".1f"), spread([None], ".1f")
+    ('38% (25%-50%)', '2.0', '')
+    """
+    found = [number for number in numbers if number is not None]
+    if not found:
+        return ""
+    mean, low, high = (f"{x:{form}}" for x in (np.mean(found), min(found), max(found)))
+    return mean if low == high else f"{mean} ({low}-{high})"
+
+
+def table(results: Results, columns: Columns) -> str:
+    """Markdown: a line for each method; a column's format follows its head after a bar.
+
+    The grid of rates is shown with what each cost, the chosen one in bold type.
+    """
+    heads = [head.partition("|")[::2] for head in columns]
+    lines = ["| method | " + " | ".join(name for name, _ in heads) + " | seeds | rates: cost |"]
+    lines.append("| --- " * (len(heads) + 3) + "|")
+    for method in results.methods:
         runs = results.best(method)
-        losses = [_finite(run["loss"]) for run in runs]
-        mean = lambda name, runs=runs: np.mean([run[name] for run in runs])
-        lines.append(
-            f"{method:16}{np.mean(losses):8.4f}{min(losses):8.4f}{max(losses):8.4f}{len(runs):7}"
-            f"{runs[0]['rate']:10.2g}{mean('rank'):8.1%}{mean('effective_rank'):11.1%}"
-            f"{runs[0]['trained']:12,}{mean('seconds'):7.0f}"
+        cells = [
+            spread([number(run) for run in runs], form)
+            for (_, form), number in zip(heads, columns.values(), strict=True)
+        ]
+        grid = ", ".join(
+            f"**{rate:g}: {cost:.3f}**" if rate == runs[0]["rate"] else f"{rate:g}: {cost:.3f}"
+            for rate, cost in results.rates(method).items()
         )
+        seeds = f"{len(runs)}" if runs[0]["seed"] != results.setting["seeds"][0] else "the first"
+        lines.append(f"| {method} | {' | '.join(cells)} | {seeds} | {grid} |")
     return "\n".join(lines)
 
 
-def ordered(results: Results) -> list[str]:
-    """The methods that have runs, by their mean loss."""
-    methods = dict.fromkeys(run["method"] for run in results.runs)
-    return sorted(methods, key=lambda m: np.mean([_finite(r["loss"]) for r in results.best(m)]))
+#: Of every experiment.
+COST: Columns = {
+    "trained|,.0f": lambda run: run["trained"],
+    "ms a step|.1f": lambda run: 1000 * run["step_seconds"],
+    "GB|.1f": lambda run: run["bytes"] / 1e9,
+}
 
 
-def draw(results: Results, path: pathlib.Path) -> None:
-    """Held-out loss by step, and the rank of what was learned beside it."""
+def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) -> None:
+    """A measure by step: the mean over the seeds, and between its lowest and highest a shade."""
     from matplotlib import pyplot as plt
 
-    methods = ordered(results)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     colors = plt.get_cmap("tab20")(np.linspace(0, 1, 20))
-    for place, method in enumerate(methods):
-        runs = results.best(method)
-        curves = np.array([run["curve"] for run in runs], float)
-        steps, losses = curves[0, :, 0], curves[:, :, 1]
-        left.plot(steps, losses.mean(0), color=colors[place], label=method)
-        left.fill_between(steps, losses.min(0), losses.max(0), color=colors[place], alpha=0.2)
-        rank = np.mean([run["effective_rank"] for run in runs])
-        final = [run["loss"] for run in runs]
-        right.plot([100 * rank] * len(final), final, "o", color=colors[place])
-        right.annotate(method, (100 * rank, np.mean(final)), fontsize=7, xytext=(4, 2),
-                       textcoords="offset points")  # fmt: skip
-    left.set(xlabel="step", ylabel="held-out loss")
-    right.set(xlabel="effective rank of the whole update, % of full", ylabel="held-out loss")
-    left.legend(frameon=False, fontsize=7)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    setting = results.setting
-    seeds = max(len(results.best(method)) for method in methods)
-    figure.suptitle(
-        f"{setting['model']}, rank {setting['rank']}, {setting['steps']:,} steps of "
-        f"{setting['batch'] * setting['length']:,} tokens, a merge every {setting['merge_every']}; "
-        f"up to {seeds} seeds",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=120)
+    for number, method in enumerate(methods):
+        curves = [run["curve"] for run in results.best(method)]
+        steps = [measures["step"] for measures in curves[0] if name in measures]
+        values = np.array([[m[name] for m in curve if name in m] for curve in curves])
+        axes.plot(steps, values.mean(0), color=colors[number], label=method)
+        axes.fill_between(steps, values.min(0), values.max(0), color=colors[number], alpha=0.2)
+    axes.set_xlabel("step")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def note(results: Results) -> str:
+    """How many seeds stand behind a figure, and where some are missing, that they are."""
+    wanted = len(results.setting["seeds"]) - 1
+    found = [results.best(method) for method in results.methods]
+    first = results.setting["seeds"][0]
+    counts = [sum(run["seed"] != first for run in runs) for runs in found]
+    if min(counts, default=0) < wanted:
+        return f"partial: {min(counts, default=0)} to {max(counts, default=0)} of {wanted} seeds"
+    return f"{wanted} seeds, lowest to highest shaded"

@@ -1,0 +1,176 @@
+"""Goes on pretraining a model on biomedical text, by adapters of every kind.
+
+    python3 examples/paper/biomedicine.py train --medquad medquad.jsonl.xz \
+        --pubmedqa pubmedqa.jsonl --minutes 9
+    python3 examples/paper/biomedicine.py plot                 # from the JSON alone
+
+The continual pretraining of Table 1 of arXiv 2405.12130, with SmolLM2-135M. It is trained on the
+answers of MedQuAD (github.com/abachaa/MedQuAD, CC BY 4.0; JSON lines with `question` and `answer`)
+and the abstracts of half of PubMedQA (github.com/pubmedqa/pubmedqa, MIT licence; JSON lines with
+`question`, `context` and `answer`). MedQuAD asks the same of every disease in the same words, so a
+twentieth of the diseases is held out, not of the rows: half of them choose the rate, the others
+are the test. Of the questions of PubMedQA's other half those are right whose answer is likelier
+than the two others (yes, no, maybe); nothing is generated.
+"""
+
+import argparse
+import hashlib
+import json
+import lzma
+import os
+import pathlib
+import re
+import sys
+from typing import Any
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+import base_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import study
+from recipes import FINETUNING
+from results import COST, Columns, Results, draw_curves, note
+from training import Rows, held_out_loss, losses
+from trial import Measures, Task
+
+import text
+from llama import Llama
+
+#: What MedQuAD asks, up to the disease.
+_ASKS = re.compile(
+    r"(what (is \(are\)|causes|to do for|is the outlook for"
+    r"|are the (symptoms of|treatments for|stages of|complications of)"
+    r"|are the genetic changes related to|research \(or clinical trials\) is being done for)"
+    r"|how many people are affected by|how to (diagnose|prevent)|who is at risk for|is"
+    r"|do you have information about) +",
+    re.IGNORECASE,
+)
+
+COLUMNS: Columns = {
+    "test loss|.4f": lambda run: run["curve"][-1].get("test"),
+    "PubMedQA right, %|.1f": lambda run: 100 * run["curve"][-1]["right"]
+    if "right" in run["curve"][-1] else None,
+    "held-out loss|.4f": lambda run: run["cost"],
+    **COST,
+}  # fmt: skip
+
+CHOICES = (" yes", " no", " maybe")
+
+token_losses = jax.jit(losses, static_argnums=0)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags; `--help` prints them."""
+    parser = study.parser_of(__file__, FINETUNING, "Goes on pretraining on biomedical text.")
+    add = parser.add_argument
+    add("--model", choices=base_models.NAMES, default="smollm2")
+    add("--medquad", type=pathlib.Path, help="JSON lines, plain or .xz; needed for train")
+    add("--pubmedqa", type=pathlib.Path, help="JSON lines, plain or .xz; needed for train")
+    parser.set_defaults(steps=800, batch=32, length=512, merge_every=200, warmup=50)
+    args = parser.parse_args(arguments)
+    if args.mode == "train" and not (args.medquad and args.pubmedqa):
+        parser.error("train needs --medquad and --pubmedqa")
+    args.evaluate_at = args.evaluate_at or [0, args.steps // 4, args.steps // 2]
+    return args
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    """The objects of a file of JSON lines, which may be compressed."""
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def disease(question: str) -> str:
+    """What a question of MedQuAD is about, in small letters.
+
+    >>> disease("What are the symptoms of Hairy Cell Leukemia ?"), disease("Is Gout inherited ?")
+    ('hairy cell leukemia', 'gout')
+    """
+    about = _ASKS.sub("", question, count=1).strip(" ?").lower()
+    return about.removesuffix(" inherited").strip()
+
+
+def share(name: str) -> float:
+    """A number from 0 to 1 that is a function of the name alone."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def make_task(args: argparse.Namespace) -> Task:
+    """Windows of text, and questions."""
+    base = base_models.load(args.model)
+    base_model = Llama(base.config, dtype=args.dtype, param_dtype="float32")
+    encode = lambda document: base.tokenizer.encode(document, add_special_tokens=False).ids
+
+    def windows(documents: list[str]) -> Rows:
+        order = np.random.default_rng(0).permutation(len(documents))
+        shuffled = (documents[number] for number in order)
+        cut = text.Windows.cut(shuffled, encode, base.end_token, args.length, 0)
+        return Rows.whole(cut.tokens)
+
+    parts: tuple[list[str], ...] = ([], [], [])
+    for row in read(args.medquad):
+        place = share(disease(row["question"]))
+        parts[0 if place > 0.05 else 1 if place > 0.025 else 2].append(row["answer"])
+    studies = read(args.pubmedqa)
+    asked = [row for row in studies if share(row["question"]) < 0.5]
+    parts[0].extend(row["context"] for row in studies if share(row["question"]) >= 0.5)
+    trained, chosen_by, test = map(windows, parts)
+    print(
+        f"{trained.tokens.size:,} tokens to train on, {chosen_by.tokens.size:,} choose the rate, "
+        f"{test.tokens.size:,} and {len(asked):,} questions test"
+    )
+    choices = _choices(asked, encode, args.length)
+    wanted = np.array([CHOICES.index(" " + row["answer"]) for row in asked])
+
+    def measure(step: int, seed: int, params: Any) -> Measures:
+        found = {"loss": float(held_out_loss(base_model, params, chosen_by, args.batch))}
+        if step == args.steps and seed != args.seeds[0]:
+            found["test"] = float(held_out_loss(base_model, params, test, args.batch))
+            surprise = [
+                token_losses(base_model, params, jax.tree.map(lambda x, at=at: x[at], choices))
+                for at in np.arange(len(choices.tokens)).reshape(-1, len(CHOICES))
+            ]
+            likeliest = np.stack(surprise).sum(-1).argmin(-1)
+            found["right"] = float((likeliest == wanted).mean())
+        return found
+
+    return Task(
+        base_model=base_model,
+        start=lambda seed: jax.tree.map(jnp.asarray, base.params),
+        rows=lambda seed: trained,
+        measure=measure,
+        cost=lambda curve: curve[-1]["loss"],
+        finish=lambda before, after, adapted, plan: {},
+    )
+
+
+def _choices(asked: list[dict[str, str]], encode: text.Encode, length: int) -> Rows:
+    """Each question with each answer, of which the answer's tokens alone are learned."""
+    rows = Rows(np.zeros((len(asked) * len(CHOICES), length + 1), np.int32),
+                np.zeros((len(asked) * len(CHOICES), length + 1), bool))  # fmt: skip
+    numbers = iter(range(len(rows.tokens)))
+    for row in asked:
+        question = encode(f"\nQuestion: {row['question']}\nAnswer:")
+        for choice in map(encode, CHOICES):
+            number, room = next(numbers), length + 1 - len(question) - len(choice)
+            found = [*encode(row["context"])[:room], *question, *choice]
+            rows.tokens[number, : len(found)] = found
+            rows.learned[number, len(found) - len(choice) : len(found)] = True
+    return rows
+
+
+def draw(results: Results, path: pathlib.Path) -> None:
+    """Held-out loss by step."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    draw_curves(axes, results, results.methods, "loss")
+    axes.set_ylabel("loss of text on held-out diseases")
+    axes.set_title(f"{results.setting['model']}; {note(results)}", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    study.main(parse_args(), make_task, FINETUNING, lambda setting: COLUMNS, draw)

@@ -1,0 +1,134 @@
+"""Fine-tunes a pretrained model on worked grade-school problems, by adapters of every kind.
+
+    python3 examples/paper/mathematics.py train --data train.jsonl --test test.jsonl --minutes 9
+    python3 examples/paper/mathematics.py plot                 # from the JSON alone
+
+The mathematics of Table 1 of arXiv 2405.12130, and its table of compressions (Table 4), with
+SmolLM2-135M. The files are those of GSM8K (github.com/openai/grade-school-math, MIT licence);
+without them reasoning-gym makes problems of the kind. A rate is chosen by the loss of problems held
+out of the training files; only runs at chosen rates answer those of the test, greedily, and an
+answer counts if it ends in the right number after `####`.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import sys
+from typing import Any
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+import base_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import study
+from recipes import FINETUNING
+from results import COST, Columns, Results, draw_curves, note
+from training import Rows, held_out_loss
+from trial import Measures, Task
+
+import chat_data
+import prompts
+import solve
+from llama import Llama
+
+COLUMNS: Columns = {
+    "right, %|.1f": lambda run: 100 * run["curve"][-1]["exact"] if "exact" in run["curve"][-1]
+    else None,
+    "test loss|.4f": lambda run: run["curve"][-1].get("test"),
+    "held-out loss|.4f": lambda run: run["cost"],
+    **COST,
+}  # fmt: skip
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags; `--help` prints them."""
+    parser = study.parser_of(__file__, FINETUNING, "Fine-tunes on grade-school mathematics.")
+    add = parser.add_argument
+    add("--model", choices=base_models.NAMES, default="smollm2")
+    add("--data", type=pathlib.Path, help="JSON lines; by default problems that are made")
+    add("--test", type=pathlib.Path, help="JSON lines, with --data")
+    add("--prompt-field", default="question")
+    add("--response-field", default="answer")
+    add("--pairs", type=int, default=7000, help="how many are made without --data")
+    add("--held-out", type=int, default=200, help="pairs to choose rates by")
+    add("--test-items", type=int, default=1319)
+    add("--new-tokens", type=int, default=256, help="of an answer at most")
+    add("--test-batch", type=int, default=660, help="prompts that are answered at a time")
+    parser.set_defaults(steps=690, batch=32, length=384, merge_every=173, warmup=50)
+    args = parser.parse_args(arguments)
+    if (args.data is None) != (args.test is None):
+        parser.error("--data goes with --test")
+    args.evaluate_at = args.evaluate_at or [0, args.steps // 3, args.steps * 2 // 3]
+    return args
+
+
+def make_task(args: argparse.Namespace) -> Task:
+    """Problems, a row each."""
+    base = base_models.load(args.model)
+    base_model = Llama(base.config, dtype=args.dtype, param_dtype="float32")
+    fields = args.prompt_field, args.response_field
+    if args.data:
+        pairs, tested = (prompts.read_pairs(path, *fields) for path in (args.data, args.test))
+    else:
+        made = prompts.gsm_symbolic(args.pairs + args.test_items, seed=0)
+        pairs, tested = prompts.hold_out(made, args.test_items)
+    pairs, held_out = prompts.hold_out(pairs, args.held_out)
+    special = [token.content for token in base.tokenizer.get_added_tokens_decoder().values()]
+    template = prompts.make_template(None if special else "{prompt}\n", special)
+    encode = functools.partial(chat_data.encode, tokenizer=base.tokenizer, template=template,
+                               end_token=base.end_token)  # fmt: skip
+    tested = tested[: args.test_items]
+    examples = encode(tested)
+
+    def rows_of(encoded: list[chat_data.Example]) -> Rows:
+        packed = chat_data.pack(encoded, args.length, packing=False)
+        return Rows(packed.tokens, packed.response)
+
+    trained, chosen_by, test = rows_of(encode(pairs)), rows_of(encode(held_out)), rows_of(examples)
+    print(
+        f"{len(trained.tokens):,} of {len(pairs):,} pairs are no longer than {args.length} tokens "
+        f"and trained on; {len(chosen_by.tokens):,} choose the rate; {len(tested):,} test"
+    )
+
+    def measure(step: int, seed: int, params: Any) -> Measures:
+        found = {"loss": float(held_out_loss(base_model, params, chosen_by, args.batch))}
+        if step == args.steps and seed != args.seeds[0]:
+            found["test"] = float(held_out_loss(base_model, params, test, args.batch))
+            answers = solve.solve(base_model, params, examples, base.tokenizer, base.end_token,
+                                  args.test_batch, args.new_tokens)  # fmt: skip
+            found |= solve.accuracy(answers, [pair.response for pair in tested])
+        return found
+
+    return Task(
+        base_model=base_model,
+        start=lambda seed: jax.tree.map(jnp.asarray, base.params),
+        rows=lambda seed: trained,
+        measure=measure,
+        cost=lambda curve: curve[-1]["loss"],
+        finish=lambda before, after, adapted, plan: {},
+    )
+
+
+def draw(results: Results, path: pathlib.Path) -> None:
+    """Held-out loss by step, and the answers that were right."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    draw_curves(left, results, results.methods, "loss")
+    left.set_ylabel("loss of held-out answers")
+    for place, line in enumerate(left.get_lines()):
+        runs = results.best(line.get_label())
+        found = [100 * run["curve"][-1].get("exact", np.nan) for run in runs]
+        right.plot(found, [place] * len(found), "o", color=line.get_color())
+    right.set_yticks(range(len(results.methods)), results.methods, fontsize=8)
+    right.set_xlabel(f"of {results.setting['test_items']:,} test answers right, %")
+    right.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{results.setting['model']}; {note(results)}", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    study.main(parse_args(), make_task, FINETUNING, lambda setting: COLUMNS, draw)

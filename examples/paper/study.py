@@ -1,0 +1,106 @@
+"""What every experiment here does: flags, runs one after the other, JSON, a table, a figure.
+
+Runs that are done stand in the JSON. One that was cut off, by the time allowed or by a kill, goes
+on from its last checkpoint: the same command is given again until it says that all is done.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+from recipes import Recipe
+from results import Columns, Results, table
+from training import CompiledSteps, Training, make_optimizer, make_plan
+from trial import Task, Trial, run
+
+#: What the losses do not depend on.
+FREE = {"mode", "methods", "minutes", "json", "picture", "out", "save_every"}
+
+
+def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.ArgumentParser:
+    """The flags that all experiments have.
+
+    Args:
+      file: the experiment's; its results lie beside it.
+      methods: what it can compare.
+      does: for `--help`.
+    """
+    parser = argparse.ArgumentParser(
+        description=does, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    here = pathlib.Path(file)
+    add = parser.add_argument
+    add("mode", choices=["train", "plot"], help="plot draws what the JSON holds")
+    add("--methods", nargs="+", choices=methods, default=[*methods])
+    add("--steps", type=int)
+    add("--batch", type=int, help="rows in a step")
+    add("--length", type=int, help="tokens of a row")
+    add("--evaluate-at", type=int, nargs="+", default=[], help="steps, beside the last")
+    add("--merge-every", type=int, help="steps; only of the methods that merge")
+    add("--warmup", type=int, help="steps")
+    add("--rewarm", type=int, default=25, help="steps of the climb after a merge")
+    add("--clip", type=float, default=1.0, help="norm that gradients are clipped to")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="the first chooses the rate")
+    add("--dtype", default="bfloat16", help="of the computation; parameters are float32")
+    add("--minutes", type=float, default=1e9, help="after these, save and end")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints of a run")
+    add("--out", type=pathlib.Path, default=pathlib.Path("results", here.stem),
+        help="a directory for the run that is under way")  # fmt: skip
+    add("--json", type=pathlib.Path, default=here.with_suffix(".json"))
+    add("--picture", type=pathlib.Path, default=here.with_suffix(".png"))
+    return parser
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the losses depend on, by name, as JSON holds it."""
+    plain = lambda x: [str(part) for part in x] if isinstance(x, list) and x and isinstance(
+        x[0], pathlib.Path) else str(x) if isinstance(x, pathlib.Path) else x  # fmt: skip
+    return {name: plain(value) for name, value in vars(args).items() if name not in FREE}
+
+
+def train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -> Results:
+    """Does what there is left to do, for as long as it may."""
+    deadline = time.monotonic() + 60 * args.minutes
+    setting = settings(args)
+    results = Results.open(args.json, setting)
+    for method in args.methods:
+        recipe = methods[method]
+        plan = make_plan(recipe, task.base_model, getattr(args, "rank", 0), task.also_train)
+        training = Training(task.base_model, recipe, make_optimizer(args.clip, plan))
+        steps_of = CompiledSteps(training)
+        rates = [recipe.rate / 2, recipe.rate, 2 * recipe.rate]
+        while (todo := results.next_of(method, rates, args.seeds)) is not None:
+            rate, seed = todo
+            folder = args.out.absolute() / f"{method} {rate:g} {seed}".replace(" ", "_")
+            trial = Trial(method, rate, seed, setting, folder)
+            done = run(args, task, training, steps_of, plan, trial, deadline)
+            if done is None:
+                print("the time is over; the same command goes on")
+                return results
+            results.add(done)
+            print(f"{method}, rate {rate:g}, seed {seed}: cost {done['cost']:.4f}", flush=True)
+    print("all is done")
+    return results
+
+
+def main(
+    args: argparse.Namespace,
+    make_task: Callable[[argparse.Namespace], Task],
+    methods: Mapping[str, Recipe],
+    columns: Callable[[dict[str, Any]], Columns],
+    draw: Callable[[Results, pathlib.Path], None],
+) -> None:
+    """Trains, or draws what was trained."""
+    if args.mode == "train":
+        results = train(args, make_task(args), methods)
+    else:
+        results = Results.open(args.json)
+        draw(results, args.picture)
+    if results.runs:
+        print(table(results, columns(results.setting)))

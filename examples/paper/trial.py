@@ -1,0 +1,215 @@
+"""One run of one method: from its start, or from its last checkpoint, to its line of results."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from etils import epath
+from recipes import Groups, draw_groups, inverse, permuted
+from training import CompiledSteps, Rows, Training, make_schedule, parted
+
+import mora_jax
+import text
+from llama import Llama
+from train_checkpoints import Checkpoints
+from train_state import TrainState
+
+#: What an evaluation found, by name; with the step it was made at.
+Measures = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """What all methods are trained for.
+
+    Attributes:
+      base_model: the model.
+      start: seed -> its parameters, new arrays.
+      rows: seed -> what is trained on.
+      measure: (step, seed, parameters of the base model) -> what they are worth.
+      cost: what is measured over a run -> what the best rate has least of.
+      finish: (parameters at the start, those at the end without adapters, those with, plan) ->
+        what else is told of a run. The plan is None where there are no adapters.
+      also_train: pattern of parameters trained in full beside adapters.
+    """
+
+    base_model: Llama
+    start: Callable[[int], Any]
+    rows: Callable[[int], Rows]
+    measure: Callable[[int, int, Any], Measures]
+    cost: Callable[[list[Measures]], float]
+    finish: Callable[[Any, Any, Any, mora_jax.Plan | None], dict[str, Any]]
+    also_train: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trial:
+    """One run.
+
+    Attributes:
+      method: its name.
+      rate: of learning, at its height.
+      seed: of the adapters' start and of the order of the rows.
+      settings: what its losses depend on beside those, by name.
+      folder: for its checkpoints, while it is under way.
+    """
+
+    method: str
+    rate: float
+    seed: int
+    settings: dict[str, Any]
+    folder: pathlib.Path
+
+
+class Progress:
+    """What a run tells of itself, kept beside its checkpoints.
+
+    Attributes:
+      curve: what was measured, with the steps.
+      pace: (steps, seconds) of the stretches between, evaluations and compilations left out.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self.curve: list[Measures] = []
+        self.pace: list[tuple[int, float]] = []
+
+    def save(self) -> None:
+        """Writes it."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps([self.curve, self.pace]))
+
+    def load(self, step: int) -> None:
+        """Reads it, as it was at a step."""
+        self.curve, self.pace = json.loads(self._path.read_text())
+        self.curve = [measures for measures in self.curve if measures["step"] <= step]
+
+    @property
+    def step_seconds(self) -> float:
+        """Of the median stretch, the mean of its steps."""
+        return float(np.median([seconds / steps for steps, seconds in self.pace]))
+
+
+def run(
+    args: argparse.Namespace,
+    task: Task,
+    training: Training,
+    steps_of: CompiledSteps,
+    start: mora_jax.Plan | None,
+    trial: Trial,
+    deadline: float,
+) -> dict[str, Any] | None:
+    """Trains; None where the time is over before the end.
+
+    Args:
+      args: the flags.
+      task: what for.
+      training: the method's.
+      steps_of: its compiled steps.
+      start: its adapters at the start.
+      trial: the run.
+      deadline: by `time.monotonic`.
+    """
+    recipe, seed = training.recipe, trial.seed
+    rows = task.rows(seed)
+    order = text.Windows(rows.tokens, seed)
+    rows = jax.tree.map(jnp.asarray, rows)
+    initial, plan = task.start(seed), start
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    merges = mora_jax.merge_steps(args.steps, args.merge_every) if recipe.merges else ()
+    schedule = make_schedule(args, recipe, trial.rate)
+    measured = {*args.evaluate_at, args.steps}
+
+    def groups_at(step: int) -> Groups:
+        before = sum(merge <= step for merge in merges)
+        return draw_groups(start, seed, before) if start and recipe.random else {}
+
+    def begin() -> TrainState:
+        # A copy, for merges give up the kernels that they change.
+        params: Any = permuted(jax.tree.map(jnp.copy, initial), inverse(groups_at(0)))
+        if start is not None:
+            params = mora_jax.attach(start, params, key=key)
+        trainable, _, frozen = parted(params, start, None)
+        return TrainState(trainable, training.optimizer.init(trainable), frozen)
+
+    state, first, progress = begin(), 0, Progress(trial.folder / "progress.json")
+    name = {"method": trial.method, "rate": trial.rate, "seed": seed}
+    # Of a base that stays as it was, no checkpoint need hold a copy.
+    with Checkpoints(epath.Path(trial.folder), run=trial.settings | name,
+                     keeps_base=recipe.merges, keep=1, say=tqdm.tqdm.write) as saved:  # fmt: skip
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        if (restored := saved.restore(jax.eval_shape(lambda: state), places)) is not None:
+            first, found, plan = restored
+            state = found if recipe.merges else found._replace(frozen=state.frozen)
+            progress.load(first)
+        groups, paused = groups_at(first), (first, time.monotonic())
+        bar = tqdm.tqdm(desc=f"{trial.method}, {trial.rate:g}, seed {seed}", initial=first,
+                        total=args.steps, mininterval=5, leave=False)  # fmt: skip
+
+        def pause(step: int) -> None:
+            """Ends a stretch that is timed."""
+            nonlocal paused
+            jax.block_until_ready(state.trainable)
+            if step > paused[0]:
+                progress.pace.append((step - paused[0], time.monotonic() - paused[1]))
+
+        if 0 in measured and not first:
+            progress.curve.append({"step": 0, **task.measure(0, seed, initial)})
+            paused = 0, time.monotonic()
+        for step in range(first + 1, args.steps + 1):
+            index = jnp.asarray(order.rows((step - 1) * args.batch, args.batch))
+            given = (
+                (state.trainable, state.opt_state), state.frozen, rows, index,
+                jnp.asarray(schedule(step - 1), jnp.float32),
+            )  # fmt: skip
+            compile_began = time.monotonic()
+            step_once = steps_of.of(*given, plan, groups)
+            paused = paused[0], paused[1] + time.monotonic() - compile_began
+            (trainable, opt_state), loss = step_once(*given, groups)
+            state = TrainState(trainable, opt_state, state.frozen)
+            bar.update()
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{float(loss):.4f}")  # waits: the clock is to be true
+            if step in measured:
+                pause(step)
+                found = task.measure(step, seed, training.merged(state, plan, groups))
+                progress.curve.append({"step": step, **found})
+                paused = step, time.monotonic()
+            if step in merges:
+                pause(step)
+                after = groups_at(step)
+                merge_key = jax.random.fold_in(key, step)
+                state, plan = training.restart(state, plan, groups, after, merge_key)
+                groups, paused = after, (step, time.monotonic())
+            over = time.monotonic() > deadline
+            if step < args.steps and (over or step % args.save_every == 0):
+                pause(step)
+                progress.save()
+                saved.save(step, state, plan)
+                paused = step, time.monotonic()
+                if over:
+                    return None
+        bar.close()
+    adapted = mora_jax.join(state.trainable, state.frozen)
+    final = training.merged(state, plan, groups)
+    shutil.rmtree(trial.folder, ignore_errors=True)
+    return {
+        **name, "cost": task.cost(progress.curve), "curve": progress.curve,
+        **task.finish(initial, final, adapted, plan),
+        "trained": sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
+        "step_seconds": progress.step_seconds, "compile_seconds": steps_of.seconds,
+        "bytes": steps_of.bytes, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+    }  # fmt: skip
