@@ -22,7 +22,7 @@ import recipes  # noqa: E402
 import study  # noqa: E402
 import training  # noqa: E402
 import uuid_pairs  # noqa: E402
-from results import Results  # noqa: E402
+from results import COST, Results, table  # noqa: E402
 
 
 def flags_of(folder, **flags):
@@ -78,8 +78,6 @@ def test_a_run_that_is_cut_off_goes_on_and_random_groups_are_merged(tmp_path, mo
     assert not train("parts", minutes=0).runs  # one step, and a merge
     parts = train("parts")
     (one,), (other,) = whole.runs, parts.runs
-    for run in (one, other):
-        del run["step_seconds"], run["compile_seconds"]
     assert one == other
     assert [found["step"] for found in one["curve"]] == [1, 2]
     # Twice 8 of 32, or 11 of 32 in the wider layers: the second groups add all that they can.
@@ -199,7 +197,7 @@ def test_the_authors_two_and_four_groupings_go_round():
 
 def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
     losses = {1: 3.0, 2: 2.0, 4: 1.0, 8: float("nan")}
-    results = Results(tmp_path / "runs.json", {"seeds": [0, 1, 2]}, [])
+    results = Results(tmp_path / "runs.json", {"seeds": [0, 1, 2]})
     done = []
     while (todo := results.next_of("signs", [1, 2], [0, 1, 2])) is not None:
         rate, seed = todo
@@ -208,6 +206,21 @@ def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
     assert done == [(1, 0), (2, 0), (4, 0), (8, 0), (4, 1), (4, 2)]
     assert [run["cost"] for run in Results.open(results.path).best("signs")] == [2.0, 3.0]
     assert json.loads(results.path.read_text())["setting"] == {"seeds": [0, 1, 2]}
+
+
+def test_two_programs_write_one_file_and_steps_are_timed(tmp_path):
+    one, other = (Results(tmp_path / "runs.json", {"seeds": [0]}) for _ in range(2))
+    one.add({"method": "MoRA", "rate": 1, "seed": 0, "cost": 2.0})
+    other.add({"method": "LoRA", "rate": 1, "seed": 0, "cost": 3.0})
+    assert other.methods == Results.open(one.path).methods == ["MoRA", "LoRA"]
+    flags = {"pairs": 4, "characters": 2, "steps": 1, "batch": 4, "methods": "LoRA 8"}
+    args = uuid_pairs.parse_args(["time", *flags_of(tmp_path / "timed", **flags)])
+    timed = study.time_steps(args, uuid_pairs.make_task(args), uuid_pairs.METHODS)
+    timed.add({"method": "LoRA 8", "rate": 1, "seed": 0, "cost": 1.0, "curve": [], "trained": 7})
+    found = Results.open(args.json).times["LoRA 8"]
+    assert found["milliseconds"] == pytest.approx(np.median(found["stretches"]), abs=1e-3)
+    cells = f"| LoRA 8 | 7 | {found['milliseconds']:.1f} | 0.0 | the first | **1: 1.000** |"
+    assert cells in table(timed, COST)
 
 
 def test_permutations_are_undone():

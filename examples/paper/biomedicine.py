@@ -66,12 +66,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = study.parser_of(__file__, FINETUNING, "Goes on pretraining on biomedical text.")
     add = parser.add_argument
     add("--model", choices=base_models.NAMES, default="smollm2")
-    add("--medquad", type=pathlib.Path, help="JSON lines, plain or .xz; needed for train")
-    add("--pubmedqa", type=pathlib.Path, help="JSON lines, plain or .xz; needed for train")
+    add("--medquad", type=pathlib.Path, help="JSON lines, plain or .xz; not for plot")
+    add("--pubmedqa", type=pathlib.Path, help="JSON lines, plain or .xz; not for plot")
     parser.set_defaults(steps=800, batch=32, length=512, merge_every=200, warmup=50)
     args = parser.parse_args(arguments)
-    if args.mode == "train" and not (args.medquad and args.pubmedqa):
-        parser.error("train needs --medquad and --pubmedqa")
+    if args.mode != "plot" and not (args.medquad and args.pubmedqa):
+        parser.error(f"{args.mode} needs --medquad and --pubmedqa")
     args.evaluate_at = args.evaluate_at or [0, args.steps // 4, args.steps // 2]
     return args
 

@@ -1,6 +1,10 @@
-"""What runs gave: one JSON file for an experiment, the next run to do, a table, curves."""
+"""What runs gave: one JSON file for an experiment, the next run to do, a table, curves.
+
+Several programs may write one file, each the runs of other methods.
+"""
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -24,11 +28,13 @@ class Results:
       path: of the file.
       setting: what all its runs have in common.
       runs: in the order in which they were done.
+      times: method -> what a step took, on a device that did nothing else.
     """
 
     path: pathlib.Path
     setting: dict[str, Any]
-    runs: list[Run]
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    times: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, path: pathlib.Path, setting: dict[str, Any] | None = None) -> "Results":
@@ -38,20 +44,30 @@ class Results:
           ValueError: the file is of another setting.
         """
         if not path.exists():
-            return cls(path, setting or {}, [])
+            return cls(path, setting or {})
         fields = json.loads(path.read_text())
         if setting is not None and fields["setting"] != setting:
             there = {k: v for k, v in fields["setting"].items() if setting.get(k) != v}
             raise ValueError(f"{path} is of another setting: {there}. Give another --json.")
-        return cls(path, fields["setting"], fields["runs"])
+        return cls(path, fields["setting"], fields["runs"], fields["times"])
 
-    def add(self, run: Run) -> None:
-        """Adds a run and writes the file, whole or not at all."""
-        self.runs.append(run)
-        scratch = self.path.with_suffix(".partial")
-        rows = ",\n".join("  " + json.dumps(run) for run in self.runs)
-        scratch.write_text(f'{{"setting": {json.dumps(self.setting)},\n "runs": [\n{rows}\n]}}\n')
-        os.replace(scratch, self.path)
+    def add(self, run: Run | None = None, times: Mapping[str, dict[str, Any]] = {}) -> None:
+        """Adds a run, or times, to what the file holds by now, and writes it whole."""
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            there = Results.open(self.path, self.setting)
+            self.runs = there.runs + ([run] if run else [])
+            self.times = {**there.times, **times}
+            scratch = self.path.with_suffix(".partial")
+            rows = ",\n".join("  " + json.dumps(run) for run in self.runs)
+            timed = ",\n".join(
+                f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in self.times.items()
+            )
+            scratch.write_text(
+                f'{{"setting": {json.dumps(self.setting)},\n "times": {{\n{timed}\n}},\n'
+                f' "runs": [\n{rows}\n]}}\n'
+            )
+            os.replace(scratch, self.path)
 
     def of(self, method: str, **wanted: Any) -> list[Run]:
         """The runs of one method that have these fields."""
@@ -131,7 +147,7 @@ def table(results: Results, columns: Columns) -> str:
     for method in results.methods:
         runs = results.best(method)
         cells = [
-            spread([number(run) for run in runs], form)
+            spread([number(results.times.get(method, {}) | run) for run in runs], form)
             for (_, form), number in zip(heads, columns.values(), strict=True)
         ]
         grid = ", ".join(
@@ -146,8 +162,8 @@ def table(results: Results, columns: Columns) -> str:
 #: Of every experiment.
 COST: Columns = {
     "trained|,.0f": lambda run: run["trained"],
-    "ms a step|.1f": lambda run: 1000 * run["step_seconds"],
-    "GB|.1f": lambda run: run["bytes"] / 1e9,
+    "ms a step|.1f": lambda run: run.get("milliseconds"),
+    "GB|.1f": lambda run: run.get("gigabytes"),
 }
 
 

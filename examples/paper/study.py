@@ -1,7 +1,9 @@
 """What every experiment here does: flags, runs one after the other, JSON, a table, a figure.
 
 Runs that are done stand in the JSON. One that was cut off, by the time allowed or by a kill, goes
-on from its last checkpoint: the same command is given again until it says that all is done.
+on from its last checkpoint: the same command is given again until it says that all is done. Several
+programs may train at a time, with other `--methods` and another `--out` each; `time` is for a
+device that does nothing else.
 """
 
 import argparse
@@ -14,10 +16,16 @@ from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from recipes import Recipe
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from recipes import Recipe, draw_groups
 from results import Columns, Results, table
 from training import CompiledSteps, Training, make_optimizer, make_plan
-from trial import Task, Trial, run
+from trial import Task, Trial, begin, run
+
+import mora_jax
 
 #: What the losses do not depend on.
 FREE = {"mode", "methods", "minutes", "json", "picture", "out", "save_every"}
@@ -36,7 +44,7 @@ def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.A
     )
     here = pathlib.Path(file)
     add = parser.add_argument
-    add("mode", choices=["train", "plot"], help="plot draws what the JSON holds")
+    add("mode", choices=["train", "time", "plot"], help="plot draws what the JSON holds")
     add("--methods", nargs="+", choices=methods, default=[*methods])
     add("--steps", type=int)
     add("--batch", type=int, help="rows in a step")
@@ -64,6 +72,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: plain(value) for name, value in vars(args).items() if name not in FREE}
 
 
+def prepare(
+    args: argparse.Namespace, task: Task, recipe: Recipe
+) -> tuple[mora_jax.Plan | None, Training, CompiledSteps]:
+    """What a method needs, whatever its rate and seed."""
+    plan = make_plan(recipe, task.base_model, getattr(args, "rank", 0), task.also_train)
+    training = Training(task.base_model, recipe, make_optimizer(args.clip, plan))
+    return plan, training, CompiledSteps(training)
+
+
 def train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -> Results:
     """Does what there is left to do, for as long as it may."""
     deadline = time.monotonic() + 60 * args.minutes
@@ -71,9 +88,7 @@ def train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -
     results = Results.open(args.json, setting)
     for method in args.methods:
         recipe = methods[method]
-        plan = make_plan(recipe, task.base_model, getattr(args, "rank", 0), task.also_train)
-        training = Training(task.base_model, recipe, make_optimizer(args.clip, plan))
-        steps_of = CompiledSteps(training)
+        plan, training, steps_of = prepare(args, task, recipe)
         rates = [recipe.rate / 2, recipe.rate, 2 * recipe.rate]
         while (todo := results.next_of(method, rates, args.seeds)) is not None:
             rate, seed = todo
@@ -89,6 +104,37 @@ def train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -
     return results
 
 
+def time_steps(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -> Results:
+    """Times each method's step: the median of five stretches of ten, after two to warm up."""
+    results = Results.open(args.json, settings(args))
+    rows = task.rows(args.seeds[0])
+    index = jnp.arange(args.batch) % len(rows.tokens)
+    rows = jax.tree.map(jnp.asarray, rows)
+    for method in tqdm.tqdm(args.methods, desc="timing"):
+        plan, training, steps_of = prepare(args, task, methods[method])
+        params, key = task.start(args.seeds[0]), jax.random.key(0)
+        groups = draw_groups(plan, 0, 0) if plan and methods[method].random else {}
+        state = begin(training, params, plan, groups, key)
+        trained, stretches = (state.trainable, state.opt_state), []
+        given = state.frozen, rows, index, jnp.zeros((), jnp.float32)
+        step_once = steps_of.of(trained, *given, plan, groups)
+        for steps in (2, 10, 10, 10, 10, 10):
+            began = time.monotonic()
+            for _ in range(steps):
+                trained, loss = step_once(trained, *given, groups)
+            jax.block_until_ready(loss)
+            stretches.append(1000 * (time.monotonic() - began) / steps)
+        found = {
+            "milliseconds": float(np.median(stretches[1:])),
+            "stretches": np.round(stretches[1:], 3).tolist(),
+            "gigabytes": steps_of.bytes / 1e9, "compile_seconds": steps_of.seconds,
+            "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        }  # fmt: skip
+        results.add(times={method: found})
+        print(f"{method}: {found['milliseconds']:.1f} ms, {found['gigabytes']:.1f} GB", flush=True)
+    return results
+
+
 def main(
     args: argparse.Namespace,
     make_task: Callable[[argparse.Namespace], Task],
@@ -96,9 +142,11 @@ def main(
     columns: Callable[[dict[str, Any]], Columns],
     draw: Callable[[Results, pathlib.Path], None],
 ) -> None:
-    """Trains, or draws what was trained."""
+    """Trains, times, or draws what was trained."""
     if args.mode == "train":
         results = train(args, make_task(args), methods)
+    elif args.mode == "time":
+        results = time_steps(args, make_task(args), methods)
     else:
         results = Results.open(args.json)
         draw(results, args.picture)

@@ -127,7 +127,7 @@ class Training:
 
 
 class CompiledSteps:
-    """The step of a method, compiled ahead for each grouping; `seconds` and `bytes` say what for.
+    """The step of a method, compiled ahead for each grouping.
 
     Attributes:
       seconds: that compilations took.

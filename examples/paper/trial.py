@@ -15,7 +15,6 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 from etils import epath
 from recipes import Groups, draw_groups, inverse, permuted
@@ -74,33 +73,16 @@ class Trial:
     folder: pathlib.Path
 
 
-class Progress:
-    """What a run tells of itself, kept beside its checkpoints.
-
-    Attributes:
-      curve: what was measured, with the steps.
-      pace: (steps, seconds) of the stretches between, evaluations and compilations left out.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-        self.curve: list[Measures] = []
-        self.pace: list[tuple[int, float]] = []
-
-    def save(self) -> None:
-        """Writes it."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps([self.curve, self.pace]))
-
-    def load(self, step: int) -> None:
-        """Reads it, as it was at a step."""
-        self.curve, self.pace = json.loads(self._path.read_text())
-        self.curve = [measures for measures in self.curve if measures["step"] <= step]
-
-    @property
-    def step_seconds(self) -> float:
-        """Of the median stretch, the mean of its steps."""
-        return float(np.median([seconds / steps for steps, seconds in self.pace]))
+def begin(
+    training: Training, params: Any, plan: mora_jax.Plan | None, groups: Groups, key: jax.Array
+) -> TrainState:
+    """The state before the first step; the parameters stay."""
+    # A copy, for merges and steps give up what they change.
+    params = permuted(jax.tree.map(jnp.copy, params), inverse(groups))
+    if plan is not None:
+        params = mora_jax.attach(plan, params, key=key)
+    trainable, _, frozen = parted(params, plan, None)
+    return TrainState(trainable, training.optimizer.init(trainable), frozen)
 
 
 def run(
@@ -137,15 +119,8 @@ def run(
         before = sum(merge <= step for merge in merges)
         return draw_groups(start, seed, before) if start and recipe.random else {}
 
-    def begin() -> TrainState:
-        # A copy, for merges give up the kernels that they change.
-        params: Any = permuted(jax.tree.map(jnp.copy, initial), inverse(groups_at(0)))
-        if start is not None:
-            params = mora_jax.attach(start, params, key=key)
-        trainable, _, frozen = parted(params, start, None)
-        return TrainState(trainable, training.optimizer.init(trainable), frozen)
-
-    state, first, progress = begin(), 0, Progress(trial.folder / "progress.json")
+    state, first, curve = begin(training, initial, start, groups_at(0), key), 0, []
+    curve_file = trial.folder / "curve.json"
     name = {"method": trial.method, "rate": trial.rate, "seed": seed}
     # Of a base that stays as it was, no checkpoint need hold a copy.
     with Checkpoints(epath.Path(trial.folder), run=trial.settings | name,
@@ -154,52 +129,38 @@ def run(
         if (restored := saved.restore(jax.eval_shape(lambda: state), places)) is not None:
             first, found, plan = restored
             state = found if recipe.merges else found._replace(frozen=state.frozen)
-            progress.load(first)
-        groups, paused = groups_at(first), (first, time.monotonic())
+            curve = [
+                found for found in json.loads(curve_file.read_text()) if found["step"] <= first
+            ]
+        groups = groups_at(first)
         bar = tqdm.tqdm(desc=f"{trial.method}, {trial.rate:g}, seed {seed}", initial=first,
                         total=args.steps, mininterval=5, leave=False)  # fmt: skip
 
-        def pause(step: int) -> None:
-            """Ends a stretch that is timed."""
-            nonlocal paused
-            jax.block_until_ready(state.trainable)
-            if step > paused[0]:
-                progress.pace.append((step - paused[0], time.monotonic() - paused[1]))
-
         if 0 in measured and not first:
-            progress.curve.append({"step": 0, **task.measure(0, seed, initial)})
-            paused = 0, time.monotonic()
+            curve.append({"step": 0, **task.measure(0, seed, initial)})
         for step in range(first + 1, args.steps + 1):
             index = jnp.asarray(order.rows((step - 1) * args.batch, args.batch))
             given = (
                 (state.trainable, state.opt_state), state.frozen, rows, index,
                 jnp.asarray(schedule(step - 1), jnp.float32),
             )  # fmt: skip
-            compile_began = time.monotonic()
-            step_once = steps_of.of(*given, plan, groups)
-            paused = paused[0], paused[1] + time.monotonic() - compile_began
-            (trainable, opt_state), loss = step_once(*given, groups)
+            (trainable, opt_state), loss = steps_of.of(*given, plan, groups)(*given, groups)
             state = TrainState(trainable, opt_state, state.frozen)
             bar.update()
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{float(loss):.4f}")  # waits: the clock is to be true
+                bar.set_postfix(loss=f"{float(loss):.4f}")  # waits, so that the clock is true
             if step in measured:
-                pause(step)
                 found = task.measure(step, seed, training.merged(state, plan, groups))
-                progress.curve.append({"step": step, **found})
-                paused = step, time.monotonic()
+                curve.append({"step": step, **found})
             if step in merges:
-                pause(step)
                 after = groups_at(step)
                 merge_key = jax.random.fold_in(key, step)
                 state, plan = training.restart(state, plan, groups, after, merge_key)
-                groups, paused = after, (step, time.monotonic())
+                groups = after
             over = time.monotonic() > deadline
             if step < args.steps and (over or step % args.save_every == 0):
-                pause(step)
-                progress.save()
+                curve_file.write_text(json.dumps(curve))
                 saved.save(step, state, plan)
-                paused = step, time.monotonic()
                 if over:
                     return None
         bar.close()
@@ -207,9 +168,8 @@ def run(
     final = training.merged(state, plan, groups)
     shutil.rmtree(trial.folder, ignore_errors=True)
     return {
-        **name, "cost": task.cost(progress.curve), "curve": progress.curve,
+        **name, "cost": task.cost(curve), "curve": curve,
         **task.finish(initial, final, adapted, plan),
         "trained": sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
-        "step_seconds": progress.step_seconds, "compile_seconds": steps_of.seconds,
-        "bytes": steps_of.bytes, "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__,
     }  # fmt: skip
