@@ -67,8 +67,13 @@ def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.A
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the losses depend on, by name, as JSON holds it."""
-    plain = lambda x: [str(part) for part in x] if isinstance(x, list) and x and isinstance(
-        x[0], pathlib.Path) else str(x) if isinstance(x, pathlib.Path) else x  # fmt: skip
+
+    def plain(value: Any) -> Any:
+        """Of a file its name: where it lies is the machine's."""
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return value.name if isinstance(value, pathlib.Path) else value
+
     return {name: plain(value) for name, value in vars(args).items() if name not in FREE}
 
 

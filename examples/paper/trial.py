@@ -135,7 +135,6 @@ def run(
         groups = groups_at(first)
         bar = tqdm.tqdm(desc=f"{trial.method}, {trial.rate:g}, seed {seed}", initial=first,
                         total=args.steps, mininterval=5, leave=False)  # fmt: skip
-
         if 0 in measured and not first:
             curve.append({"step": 0, **task.measure(0, seed, initial)})
         for step in range(first + 1, args.steps + 1):
@@ -159,7 +158,9 @@ def run(
                 groups = after
             over = time.monotonic() > deadline
             if step < args.steps and (over or step % args.save_every == 0):
-                curve_file.write_text(json.dumps(curve))
+                scratch = curve_file.with_suffix(".partial")
+                scratch.write_text(json.dumps(curve))
+                scratch.replace(curve_file)
                 saved.save(step, state, plan)
                 if over:
                     return None
