@@ -6,7 +6,7 @@
     python3 run.py allocate                  # examples/allocate.py, likewise
     python3 run.py spectrum DIRECTORY        # examples/spectrum.py, likewise
     python3 run.py train                     # examples/train_llama.py, likewise
-    python3 run.py uuid_pairs                # examples/paper; mathematics, biomedicine, pretrain too
+    python3 run.py uuid_pairs                # examples/paper/uuid_pairs.py, and the others there
     python3 run.py step                      # examples/benchmarks/step.py; generate, adapters too
 
 The first call makes `.venv` beside this file and installs the library there with what the tests and
