@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import pathlib
-import shutil
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from mora_jax._new_directory import new_directory
 from mora_jax._peft_config import (
     CONFIG,
     MORA_TYPES,
@@ -99,13 +98,6 @@ def _usual(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def write(path: pathlib.Path, config: str, tensors: dict[str, np.ndarray]) -> None:
     """Writes a directory that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(config)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_directory(path) as new:
+        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(config)

@@ -32,7 +32,7 @@ def check_name(name: Any) -> None:
 def check_room(path: epath.Path, name: str | None) -> None:
     """Raises ValueError unless adapters, of this name or without one, can be saved at a path."""
     if name is None and path.exists():
-        raise ValueError(f"{path} exists already; adapters are saved to a new directory.")
+        raise ValueError(f"{path} exists already; save to a new directory.")
     if name is not None:
         check_name(name)
         for folder in (path, path / name):

@@ -24,6 +24,7 @@ import numpy as np
 
 from mora_jax._config import LayerConfig
 from mora_jax._mesh import beside, sharding_of
+from mora_jax._new_directory import check_new
 from mora_jax._params import Params, check_adapted, check_unadapted, refuse_dora
 from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, tensor_name
 from mora_jax._peft_read import check_modules, read
@@ -69,9 +70,7 @@ def save_adapters(
     >>> jax.tree.map(jnp.shape, loaded)
     {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
     """
-    path = pathlib.Path(directory).absolute()
-    if os.path.lexists(path):
-        raise ValueError(f"{path} exists already; adapters are saved to a new directory.")
+    path = check_new(directory)
     leaves = flatten(params)
     check_adapted(plan, leaves)
     if plan.also_train:

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(mora_jax.__file__).parent
 
 FLOORS = [
     {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_variables", "_version"}
-    | {"_table"},
+    | {"_table", "_new_directory"},
     {"_groups", "_cycles", "_initialize", "_merge_loss", "_rounding", "_safetensors"}
     | {"_versions"},
     {"_blocks", "_checksums", "_prune"},
