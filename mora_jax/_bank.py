@@ -73,6 +73,11 @@ class AdapterBank:
     def ids(self, names: Iterable[str | None]) -> jax.Array:
         """[E] int32: the index of each example's adapter, -1 where the name is None.
 
+        The first axis of every adapted layer's inputs must be the examples. A layer refuses another
+        number of elements there, but takes E tokens for E examples: to find layers that see tokens
+        without their batch, trace the model once (`jax.eval_shape`) with a number of examples that
+        is no other size of its inputs, and leave them out with `MoRAConfig.exclude`.
+
         Raises:
           KeyError: for a name that the bank has not.
         """

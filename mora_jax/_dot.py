@@ -81,7 +81,8 @@ def mora_dot_general(
         then in the activations whatever `placement` says.
       adapter_ids: [E] int: an adapter for each example, -1 for none. Leaves of `adapter` then have
         an axis of adapters, [B..., adapters, rows, columns], the first axis of `lhs` is one of E
-        examples, and the delta is in the activations whatever `placement` says.
+        examples (what else has E elements is taken for them), and the delta is in the activations
+        whatever `placement` says.
       frozen: take the kernel as a constant: its gradient is zero, and never formed. Unlike with
         `jax.lax.stop_gradient`, a scan over stacked kernels keeps no copy of them.
       spread: mesh axes over which inputs and outputs are split by their features, as in tensor

@@ -99,7 +99,7 @@ class MoRA(nnx.Module):
             return leaves, None
         # Stacked layers have their ids stacked, whether a scan takes them apart or not.
         ids, path = variable[...], variable.get_metadata("layer")
-        return unfold(leaves, rows, path), Examples(ids.reshape(-1, ids.shape[-1])[0], path)
+        return unfold(leaves, rows, path), Examples(ids[(0,) * (ids.ndim - 1)], path)
 
     def dropout_key(self) -> jax.Array | None:
         """A new key for the dropout of one call; None where there is none."""

@@ -237,7 +237,7 @@ def set_adapter_ids(model: nnx.Module, ids: jax.Array | None) -> None:
     """Says which adapter of a bank each example has, in place: `AdapterIds` beside the adapters.
 
     The model holds a bank after `nnx.update(model, bank.adapters)`. To set other ids, inside
-    `nnx.jit` too, compiles nothing again.
+    `nnx.jit` too, compiles nothing again. What layers must see is said at `AdapterBank.ids`.
 
     Args:
       model: an adapted model.

@@ -91,6 +91,23 @@ def examples():
     return jax.random.normal(jax.random.key(1), (5, 4, 10))
 
 
+def test_a_batch_may_be_empty():
+    bank, none = random_adapter(10, 12, 2, FAMILIES[2], batch=(3,)), jnp.zeros(0, jnp.int32)
+
+    def run(bank):
+        dims = (((2,), (0,)), ((), ()))
+        x, kernel = jnp.ones((0, 4, 10)), jnp.ones((10, 12))
+        return mora_jax.mora_dot_general(x, kernel, dims, bank, FAMILIES[2], adapter_ids=none)
+
+    y, transpose = jax.vjp(run, bank)
+    assert y.shape == (0, 4, 12)
+    assert_same_bits(*transpose(y), jax.tree.map(jnp.zeros_like, bank))
+    model = mora_jax.adapt(Model(nnx.Rngs(0)), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    nnx.update(model, make_bank(mora_jax.plan(model), nnx.state(model))[0].adapters)
+    mora_nnx.set_adapter_ids(model, none)
+    assert model(jnp.ones((0, 4, 10))).shape == (0, 4, 8)
+
+
 def test_linen_with_stacked_layers_and_attention(examples):
     *_, model, plan, params = adapted_network(examples, scheme="sharing")
 
