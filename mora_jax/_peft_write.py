@@ -16,7 +16,7 @@ from mora_jax._peft_config import (
     MORA_TYPES,
     TENSORS,
     PeftConfig,
-    names_module,
+    ends_as,
     pattern_of,
 )
 from mora_jax._schemes import LowRank, Scheme
@@ -66,7 +66,7 @@ def config_for(
     alpha, own_alphas = _usual(alphas) if alphas else (rank, {})
     short = {module.rpartition(".")[2] for module in schemes}
     # The ends of the names, as one writes them by hand, where they name no other module.
-    clear = not any(names_module(tuple(short), module) for module in others)
+    clear = not any(ends_as(tuple(short), module) for module in others)
     targets = tuple(sorted(short if clear else schemes))
     config = PeftConfig(mora_type, rank, alpha, targets, own_ranks, own_alphas, dropout=dropout)
     if confused := [module for module in others if config.selects(module)]:

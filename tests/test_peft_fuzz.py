@@ -91,6 +91,19 @@ def mutations(rng, config, tensors):
         yield "nesting", b"[" * 100_000, whole, ""
 
 
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_that_would_take_for_ever_is_given_up(tmp_path, key):
+    base = stacked_base()
+    plan, params = planned(base, Sharing())
+    peft.save_adapters(tmp_path / "adapter", params, plan)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    pattern = "(.|.)*[A-Z]"
+    value = {pattern: 4} if key == "rank_pattern" else pattern
+    file.write_text(json.dumps(config_of(tmp_path / "adapter") | {key: value}))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {key} has the pattern .*\[A-Z\]"):
+        peft.load_adapters(tmp_path / "adapter", base)
+
+
 @pytest.mark.parametrize("scheme", [Sharing(), LowRank(2.0)], ids=["mora", "lora"])
 def test_damaged_and_hostile_files_are_refused(tmp_path, scheme):
     """A thousand mutations in all: each an error that says where, nothing written or loaded."""
