@@ -56,7 +56,7 @@ def mora_dot_general(
     adapter_ids: jax.Array | None = None,
     frozen: bool = False,
     spread: Spread = UNKNOWN,
-    keep_sum: bool = False,
+    keep_sums: bool = False,
     out_sharding: Any = None,
     dot_general: Callable[..., jax.Array] = lax.dot_general,
 ) -> jax.Array:
@@ -89,7 +89,7 @@ def mora_dot_general(
         parallelism, and those of the rows: a tuple of names for each, empty where they are whole on
         every device, None where it is not known; compressing is then dearer, and "auto" counts the
         rows of all devices. `AxisType.Explicit` axes tell.
-      keep_sum: keep the sum of kernel and delta for the backward pass, where both passes have one,
+      keep_sums: keep the sum of kernel and delta for the backward pass, where both passes have one,
         instead of making it again. For what runs under remat, which keeps it no longer than a
         layer; elsewhere it is a second copy of the kernel.
       out_sharding: as for `jax.lax.dot_general`. With `AxisType.Explicit` axes the result lies
@@ -116,7 +116,7 @@ def mora_dot_general(
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
     call = Call.of(
         lhs, rhs, dimension_numbers, scheme, product,
-        frozen=frozen, spread=spread, keep_sum=keep_sum, **options,
+        frozen=frozen, spread=spread, keep_sums=keep_sums, **options,
     )  # fmt: skip
     if not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
@@ -159,7 +159,7 @@ def mora_dot_general(
             scheme=scheme,
             placement=placement,
             frozen=frozen,
-            keep_sum=keep_sum,
+            keep_sums=keep_sums,
             spread=spread,
             dot_general=dot_general,
             **options,

@@ -35,7 +35,7 @@ class Call:
     preferred_element_type: Any
     frozen: bool
     spread: Spread
-    keep_sum: bool
+    keep_sums: bool
     placement: Placement = "activation"
 
     @classmethod

@@ -61,7 +61,7 @@ def _forward(lhs, rhs, adapter, call):
     # What is kept for the gradient is the smaller of x and f_comp(x), and x where W asks for it.
     keeps_inputs = rhs_trained or z.size >= rows.size
     kept = lhs if keeps_inputs else call.per_batch(compressed)(rows, adapter)
-    total = total if call.keep_sum and call.places(lhs, rhs, adapter)[1] == "kernel" else None
+    total = total if call.keep_sums and call.places(lhs, rhs, adapter)[1] == "kernel" else None
     static = _Static((keeps_inputs, rhs_trained, jax.typeof(lhs)))
     return y, (kept, rhs, adapter, total, static)
 

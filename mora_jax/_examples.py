@@ -75,7 +75,7 @@ def check_ids(ids: Any) -> None:
     if not hasattr(ids, "dtype") or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
             f"adapter_ids must be an array of integers, got {getattr(ids, 'dtype', type(ids))}; "
-            "AdapterBank.ids makes it of names."
+            "AdapterBank.adapter_ids makes it of names."
         )
     if ids.ndim != 1:
         raise ValueError(f"adapter_ids must have one axis, the examples', got {ids.shape}.")

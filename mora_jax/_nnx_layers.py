@@ -146,7 +146,7 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
             precision=precision,
             frozen=not config.train_kernel,
             spread=config.spread,
-            keep_sum=config.keep_sums,
+            keep_sums=config.keep_sums,
             out_sharding=out_sharding,
             dot_general=base,
             adapter_lhs=None if key is None else dropout(lhs, config.dropout, key),

@@ -6,7 +6,8 @@ A directory of two files, as `PeftModel.save_pretrained` writes it:
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight and .lora_B.weight
 
 MoRA's one matrix is stored twice, as both. `LowRank` is LoRA as every PEFT has it. Files hold the
-transposes of our matrices. How modules are called is data, `names=`; `LLAMA` is the default.
+transposes of our matrices. How modules are called is data, `names=`, as in `export`; `LLAMA`, the
+same as there, is the default.
 
 Pickles (`adapter_model.bin`) are refused: opening one runs code.
 """
@@ -31,7 +32,8 @@ from mora_jax._peft_read import check_modules, read
 from mora_jax._peft_write import config_for, write
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._schemes import LowRank, Sharing, square_rank
-from mora_jax._torch_names import LLAMA, Name, torch_kernels
+from mora_jax._torch_names import Name, torch_kernels
+from mora_jax._torch_tensors import LLAMA
 from mora_jax._tree import flatten, listing, rebuild
 from mora_jax._variables import box_like, value_of
 

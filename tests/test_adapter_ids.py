@@ -75,7 +75,7 @@ def test_who_has_none_is_the_base_and_who_is_unknown_is_no_number():
 def check_mixed(bank, base, adapters, inputs, run, single):
     """A mixed batch is the single runs; `run` takes parameters and ids, `single` parameters."""
     names = [None if i < 0 else WORDS[i] for i in IDS]
-    ids = bank.ids(names)
+    ids = bank.adapter_ids(names)
     np.testing.assert_array_equal(ids, IDS)
     mixed = jax.jit(run)(mora_jax.join(bank.adapters, base), ids, inputs)
     none = jax.tree.map(jnp.zeros_like, adapters[WORDS[0]])

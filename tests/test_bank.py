@@ -49,7 +49,7 @@ def test_switching_compiles_nothing(small, compilations):
         bank = bank.add(name, adapters["maths"], plan)
         chosen = single(mora_jax.join(bank.select(other), base))
         combined = single(mora_jax.join(bank.combine(weights), base))
-        ids = bank.ids([name, other, None, *WORDS[:2]])
+        ids = bank.adapter_ids([name, other, None, *WORDS[:2]])
         return bank, chosen, combined, mixed(mora_jax.join(bank.adapters, base), ids)
 
     bank, *first = use(bank, "history", "french", {"french": 0.3, "maths": 0.7})
@@ -83,7 +83,7 @@ def test_a_combination_is_the_sum_of_the_deltas(scheme):
 
 def test_adapters_train_together_in_one_batch(small):
     model, _, bank, base, _ = small
-    ids, wanted = bank.ids(["french", "french", "maths", "maths", None]), jnp.arange(5) / 2
+    ids, wanted = bank.adapter_ids(["french", "french", "maths", "maths", None]), jnp.arange(5) / 2
     optimizer = optax.adam(1e-2)
 
     @jax.jit
@@ -113,7 +113,7 @@ def test_adapters_train_together_in_one_batch(small):
 def test_errors_of_a_bank_say_what_is_wrong(small):
     _, plan, bank, base, adapters = small
     with pytest.raises(KeyError, match=r"no adapter 'dutch'.*'cooking', 'french', 'maths'"):
-        bank.ids(["dutch"])
+        bank.adapter_ids(["dutch"])
     with pytest.raises(IndexError, match="no adapter 5 in a bank of 5"):
         bank.select(5)
     with pytest.raises(ValueError, match="'maths' already"):

@@ -240,11 +240,11 @@ def test_a_kept_sum_gives_the_same_gradients(scheme, float64):
     product, x, kernel, adapter = products("dense", scheme)
     del product
 
-    def gradients(keep_sum):
+    def gradients(keep_sums):
         def run(x, adapter):
             y = mora_jax.mora_dot_general(
                 x, kernel, LAYOUTS["dense"][2], adapter, scheme, placement="kernel",
-                keep_sum=keep_sum,
+                keep_sums=keep_sums,
             )  # fmt: skip
             return jnp.sin(y).sum()
 

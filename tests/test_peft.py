@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import mora_jax
 from conftest import GOLDEN, assert_same_bits
 from llama_hf import load_hf
-from mora_jax import AdapterSpec, KernelAxes, LowRank, Plan, Sharing, peft
+from mora_jax import AdapterSpec, KernelAxes, LowRank, Plan, Sharing, export, peft
 from mora_jax._config import LayerConfig
 from mora_jax._tree import flatten, unflatten
 from mora_jax.nnx import MoRAParam
@@ -192,6 +192,15 @@ def test_kernels_of_other_shapes_where_names_state_their_axes(tmp_path):
     plain = [peft.Name("layers/{n}/attn/*/w", "model.layers.{n}.self_attn.*")]
     with pytest.raises(ValueError, match=r"has shape \(10, 3, 4\).*State its axes: Name\("):
         peft.load_adapters(tmp_path / "lora", state, names=plain)
+
+
+def test_names_are_those_of_whole_models(tmp_path):
+    assert peft.LLAMA is export.LLAMA
+    params = {"embed_tokens": {"embedding": np.zeros((7, 10), np.float32)}}
+    layer = AdapterSpec(LayerConfig(2, Sharing()), (7, 10), KernelAxes((0,), (1,)), (), "embedding")
+    plan = Plan((("embed_tokens", layer),))
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' in PyTorch, no k"):
+        peft.save_adapters(tmp_path / "adapter", mora_jax.attach(plan, params), plan)
 
 
 @pytest.mark.parametrize(
