@@ -41,8 +41,9 @@ class AdapterBank:
 
     The methods change nothing: they give new banks, and trees of adapters that `join` puts together
     with the base. Names are no business of compiled code, so a bank is not a pytree; pass jitted
-    functions its `adapters`, and numbers from `index` and `ids`. To train several adapters in one
-    batch, differentiate by `adapters`; `dataclasses.replace(bank, adapters=new)` is the next bank.
+    functions its `adapters`, and numbers from `index` and `adapter_ids`. To train several adapters
+    in one batch, differentiate by `adapters`; `dataclasses.replace(bank, adapters=new)` is the next
+    bank.
 
     Attributes:
       plan: what all of them adapt, and how.
@@ -70,8 +71,13 @@ class AdapterBank:
             raise KeyError(f"no adapter {name!r} in the bank; there are: {listing(self.names)}.")
         return self.slots.index(name)
 
-    def ids(self, names: Iterable[str | None]) -> jax.Array:
+    def adapter_ids(self, names: Iterable[str | None]) -> jax.Array:
         """[E] int32: the index of each example's adapter, -1 where the name is None.
+
+        The first axis of every adapted layer's inputs must be the examples. A layer refuses another
+        number of elements there, but takes E tokens for E examples: to find layers that see tokens
+        without their batch, trace the model once (`jax.eval_shape`) with a number of examples that
+        is no other size of its inputs, and leave them out with `MoRAConfig.exclude`.
 
         Raises:
           KeyError: for a name that the bank has not.
@@ -218,7 +224,7 @@ def stack_adapters(
     Array([1., 1., 1.], dtype=float32)
     >>> base = {"kernel": jnp.zeros((3, 6)), "bias": jnp.zeros(6)}
     >>> params = mora_jax.join(bank.adapters, base)
-    >>> ids = bank.ids(["maths", None, "french"])
+    >>> ids = bank.adapter_ids(["maths", None, "french"])
     >>> model.apply({"params": params, "mora": {"adapter_ids": ids}}, jnp.ones((3, 3)))[:, 0]
     Array([6., 0., 3.], dtype=float32)
     """

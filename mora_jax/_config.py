@@ -6,17 +6,17 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
 from mora_jax._cycles import Cycle, check_cycle
 from mora_jax._layout import KernelAxes
 from mora_jax._mesh import UNKNOWN, Spread
+from mora_jax._placement import Placement
 from mora_jax._schemes import Scheme, adapter_shapes, as_scheme, check_multiple, check_rank
 from mora_jax._tree import join_path, listing
 
-Placement = Literal["auto", "kernel", "activation"]
 Pattern = str | Callable[[str], bool]
 
 

@@ -39,7 +39,10 @@ class Examples:
     path: str
 
     def check(self, shape: Sequence[int], dimension_numbers: Any) -> None:
-        """Raises ValueError unless the first axis of a layer's inputs is one of E examples.
+        """Raises ValueError unless the first axis of a layer's inputs is as long as E examples.
+
+        That it is the examples' cannot be seen here: tokens without their batch, [T, I], are the
+        same array as examples of one row, [E, I], where there happen to be as many of them.
 
         Args:
           shape: of the inputs.
@@ -53,8 +56,9 @@ class Examples:
             raise ValueError(
                 f"adapter_ids name an adapter for each of {len(self.ids)} examples, which must be "
                 f"the first axis of a layer's inputs; those of {self.path!r} have shape "
-                f"{tuple(shape)}, the first axis {have}. Does the layer see tokens "
-                "without their batch, or positions? Leave it out with MoRAConfig.exclude."
+                f"{tuple(shape)}, the first axis {have}. Does the layer see tokens without their "
+                "batch, or positions? Leave it out with MoRAConfig.exclude: with as many of them "
+                "as examples, nothing tells the two apart."
             )
 
     def refuse(self, use: str) -> ValueError:
@@ -71,7 +75,7 @@ def check_ids(ids: Any) -> None:
     if not hasattr(ids, "dtype") or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
             f"adapter_ids must be an array of integers, got {getattr(ids, 'dtype', type(ids))}; "
-            "AdapterBank.ids makes it of names."
+            "AdapterBank.adapter_ids makes it of names."
         )
     if ids.ndim != 1:
         raise ValueError(f"adapter_ids must have one axis, the examples', got {ids.shape}.")
@@ -102,6 +106,8 @@ def delta_by_example(
            [0., 0.],
            [1., 1.]], dtype=float32)
     """
+    if ids.size == 0:
+        return jnp.zeros((len(x), out_features), x.dtype)
 
     # The gather needs no inputs, so a scheduler would make that of all layers first: a copy of the
     # bank.

@@ -31,7 +31,7 @@ def adapter_of(leaves: Mapping[str, Any], plan: Plan, path: str) -> dict[str, ja
 
 def layer_key(key: jax.Array | None, kernel_path: str) -> jax.Array | None:
     """A layer's own key, by its path's checksum: its bits do not depend on other layers."""
-    return None if key is None else jax.random.fold_in(key, checksum(kernel_path))
+    return None if key is None else jax.random.fold_in(_threefry(key), checksum(kernel_path))
 
 
 def change_kernels(
@@ -108,6 +108,20 @@ def _read(kernel, adapter: Adapter, spec: AdapterSpec, key, index=None):
         key, stack = None if key is None else jax.random.fold_in(key, index), None
     bits = None if key is None else random_bits(key, kernel.shape, stack)
     return kernel, kernel_delta(kernel, adapter, axes, spec.scheme), bits
+
+
+def _threefry(key: jax.Array) -> jax.Array:
+    """A key of the kind threefry; one of it as it is.
+
+    `jax.vmap` over keys of the kind rbg draws from the first of them alone, and other machines draw
+    other bits from it: a merge would depend on the mesh, and an unmerge elsewhere would go wrong.
+    """
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return key
+    own = jax.random.key(0, impl="threefry2x32")
+    for word in jax.random.key_data(key).ravel():
+        own = jax.random.fold_in(own, word)
+    return own
 
 
 def _after(kernel: jax.Array, key: jax.Array) -> jax.Array:

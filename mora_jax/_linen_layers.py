@@ -97,7 +97,7 @@ class MoRA(nn.Module):
             adapter_ids=None if examples is None else examples.ids,
             frozen=not config.train_kernel,
             spread=config.spread,
-            keep_sum=config.keep_sums,
+            keep_sums=config.keep_sums,
             dot_general=self.dot_general,
         )
 

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mora_jax._config import LayerConfig, Placement
+from mora_jax._config import LayerConfig
 from mora_jax._dot import dropout, mora_dot_general
 from mora_jax._examples import Examples, bank_size, holds_bank, unfold
 from mora_jax._initialize import draws_numbers, initialize
 from mora_jax._layout import KernelAxes
 from mora_jax._mesh import beside, sharding_of
+from mora_jax._placement import Placement
 from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import trace
 from mora_jax._schemes import Scheme, as_scheme
@@ -98,7 +99,7 @@ class MoRA(nnx.Module):
             return leaves, None
         # Stacked layers have their ids stacked, whether a scan takes them apart or not.
         ids, path = variable[...], variable.get_metadata("layer")
-        return unfold(leaves, rows, path), Examples(ids.reshape(-1, ids.shape[-1])[0], path)
+        return unfold(leaves, rows, path), Examples(ids[(0,) * (ids.ndim - 1)], path)
 
     def dropout_key(self) -> jax.Array | None:
         """A new key for the dropout of one call; None where there is none."""
@@ -145,7 +146,7 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
             precision=precision,
             frozen=not config.train_kernel,
             spread=config.spread,
-            keep_sum=config.keep_sums,
+            keep_sums=config.keep_sums,
             out_sharding=out_sharding,
             dot_general=base,
             adapter_lhs=None if key is None else dropout(lhs, config.dropout, key),

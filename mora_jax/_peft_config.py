@@ -2,6 +2,9 @@
 
 The fork writes PEFT's fields and two more, `use_mora` and `mora_type`. Fields that change what an
 adapter computes are read or refused by name; those that do not are passed over.
+
+Names of modules may be regular expressions, and a file may come from anyone: `re` would search for
+ever through some. The package regex finds the same and can be told when to give up.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
+
+import regex
 
 from mora_jax._schemes import LowRank, Scheme, check_rank, scheme_from_mora_type
 
@@ -39,6 +44,8 @@ _PASSED_OVER = {
 #: Ways to start an adapter that leave its base as it is; others (PiSSA, OLoRA) change its weights.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _LARGEST_RANK = 2**24
+#: Seconds that a pattern may take for one name; those of real adapters take microseconds.
+_PATIENCE = 0.1
 
 Modules = str | tuple[str, ...]
 
@@ -62,6 +69,7 @@ class PeftConfig:
       exclude: `exclude_modules`, likewise.
       dropout: `lora_dropout`.
       rank_stabilized: `use_rslora`: alpha over the root of the rank.
+      file: where it was read, for errors.
     """
 
     mora_type: int | None
@@ -73,23 +81,52 @@ class PeftConfig:
     exclude: Modules = ()
     dropout: float = 0.0
     rank_stabilized: bool = False
+    file: str = CONFIG
 
     def selects(self, module: str) -> bool:
-        """Whether PEFT adapts the module of this name."""
-        return names_module(self.targets, module) and not names_module(self.exclude, module)
+        """Whether PEFT adapts the module of this name.
+
+        Raises:
+          ValueError: as `rank_of` and `scheme_of` do: for a pattern that takes too long, by name.
+        """
+        return self._names("target_modules", self.targets, module) and not self._names(
+            "exclude_modules", self.exclude, module
+        )
 
     def rank_of(self, module: str) -> int:
         """The rank of one module."""
-        return _pattern_value(self.ranks, module, self.rank)
+        return self._value("rank_pattern", self.ranks, module, self.rank)
 
     def scheme_of(self, module: str) -> Scheme:
         """The scheme of one module."""
         if self.mora_type is not None:
             return scheme_from_mora_type(self.mora_type)
-        alpha = _pattern_value(self.alphas, module, self.alpha)
+        alpha = self._value("alpha_pattern", self.alphas, module, self.alpha)
         if self.rank_stabilized:
             alpha *= math.sqrt(self.rank_of(module))
         return LowRank(alpha)
+
+    def _names(self, key: str, modules: Modules, module: str) -> bool:
+        if isinstance(modules, str):
+            return bool(modules) and self._matches(key, modules, module)
+        return ends_as(modules, module)
+
+    def _value(self, key: str, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+        """The value of the first pattern that matches a module's name, as in PEFT."""
+        for pattern, value in patterns.items():
+            if self._matches(key, pattern_of(pattern).pattern, module):
+                return value
+        return patterns.get(module, default)
+
+    def _matches(self, key: str, pattern: str, module: str) -> bool:
+        try:
+            return regex.fullmatch(pattern, module, timeout=_PATIENCE) is not None
+        except TimeoutError as error:
+            raise ValueError(
+                f"{self.file}: {key} has the pattern {pattern!r:.200}, which takes longer than "
+                f"{_PATIENCE} s for the name {module!r}: given up. Adapters name modules by "
+                "patterns that take microseconds; is the file from someone you trust?"
+            ) from error
 
     def to_json(self) -> str:
         """The file's text, with the fields that every version of PEFT and the fork have."""
@@ -129,8 +166,8 @@ def read_config(path: pathlib.Path) -> PeftConfig:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}, not an object of fields.")
     try:
-        return _parse(fields)
-    except (ValueError, TypeError, re.error, OverflowError, RecursionError) as error:
+        return dataclasses.replace(_parse(fields), file=str(path))
+    except (ValueError, TypeError, re.error, regex.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -170,19 +207,9 @@ def _parse(fields: dict[str, Any]) -> PeftConfig:
     return config
 
 
-def names_module(modules: Modules, module: str) -> bool:
-    """Whether `target_modules` names a module: a whole expression, or the end of its name."""
-    if isinstance(modules, str):
-        return bool(modules) and re.fullmatch(modules, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in modules)
-
-
-def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches a module's name, as in PEFT."""
-    for pattern, value in patterns.items():
-        if pattern_of(pattern).match(module):
-            return value
-    return patterns.get(module, default)
+def ends_as(names: tuple[str, ...], module: str) -> bool:
+    """Whether a list of `target_modules` names a module: by the end of its name."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def pattern_of(pattern: str) -> re.Pattern[str]:
@@ -217,11 +244,16 @@ def _dropout(value: Any) -> float:
 
 def _modules(name: str, value: Any) -> Modules:
     if isinstance(value, str):
-        re.compile(value)
+        _check_pattern(value)
         return value
     if not isinstance(value, list) or not all(isinstance(module, str) for module in value):
         raise ValueError(f"{name} is {value!r}, neither names of modules nor an expression.")
     return tuple(value)
+
+
+def _check_pattern(pattern: str) -> None:
+    re.compile(pattern)  # what PEFT refuses
+    regex.compile(pattern)
 
 
 def _patterns(name: str, value: Any, check: Any) -> dict[str, Any]:
@@ -230,6 +262,6 @@ def _patterns(name: str, value: Any, check: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}, not an object of patterns.")
     for pattern, item in value.items():
-        pattern_of(pattern)
+        _check_pattern(pattern_of(pattern).pattern)
         check(f"{name}[{pattern!r}]", item)
     return value

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import collections
 import pathlib
-import shutil
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from mora_jax._new_directory import new_directory
 from mora_jax._peft_config import (
     CONFIG,
     MORA_TYPES,
     TENSORS,
     PeftConfig,
-    names_module,
+    ends_as,
     pattern_of,
 )
 from mora_jax._schemes import LowRank, Scheme
@@ -67,7 +66,7 @@ def config_for(
     alpha, own_alphas = _usual(alphas) if alphas else (rank, {})
     short = {module.rpartition(".")[2] for module in schemes}
     # The ends of the names, as one writes them by hand, where they name no other module.
-    clear = not any(names_module(tuple(short), module) for module in others)
+    clear = not any(ends_as(tuple(short), module) for module in others)
     targets = tuple(sorted(short if clear else schemes))
     config = PeftConfig(mora_type, rank, alpha, targets, own_ranks, own_alphas, dropout=dropout)
     if confused := [module for module in others if config.selects(module)]:
@@ -99,13 +98,6 @@ def _usual(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def write(path: pathlib.Path, config: str, tensors: dict[str, np.ndarray]) -> None:
     """Writes a directory that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(config)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_directory(path) as new:
+        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(config)

@@ -16,7 +16,9 @@ from mora_jax._blocks import BlockGrid
 from mora_jax._mesh import platform
 from mora_jax._schemes import Decoupling, LowRank, Rotation, Scheme, Sharing
 
+#: Where a delta is; and what one may ask for.
 Place = Literal["kernel", "activation"]
+Placement = Literal["auto", "kernel", "activation"]
 
 
 @dataclasses.dataclass(frozen=True)

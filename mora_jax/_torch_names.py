@@ -130,8 +130,8 @@ class TorchKernel(NamedTuple):
     modules: tuple[str, ...]
 
 
-#: Llama and its relatives (Mistral, Qwen, SmolLM): layers side by side, or stacked for a scan.
-LLAMA = (
+#: Kernels of Llama and its relatives: layers side by side, or stacked for a scan.
+LLAMA_KERNELS = (
     Name("lm_head/kernel", "lm_head"),
     Name("model/layers/{layer}/*/*/kernel", "model.layers.{layer}.*.*"),
     Name("model/layers_{layer}/*/*/kernel", "model.layers.{layer}.*.*"),

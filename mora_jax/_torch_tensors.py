@@ -12,9 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mora_jax import _torch_names
 from mora_jax._layout import KernelAxes
-from mora_jax._torch_names import Name, TorchKernel, torch_kernels
+from mora_jax._torch_names import LLAMA_KERNELS, Name, TorchKernel, torch_kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,4 +129,4 @@ def _kept_of_llama() -> Iterator[Kept]:
 
 
 #: Llama and its relatives (Mistral, Qwen, SmolLM), every parameter of them.
-LLAMA: tuple[Name, ...] = (*_torch_names.LLAMA, *_kept_of_llama())
+LLAMA: tuple[Name, ...] = (*LLAMA_KERNELS, *_kept_of_llama())

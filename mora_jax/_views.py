@@ -195,7 +195,7 @@ class Adapted(View):
             placement=self.config.placement,
             frozen=not self.config.train_kernel,
             spread=self.config.spread,
-            keep_sum=self.config.keep_sums,
+            keep_sums=self.config.keep_sums,
             adapter_lhs=None if self.key is None else self._adapter_inputs(lhs),
             adapter_ids=None if self.examples is None else self.examples.ids,
             out_sharding=_permuted(out_sharding, [order.index(axis) for axis in range(len(order))]),

@@ -15,14 +15,12 @@ the rest.
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import json
 import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +28,7 @@ import jax
 from mora_jax import peft
 from mora_jax._merge import check_finite, check_mergeable
 from mora_jax._mesh import on_host
+from mora_jax._new_directory import check_new, new_directory
 from mora_jax._one_tensor import merged_tensor
 from mora_jax._params import Params, check_adapted
 from mora_jax._plan import Plan
@@ -82,7 +81,7 @@ def save_merged(
         embeddings and there is a head (or the reverse).
       TypeError: for a dtype that safetensors lack.
 
-    >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
+    >>> import tempfile, flax.linen as nn, jax.numpy as jnp, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
@@ -93,7 +92,7 @@ def save_merged(
     ...     read_header(f"{folder}/model/model.safetensors")
     {'fc.bias': ('F32', (6,)), 'fc.weight': ('F32', (6, 3))}
     """
-    path, leaves, plan = _check_new(directory), flatten(params), plan or Plan(())
+    path, leaves, plan = check_new(directory), flatten(params), plan or Plan(())
     if plan or any(map(is_adapter, leaves)):
         check_adapted(plan, leaves)
         check_finite(plan, leaves)
@@ -120,7 +119,7 @@ def save_merged(
         for name in itertools.chain(*files.values()):
             read(name)  # arrays of all processes come together by the help of all
         return
-    with _new_directory(path) as new:
+    with new_directory(path) as new:
         for file, own in files.items():
             write_tensors(new / file, {name: shapes[name] for name in own}, read)
         if len(files) > 1:
@@ -162,7 +161,7 @@ def save_lora(
         adapter is not finite, the directory exists, a layer is no linear layer in PyTorch (an
         embedding), or `also_train` has parameters, which a LoRA cannot hold.
     """
-    _check_new(directory)
+    check_new(directory)
     _check_projectable(params, plan, names)
     lora, lora_plan, report = project_to_lora(params, plan, rank)
     leaves = flatten(lora)
@@ -185,24 +184,6 @@ def _check_projectable(params: Params, plan: Plan, names: Iterable[Name]) -> Non
     _, left = torch_kernels({p: value_of(x).shape for p, x in flatten(params).items()}, names)
     if unknown := [path for path in plan.kernel_paths() if path in left]:
         raise ValueError(f"{unknown[0]!r} is no linear layer in PyTorch: {left[unknown[0]]}.")
-
-
-def _check_new(directory: str | os.PathLike[str]) -> pathlib.Path:
-    path = pathlib.Path(directory).absolute()
-    if os.path.lexists(path):
-        raise ValueError(f"{path} exists already; a model is saved to a new directory.")
-    return path
-
-
-@contextlib.contextmanager
-def _new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory that gets its name when all is in it, and is gone where that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        new = pathlib.Path(scratch) / path.name
-        new.mkdir()  # not the scratch itself, which nobody else may read
-        yield new
-        new.rename(path)
 
 
 def _config_of(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from flax import linen as nn
 from flax.core import freeze
 from jax import lax
 
-from mora_jax._config import LayerConfig, Placement
+from mora_jax._config import LayerConfig
 from mora_jax._linen_layers import (
     IDS_OF_EXAMPLES,
     OTHERS,
@@ -36,6 +36,7 @@ from mora_jax._linen_layers import (
     kernel_name,
     uses_mora,
 )
+from mora_jax._placement import Placement
 from mora_jax._schemes import Scheme, as_scheme
 from mora_jax._tree import ADAPTER, IDS, join_path
 

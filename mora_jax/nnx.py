@@ -233,16 +233,16 @@ def merge_and_reset(
     return result.report
 
 
-def set_adapter_ids(model: nnx.Module, ids: jax.Array | None) -> None:
+def set_adapter_ids(model: nnx.Module, adapter_ids: jax.Array | None) -> None:
     """Says which adapter of a bank each example has, in place: `AdapterIds` beside the adapters.
 
     The model holds a bank after `nnx.update(model, bank.adapters)`. To set other ids, inside
-    `nnx.jit` too, compiles nothing again.
+    `nnx.jit` too, compiles nothing again. `AdapterBank.adapter_ids` says what layers must see.
 
     Args:
       model: an adapted model.
-      ids: [E] int, as `AdapterBank.ids` makes them, -1 for none; None takes them out again, for a
-        model that holds one adapter.
+      adapter_ids: [E] int, as `AdapterBank.adapter_ids` makes them, -1 for none; None takes them
+        out again, for a model that holds one adapter.
 
     Raises:
       TypeError: for what is no array of integers.
@@ -252,11 +252,11 @@ def set_adapter_ids(model: nnx.Module, ids: jax.Array | None) -> None:
     layers = list(_adapted(model))
     if not layers:
         raise ValueError("the model has no adapters. Adapt it first: adapt(model, config).")
-    if ids is not None:
-        check_ids(ids)
+    if adapter_ids is not None:
+        check_ids(adapter_ids)
     for path, spec in plan(model).items():
         mora = dict(layers)[path].mora
-        if ids is None:
+        if adapter_ids is None:
             if hasattr(mora, IDS):
                 delattr(mora, IDS)
             continue
@@ -267,7 +267,7 @@ def set_adapter_ids(model: nnx.Module, ids: jax.Array | None) -> None:
                 f"layer {path!r} is stacked along axes {stacks}: adapter ids go with layers "
                 "stacked along their first axis."
             )
-        value = jax.numpy.broadcast_to(ids, (*spec.batch[:count], len(ids)))
+        value = jax.numpy.broadcast_to(adapter_ids, (*spec.batch[:count], len(adapter_ids)))
         if hasattr(mora, IDS):
             getattr(mora, IDS).set_value(value)
         else:

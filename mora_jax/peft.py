@@ -6,7 +6,8 @@ A directory of two files, as `PeftModel.save_pretrained` writes it:
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight and .lora_B.weight
 
 MoRA's one matrix is stored twice, as both. `LowRank` is LoRA as every PEFT has it. Files hold the
-transposes of our matrices. How modules are called is data, `names=`; `LLAMA` is the default.
+transposes of our matrices. How modules are called is data, `names=`, as in `export`; `LLAMA`, the
+same as there, is the default.
 
 Pickles (`adapter_model.bin`) are refused: opening one runs code.
 """
@@ -24,13 +25,15 @@ import numpy as np
 
 from mora_jax._config import LayerConfig
 from mora_jax._mesh import beside, sharding_of
+from mora_jax._new_directory import check_new
 from mora_jax._params import Params, check_adapted, check_unadapted, refuse_dora
 from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, tensor_name
 from mora_jax._peft_read import check_modules, read
 from mora_jax._peft_write import config_for, write
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._schemes import LowRank, Sharing, square_rank
-from mora_jax._torch_names import LLAMA, Name, torch_kernels
+from mora_jax._torch_names import Name, torch_kernels
+from mora_jax._torch_tensors import LLAMA
 from mora_jax._tree import flatten, listing, rebuild
 from mora_jax._variables import box_like, value_of
 
@@ -69,9 +72,7 @@ def save_adapters(
     >>> jax.tree.map(jnp.shape, loaded)
     {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
     """
-    path = pathlib.Path(directory).absolute()
-    if os.path.lexists(path):
-        raise ValueError(f"{path} exists already; adapters are saved to a new directory.")
+    path = check_new(directory)
     leaves = flatten(params)
     check_adapted(plan, leaves)
     if plan.also_train:

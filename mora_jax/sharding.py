@@ -102,7 +102,8 @@ def on_mesh(plan: Plan, base: Mapping[str, Any], batch: str | Sequence[str]) -> 
       A plan like `plan`.
 
     Raises:
-      ValueError: where `base` lacks a kernel of the plan.
+      ValueError: where `base` lacks a kernel of the plan, or `batch` names no axis of its mesh.
+        (`PartitionSpec`s have no mesh, and are not asked.)
       TypeError: where a leaf says nothing of where it lies on a mesh.
 
     >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
@@ -120,9 +121,20 @@ def on_mesh(plan: Plan, base: Mapping[str, Any], batch: str | Sequence[str]) -> 
     for path, spec in plan.layers:
         kernel = join_path(path, spec.kernel_name)
         place = _place(kernel, leaves[kernel])
+        _check_batch(batch, place)
         config = dataclasses.replace(spec.config, spread=_spread(place, spec, batch))
         layers.append((path, dataclasses.replace(spec, config=config)))
     return dataclasses.replace(plan, layers=tuple(layers))
+
+
+def _check_batch(batch: tuple[str, ...], place: NamedSharding | PartitionSpec) -> None:
+    """Raises ValueError for a name that is no axis of the mesh, where there is one to ask."""
+    axes = place.mesh.axis_names if isinstance(place, NamedSharding) else batch
+    if unknown := [name for name in batch if name not in axes]:
+        raise ValueError(
+            f"batch names {', '.join(map(repr, unknown))}, no axis of the base's mesh; expected "
+            f"some of {', '.join(map(repr, axes)) or 'none'}."
+        )
 
 
 def _spread(place: Any, spec: AdapterSpec, batch: tuple[str, ...]) -> Spread:

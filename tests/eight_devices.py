@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mora_jax
-from mora_jax import _dot
+from mora_jax import _dot_call
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 LAYOUTS = {
@@ -109,7 +109,7 @@ def main():
                 names = ("rotation",) if rank > 1 else ("sharing", "rotation")
             chosen = {name: SCHEMES[name] for name in names}
             for (name, scheme), place in itertools.product(chosen.items(), places):
-                _dot.best_places = lambda *_, backward=place: ("kernel", backward)
+                _dot_call.best_places = lambda *_, backward=place: ("kernel", backward)
                 check = place == "kernel"
                 counts = measure(mesh, in_features, out_features, rank, scheme, layout, check)
                 case = f"{in_features}x{out_features} {layout} {name}, backward in the {place}"

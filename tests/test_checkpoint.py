@@ -17,6 +17,7 @@ import mora_jax
 from conftest import Network, Small, adapted_network, assert_same_bits, perturb
 from mora_jax import checkpoint
 from mora_jax._checksums import checksums
+from mora_jax._record import digest_of
 
 
 @pytest.mark.parametrize("scheme", ["sharing", "rotation", "low_rank"])
@@ -246,7 +247,7 @@ def test_what_disagrees_with_its_own_record_is_refused(tmp_path):
     numbers["layers_0"]["mora"]["matrix"] = numbers["layers_0"]["mora"]["matrix"].at[2, 3].add(1e-7)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), trainable)
     record = json.dumps({"format": 2, "base": [], "arrays": {}, "metadata": {}})
-    digest = checkpoint._digest(custom["mora_jax_plan"], record)
+    digest = digest_of(custom["mora_jax_plan"], record)
     made_up = {**custom, "mora_jax_record": record, "mora_jax_digest": digest}
     cases = {
         r"its record has \[\], and not fields by path": (trainable, made_up),

@@ -268,7 +268,7 @@ def test_what_is_refused(tmp_path):
         "adapter_ids: DoRA": lambda: model.apply(
             {
                 "params": mora_jax.join(bank.adapters, base),
-                "mora": {"adapter_ids": bank.ids(["one", "two"])},
+                "mora": {"adapter_ids": bank.adapter_ids(["one", "two"])},
             },
             x,
         ),

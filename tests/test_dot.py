@@ -8,7 +8,7 @@ import pytest
 
 import mora_jax
 from conftest import ALL_SCHEMES, FAMILIES, random_adapter
-from mora_jax import _dot
+from mora_jax import _dot_call
 
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -159,7 +159,7 @@ def test_passes_split_at_will(scheme, forward, backward, float64, monkeypatch):
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, kernel, adapter)
 
     plain = gradients("activation")
-    monkeypatch.setattr(_dot, "best_places", lambda *_: (forward, backward))
+    monkeypatch.setattr(_dot_call, "best_places", lambda *_: (forward, backward))
     chex.assert_trees_all_close(gradients("auto"), plain, rtol=1e-11, atol=1e-11)
 
 
@@ -240,11 +240,11 @@ def test_a_kept_sum_gives_the_same_gradients(scheme, float64):
     product, x, kernel, adapter = products("dense", scheme)
     del product
 
-    def gradients(keep_sum):
+    def gradients(keep_sums):
         def run(x, adapter):
             y = mora_jax.mora_dot_general(
                 x, kernel, LAYOUTS["dense"][2], adapter, scheme, placement="kernel",
-                keep_sum=keep_sum,
+                keep_sums=keep_sums,
             )  # fmt: skip
             return jnp.sin(y).sum()
 

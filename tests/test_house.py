@@ -11,15 +11,17 @@ PACKAGE = pathlib.Path(mora_jax.__file__).parent
 
 FLOORS = [
     {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_variables", "_version"}
-    | {"_table"},
-    {"_groups", "_cycles", "_initialize", "_merge_loss", "_rounding", "_safetensors"},
+    | {"_table", "_new_directory"},
+    {"_groups", "_cycles", "_initialize", "_merge_loss", "_rounding", "_safetensors"}
+    | {"_versions"},
     {"_blocks", "_checksums", "_prune"},
     {"_operators", "_placement"},
     {"_layout", "_ragged", "_examples"},
-    {"_config", "_magnitude", "_torch_names", "_peft_config"},
-    {"_dot", "_plan", "_peft_read", "_peft_write", "_torch_tensors"},
+    {"_config", "_magnitude", "_torch_names", "_peft_config", "_dot_call"},
+    {"_dot_gradient", "_plan", "_peft_read", "_peft_write", "_torch_tensors"},
+    {"_dot"},
     {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize", "_layers"}
-    | {"_decomposition"},
+    | {"_decomposition", "_record"},
     {"_linen_layers", "_function", "_nnx_layers", "_merge", "_bank"},
     {"linen", "_remora", "_unmerge", "_hugging_face", "_one_tensor", "_projection"}
     | {"_spectrum", "_allocate"},

@@ -13,7 +13,8 @@ from flax import nnx
 import mora_jax
 from conftest import Small, adapted_network, assert_same_bits, perturb
 from mora_jax import _remora
-from mora_jax._rounding import rounded
+from mora_jax._layers import layer_key
+from mora_jax._rounding import random_bits, rounded
 
 KEY = jax.random.key(7)
 BF16 = "bfloat16"
@@ -131,6 +132,15 @@ def test_a_merge_warns_where_most_of_an_update_is_lost():
         jax.jit(mora_jax.merge, static_argnums=1)(params, plan)
         mora_jax.merge(params | {"kernel": params["kernel"].astype(jnp.float32)}, plan)
         mora_jax.merge(*reversed(bf16_layer(1e-2)))
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_bits_of_a_stack_are_those_of_its_layers(kind):
+    keys = [layer_key(jax.random.key(seed, impl=kind), "up/kernel") for seed in (0, 1)]
+    first, second = (random_bits(key, (4, 3, 5), 1) for key in keys)
+    loop = [random_bits(jax.random.fold_in(keys[0], layer), (4, 5)) for layer in range(3)]
+    np.testing.assert_array_equal(first, jnp.stack(loop, 1))
+    assert (first != second).any()
 
 
 def test_keys():

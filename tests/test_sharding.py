@@ -92,3 +92,5 @@ def test_what_says_nothing_of_a_mesh_is_named():
         sharding.param_shardings(plan, jax.device_get(base))
     with pytest.raises(ValueError, match=r"no parameter at 'experts/w'"):
         sharding.param_shardings(plan, {"dense": base["dense"]})
+    with pytest.raises(ValueError, match=r"batch names 'nope', no axis .* of 'fsdp', 'expert'\."):
+        sharding.on_mesh(plan, base, batch=("fsdp", "nope"))
