@@ -99,6 +99,8 @@ def add_training(parser: argparse.ArgumentParser, methods: list[str]) -> None:
         + floor * ("floor" in methods))  # fmt: skip
     add("--scheme", default="sharing", help="MoRA's scheme, by name, or auto")
     add("--rank", type=int, default=8, help="LoRA's rank; MoRA trains as much")
+    add("--size-multiple", type=int, default=1, help="of which matrices' sizes are multiples, such "
+        "as what --split-adapters must divide")  # fmt: skip
     add("--targets", default=r".*_proj", help="the layers to adapt, a pattern")
     add("--dropout", type=float, default=0.0, help="of the adapters' inputs")
     add = parser.add_argument_group("training").add_argument

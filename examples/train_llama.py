@@ -135,8 +135,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     shapes, shardings, make = lay_out(
         args, base_shardings, base_model, pretrained, method, optimizer
     )
-    used, _ = part(method.shardings(base_shardings, used=True), method.trains)
-    step_once = make_step(optimizer, schedule, shardings, used)
+    step_once = make_step(optimizer, schedule, shardings)
     batch_place = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
     key = jax.random.fold_in(jax.random.key(args.seed), 1)
     dropout_key = jax.random.fold_in(key, 0) if args.dropout else None

@@ -47,11 +47,10 @@ class Method:
             return mora_jax.attach(self.plan, base, key=key)
         return {**base, "shift": jnp.zeros(features)} if self.floor else {**base}
 
-    def shardings(self, base_shardings: Mapping[str, Any], *, used: bool = False) -> dict[str, Any]:
-        """Where these parameters lie between steps, or where they are used within one."""
+    def shardings(self, base_shardings: Mapping[str, Any]) -> dict[str, Any]:
+        """Where these parameters lie."""
         if self.plan is not None:
-            split = None if used else self.split
-            return param_shardings(self.plan, base_shardings, split=split)
+            return param_shardings(self.plan, base_shardings, split=self.split)
         everywhere = NamedSharding(jax.tree.leaves(base_shardings)[0].mesh, P())
         return {**base_shardings, "shift": everywhere} if self.floor else {**base_shardings}
 
@@ -82,6 +81,7 @@ def make_method(args: argparse.Namespace, base_model: Llama, cycle: Any = "auto"
         also_train=args.also_train or None,
         cycle=cycle,
         keep_sums=args.remat,
+        size_multiple=args.size_multiple,
     )
     model = mora_jax.adapt(base_model, config)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
@@ -122,7 +122,6 @@ def make_step(
     optimizer: Any,
     schedule: optax.Schedule,
     shardings: TrainState,
-    used: Any = None,
     loss: Callable[..., jax.Array] = next_token_loss,
 ) -> Callable:
     """The jitted step, compiled once for each model: ReMoRA has one for each of its groupings.
@@ -135,15 +134,12 @@ def make_step(
     Args:
       optimizer: as `make_optimizer` gives it.
       schedule: likewise.
-      shardings: where the state lies between steps.
-      used: where what is trained lies within a step, by default the same.
+      shardings: where the state lies.
       loss: (model, params, microbatch, rngs) -> scalar; a step's is the mean of its microbatches.
     """
 
-    used = shardings.trainable if used is None else used
-
     def loss_of(trainable, frozen, model, item, key):
-        trainable = dict(jax.lax.with_sharding_constraint(trainable, used))
+        trainable = dict(trainable)
         shift = trainable.pop("shift", None)
         rngs = None if key is None else {"mora": key}
         params = mora_jax.join(trainable, frozen)

@@ -36,6 +36,7 @@ from mora_jax._mesh import (
     in_auto_axes,
     split_over,
     vary_alike,
+    whole,
 )
 from mora_jax._operators import Adapter, check_adapter
 from mora_jax._placement import Placement
@@ -170,7 +171,7 @@ def mora_dot_general(
 
         arrays = (lhs, rhs, dict(adapter), adapter_lhs, adapter_ids)
         return in_auto_axes(run, mesh, result.sharding, *arrays)
-    direction, magnitude = apart(adapter)
+    direction, magnitude = apart(whole(adapter, spread))
     plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
     if plain or adapter_lhs is not None or adapter_ids is not None:
         inputs = lhs if adapter_lhs is None else adapter_lhs

@@ -83,6 +83,25 @@ def feature_axes() -> tuple[MeshAxes | None, MeshAxes | None]:
     return here(spread.inputs), here(spread.outputs)
 
 
+def whole(adapter: Mapping[str, Any], spread: Spread) -> dict[str, Any]:
+    """An adapter's leaves [B..., N, M], gathered on every device if they are kept in parts.
+
+    Said where a layer uses them, and not of a whole stack before its scan, it makes a device hold
+    one layer's at a time; and without it the compiler may rather split the layer's products. Where
+    it is not known how the layer lies, nothing is said.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    stated = spread.inputs is not None or spread.outputs is not None
+    if not stated or mesh.empty or AxisType.Manual in mesh.axis_types:
+        return {**adapter}
+
+    def gather(leaf):
+        free = (PartitionSpec.UNCONSTRAINED,) * (leaf.ndim - 2)
+        return lax.with_sharding_constraint(leaf, PartitionSpec(*free, None, None))
+
+    return {name: gather(leaf) for name, leaf in adapter.items()}
+
+
 def shards_of(axes: MeshAxes) -> int:
     """Over how many devices something is split here; axes of another mesh count for nothing."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -39,10 +39,10 @@ def param_shardings(
         `flax.linen.get_partition_spec` and `flax.nnx.get_partition_spec` give), or of arrays and
         `jax.ShapeDtypeStruct`s that have a sharding.
       split: a mesh axis to keep the matrices of large ranks in parts over, by their rows where
-        their number divides. A step then begins by making them whole
-        (`jax.lax.with_sharding_constraint`, to what this gives without `split`), and each device
-        updates its own part: less memory for optimizer states, for one gathering a step. Needs
-        `NamedSharding`s.
+        their number divides, as `MoRAConfig.size_multiple` makes it. Each layer of a plan that
+        `on_mesh` has told of the mesh gathers its own where it is used (under `jax.set_mesh`), and
+        each device updates its part: less memory for matrices, gradients and optimizer states, for
+        sending every matrix once a pass. Needs `NamedSharding`s.
 
     Returns:
       A tree like `attach` gives, of shardings (or of specs, where `base` has them).

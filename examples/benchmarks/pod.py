@@ -8,8 +8,9 @@ The first two want an environment with `jax[tpu]`, whose compiler needs no chip.
 ever allocated: shapes and shardings go in, a compiled program comes out.
 
 A step is embedding, scanned layers with remat, head, cross-entropy, and AdamW on the adapters,
-which every chip holds whole; the base is bfloat16, sharded as examples/llama_mesh.py says. *Floor*
-is the same step with the base frozen and no adapter, gradients of the embedded tokens included.
+which every chip holds whole (or with --split in parts); the base is bfloat16, sharded as
+examples/llama_mesh.py says. *Floor* is the same step with the base frozen and no adapter, gradients
+of the embedded tokens included.
 Attention is written in XLA, softmax and all; a kernel of its own would make every step shorter.
 
 Columns, all for one chip: memory of the arguments and at most in use, in GB; products in TFLOP; the
@@ -168,6 +169,8 @@ def setting(args: argparse.Namespace, model: str, name: str, bar: tqdm) -> list[
         "mesh": dict(zip(mesh.axis_names, sizes, strict=True)),
         "batch": args.batch * parts,
         "length": args.length,
+        "split": args.split,
+        "size_multiple": args.size_multiple,
     }
     rows = []
     for scheme, rank in [("floor", 0), *itertools.product(args.schemes, args.ranks)]:
@@ -179,6 +182,7 @@ def setting(args: argparse.Namespace, model: str, name: str, bar: tqdm) -> list[
                 rank=rank,
                 scheme=SCHEMES[scheme],
                 placement=args.placement,
+                size_multiple=args.size_multiple,
                 targets=".*_proj",
             )
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
@@ -205,6 +209,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8])
     parser.add_argument("--placement", default="auto", choices=["kernel", "activation", "auto"])
     parser.add_argument("--split", help="mesh axis to keep adapters in parts over")
+    parser.add_argument("--size-multiple", type=int, default=1, help="as in MoRAConfig")
     parser.add_argument("--data", type=int, default=1, help="copies of the model")
     parser.add_argument("--fsdp", type=int, help="default: all chips that are left")
     parser.add_argument("--tensor", type=int, help="default: 4 for 8b, 8 for 70b")

@@ -114,7 +114,6 @@ class Variant:
             whole = placed(full, sharding.param_shardings(plan, frozen, split=split))
             trainable, _ = mora_jax.split(whole, plan)
             places = jax.tree.map(lambda a: a.sharding, trainable)
-        self.used = jax.tree.map(lambda _: everywhere, trainable)
         self.optimizer = optax.adamw(2e-4)
         shapes = jax.eval_shape(self.optimizer.init, trainable)
         state = placed(shapes, sharding.optimizer_shardings(self.optimizer, trainable, places))
@@ -123,7 +122,6 @@ class Variant:
 
     def loss(self, trainable, scale, frozen, tokens):
         """Mean cross-entropy of each token but the first."""
-        trainable = jax.lax.with_sharding_constraint(trainable, self.used)
         params = frozen if self.plan is None else mora_jax.join(trainable, frozen)
 
         def scaled(call, args, kwargs, context):
