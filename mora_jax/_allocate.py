@@ -282,12 +282,14 @@ def _spend(
 ) -> dict[str, tuple[int, int]]:
     """Path -> (rank, trained numbers) that make the most of the sum of gain * log(numbers).
 
-    Where the loss that a layer leaves falls with its numbers p as `gain p^-b`, the best there is
-    has p in proportion to gain^(1 / (1 + b)). The first step itself has b = -1/2: of gradients
-    without preferred signs it is `gain sqrt(p)`, and gains squared give most to a few layers, which
-    by the last step have long learned what they can. For training to its end losses fall by small
-    powers of the trained parameters, and b = 0, where the power is a logarithm, leaves no constant
-    to choose: each layer's share of the budget is its share of the gains.
+    Where what a layer leaves of the loss falls with its numbers p as gain p^-b, the best there is
+    has p in proportion to gain^(1 / (1 + b)), of layers of one size. The first step has b = -1/2,
+    for gradients without preferred signs are worth p^(1/2) together: p as gain^2, most of it in a
+    few layers, which by the last step have long learned what they can. Losses after training fall
+    by small powers of the trained parameters (arXiv 2402.17193). Their limit, b = 0, is the
+    logarithm: each layer's share of the budget is its share of the gains, and there is no constant
+    to choose. In a tiny Llama that memorises UUIDs b = 0 and b = 1 beat equal ranks alike; b = -1/2
+    was no better than these, and uneven.
 
     Each step up is worth less for its price than the one before, so that to take the best one next
     is best, but for what is left over.
