@@ -122,9 +122,9 @@ def allocate(
     two batches on; a single one cannot tell them apart).
 
     A layer gets the share of the budget that it has of all gains, and no layer with a gain is left
-    out while the budget buys it the smallest rank. `_spend` says why not more, nor less. All of
-    this is about the first step: what it is worth at the last one is to be measured for a task
-    (`examples/allocate.py`).
+    out while the budget buys it the smallest rank. `_spend` says why not more, nor less. Gains are
+    those of the first step: what they are worth at the last one differs by task, and is to be
+    measured against a smaller rank everywhere (`examples/allocate.py`).
 
     A batch costs a backward pass of adapters, less than a training step. No gradient of a kernel is
     formed.
@@ -288,8 +288,8 @@ def _spend(
     few layers, which by the last step have long learned what they can. Losses after training fall
     by small powers of the trained parameters (arXiv 2402.17193). Their limit, b = 0, is the
     logarithm: each layer's share of the budget is its share of the gains, and there is no constant
-    to choose. In a tiny Llama that memorises UUIDs b = 0 and b = 1 beat equal ranks alike; b = -1/2
-    was no better than these, and uneven.
+    to choose. In a tiny Llama that memorises UUIDs b = 0 and b = 1 both beat equal ranks; b = -1/2
+    was as good on average, and uneven. On held-out sums nothing beat equal ranks.
 
     Each step up is worth less for its price than the one before, so that to take the best one next
     is best, but for what is left over.
