@@ -11,8 +11,13 @@ pairs. Every variant sees the same batches of a seed, and the best of the rates 
 runs are lines of `results.jsonl`; started again with the same flags, it does the others.
 
 Variants: *uniform*, every layer at `--rank`; *half*, every layer at the rank that the budget
-allows; *allocated*, layers and ranks by the scores; *chosen*, layers by the scores, at `--rank`;
-*reversed*, at `--rank` the layers that the scores advise against.
+allows; *allocated*, ranks by the scores; *chosen*, layers by the scores, at `--rank`; *reversed*,
+at `--rank` the layers that the scores advise against. The last three may have as many parameters as
+*half* has.
+
+Unrolled layers take long to compile, on a GPU longer than to train. So there is one program for a
+variant's ranks, at all rates, to train and to measure: *uniform* and *half* have one each for all
+seeds, the others one for a seed. All seeds are scored by one more.
 """
 
 import argparse
@@ -23,6 +28,7 @@ import json
 import pathlib
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -42,6 +48,8 @@ from llama import Llama
 
 VARIANTS = ("uniform", "half", "allocated", "chosen", "reversed")
 SHAPE = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+#: At a rate of one, which each step multiplies: a step is compiled for a model, not for a rate.
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, weight_decay=0.0))
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -90,20 +98,17 @@ class Task:
         """The batch of a step, a function of the seed and the step."""
         return _batch(self.rows, self.order.rows(step * size, size))
 
-    def loss(self, model: Llama, params: Any, size: int) -> float:
-        """Mean cross-entropy of what is measured."""
+    def measures(self, size: int) -> Iterator[chat_data.Batch]:
+        """Batches of what is measured, whose losses add up to the mean cross-entropy."""
         index = np.arange(-(-len(self.measured.tokens) // size) * size).reshape(-1, size)
         index = np.where(index < len(self.measured.tokens), index, -1)
         total = self.measured.response[:, 1:].sum()
-        return sum(float(_loss(model, params, _batch(self.measured, i, total))) for i in index)
+        return (_batch(self.measured, i, total) for i in index)
 
 
 def _batch(rows: chat_data.Rows, index: np.ndarray, total: float | None = None) -> Any:
     total = rows.response[index, 1:].sum() if total is None else total
     return chat_data.make_batch(rows, index, jax.devices()[0], total)  # pyright: ignore
-
-
-_loss = jax.jit(chat_data.response_loss, static_argnames="model")
 
 
 def unstack(params: dict[str, Any], count: int) -> dict[str, Any]:
@@ -114,7 +119,18 @@ def unstack(params: dict[str, Any], count: int) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name != "layers"} | layers
 
 
-def load_task(args: argparse.Namespace, base: pretrained.Pretrained, seed: int) -> Task:
+def load_base(
+    args: argparse.Namespace, base: pretrained.Pretrained
+) -> tuple[Llama, dict[str, Any]]:
+    """(model, params) that all runs have in common: a model compiles once, an equal one again."""
+    shared = {"dtype": args.dtype, "param_dtype": args.dtype, "remat": args.remat}
+    model = Llama(base.config, unrolled=not args.stacked, **shared)
+    params = base.params if args.stacked else unstack(base.params, base.config.num_layers)
+    return model, jax.device_put(params, jax.devices()[0])
+
+
+def load_task(args: argparse.Namespace, base: pretrained.Pretrained, model: Llama, params: Any,
+              seed: int) -> Task:  # fmt: skip
     """The data of a seed: other pairs, or other batches."""
     if args.data:
         fields = args.prompt_field, args.response_field
@@ -132,25 +148,32 @@ def load_task(args: argparse.Namespace, base: pretrained.Pretrained, seed: int) 
         chat_data.pack(encode(found), args.length, packing=bool(args.data))
         for found in (pairs, tested)
     )
-    shared = {"dtype": args.dtype, "param_dtype": args.dtype, "remat": args.remat}
-    model = Llama(base.config, unrolled=not args.stacked, **shared)
-    params = base.params if args.stacked else unstack(base.params, base.config.num_layers)
     return Task(model, params, text.Windows(rows.tokens, seed), rows, measured)
+
+
+@functools.cache
+def loss_of(model: Any) -> Any:
+    """(params, batch) -> loss; the same function for a model, so that it is compiled once."""
+    return functools.partial(chat_data.response_loss, model)
 
 
 def allocations(args: argparse.Namespace, task: Task, seed: int) -> dict[str, mora_jax.MoRAConfig]:
     """Variant -> config."""
     uniform = mora_jax.MoRAConfig(rank=args.rank, scheme=args.scheme, targets=r".*_proj")
     half = dataclasses.replace(uniform, rank=max(1, round(args.budget * args.rank)))
-    model = mora_jax.adapt(task.base_model, uniform)
+    model: Any = mora_jax.adapt(task.base_model, uniform)
     plan = mora_jax.plan(model, SHAPE)
     params = mora_jax.attach(plan, task.base)
-    loss = functools.partial(chat_data.response_loss, model)
+    allowed = sum(
+        spec.parameters
+        for spec in mora_jax.plan(mora_jax.adapt(task.base_model, half), SHAPE).values()
+    )
+    loss = loss_of(model)
     batches = [task.batch(step, args.batch) for step in range(args.score_batches)]
     started = time.perf_counter()
-    found = mora_jax.allocate(params, plan, loss, batches, args.budget)
+    found = mora_jax.allocate(params, plan, loss, batches, allowed)
     seconds = time.perf_counter() - started
-    chosen = mora_jax.allocate(params, plan, loss, batches, args.budget, ranks=[args.rank])
+    chosen = mora_jax.allocate(params, plan, loss, batches, allowed, ranks=[args.rank])
     left, worst = chosen.budget, []
     for path, score in sorted(chosen.scores.items(), key=lambda x: x[1].gain / x[1].parameters):
         if score.parameters <= left:
@@ -164,14 +187,15 @@ def allocations(args: argparse.Namespace, task: Task, seed: int) -> dict[str, mo
             "reversed": reverse}  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnames="state")
-def train_step(model, optimizer, state, frozen, batch):
-    """One step on the trainable half."""
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def train_step(model, state, frozen, batch, rate):
+    """One step on the trainable half; at a rate of zero it measures."""
     trainable, opt_state = state
     value, gradients = jax.value_and_grad(
         lambda trainable: chat_data.response_loss(model, mora_jax.join(trainable, frozen), batch)
     )(trainable)
-    updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+    updates, opt_state = OPTIMIZER.update(gradients, opt_state, trainable)
+    updates = jax.tree.map(lambda update: rate * update, updates)
     return (optax.apply_updates(trainable, updates), opt_state), value
 
 
@@ -181,18 +205,22 @@ def train(
     """Trains one variant and gives what it came to."""
     model = mora_jax.adapt(task.base_model, config)
     plan = mora_jax.plan(model, SHAPE)
+    trainable, frozen = mora_jax.split(mora_jax.attach(plan, task.base), plan)
     # On a device for good, as batches are: the step would be compiled again for what it gives back.
-    params = jax.device_put(mora_jax.attach(plan, task.base), jax.devices()[0])
-    trainable, frozen = mora_jax.split(params, plan)
+    state, frozen = jax.device_put(
+        ((trainable, OPTIMIZER.init(trainable)), frozen), jax.devices()[0]
+    )
     warmup = min(args.warmup, args.steps // 2)
-    rate = optax.warmup_cosine_decay_schedule(lr / (warmup + 1), lr, warmup, args.steps + 1)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
-    state, losses = (trainable, jax.jit(optimizer.init)(trainable)), []
+    rates: Any = optax.warmup_cosine_decay_schedule(lr / (warmup + 1), lr, warmup, args.steps + 1)
+    losses = []
     for step in tqdm.trange(args.steps, desc=label, leave=False):
         batch = task.batch(step, args.batch)
-        state, loss = train_step(model, optimizer, state, frozen, batch)
+        state, loss = train_step(model, state, frozen, batch, np.float32(rates(step)))
         losses.append(loss)
-    loss = task.loss(model, mora_jax.join(state[0], frozen), args.batch)
+    loss = 0.0
+    for batch in task.measures(args.batch):
+        state, part = train_step(model, state, frozen, batch, np.float32(0))
+        loss += float(part)
     ranks = {path: spec.config.rank for path, spec in plan.items()}
     return {"loss": loss, "trained": plan.trained_parameters, "ranks": ranks,
             "losses": np.asarray(jnp.stack(losses)).round(5).tolist()}  # fmt: skip
@@ -252,12 +280,13 @@ def main(arguments: list[str] | None = None) -> None:
         if other := [run for run in runs if run["flags"] != flags]:
             raise SystemExit(f"{path} is of other flags: {other[0]['flags']}, not {flags}")
     base = pretrained.load(args.model, args.dtype)
+    model, params = load_base(args, base)
     done = {(run["variant"], run["seed"], run["lr"]) for run in runs}
     for seed in range(args.seeds):
         wanted = [(v, lr) for v in args.variants for lr in args.lrs if (v, seed, lr) not in done]
         if not wanted:
             continue
-        task = load_task(args, base, seed)
+        task = load_task(args, base, model, params, seed)
         configs = allocations(args, task, seed)
         for variant, lr in wanted:
             found = train(args, task, configs[variant], lr, f"{variant}, seed {seed}, lr {lr:g}")

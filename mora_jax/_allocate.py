@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -118,11 +119,12 @@ def allocate(
         mean(g)^2 / sqrt(mean(g^2)),    mean(g)^2 as the mean of all products g_i g_j, i != j,
 
     the norm |g|_1 of a gradient without noise, and zero on average for one of noise alone (from
-    two batches on; a single one cannot tell them apart). The gain of other ranks is taken to grow
-    with the square root of the parameters, as where the gradient of a kernel has no preferred
-    signs. What is bought next is what gains most for each parameter. All of this is about the
-    first step: whether it also serves the last one better than a smaller rank everywhere is to be
-    measured for a task (`examples/allocate.py`).
+    two batches on; a single one cannot tell them apart).
+
+    A layer gets the share of the budget that it has of all gains, and no layer with a gain is left
+    out while the budget buys it the smallest rank. `_spend` says why not more, nor less. Gains are
+    those of the first step: what they are worth at the last one differs by task, and is to be
+    measured against a smaller rank everywhere (`examples/allocate.py`).
 
     A batch costs a backward pass of adapters, less than a training step. No gradient of a kernel is
     formed.
@@ -137,9 +139,9 @@ def allocate(
       batches: of one structure and shape, as in training; two tell signal from noise, more are
         better at it.
       budget: trained numbers in adapters; or a fraction of those that the plan has, a float.
-      ranks: those that a layer can have, by default powers of two up to four times the plan's
-        largest. `[r]` means that a layer gets rank r or nothing. A rank whose matrix is larger than
-        its layer is not given. The layers of a stack share one.
+      ranks: those that a layer can have, by default the multiples of an eighth of the plan's
+        largest, up to four times it. `[r]` means that a layer gets rank r or nothing. A rank whose
+        matrix is larger than its layer is not given. The layers of a stack share one.
 
     Returns:
       The allocation. `mora_jax.adapt(base_model, allocation.config)` goes on from there. The config
@@ -171,12 +173,11 @@ def allocate(
     uniform = sum(spec.parameters for spec in plan.values())
     allowed = _check_budget(budget, uniform)
     if ranks is None:
-        most = 4 * max(spec.config.rank for spec in plan.values())
-        ranks = [2**power for power in range(most.bit_length())]
+        largest = max(spec.config.rank for spec in plan.values())
+        ranks = range(max(1, largest // 8), 4 * largest + 1, max(1, largest // 8))
     scores = _scores(plan, *_moments(loss, params, batches))
     offers = {path: _offers(spec, sorted(set(ranks))) for path, spec in plan.items()}
-    bought = _spend({path: score.gain / score.parameters**0.5 for path, score in scores.items()},
-                    offers, allowed)  # fmt: skip
+    bought = _spend({path: score.gain for path, score in scores.items()}, offers, allowed)
     scores = {
         path: dataclasses.replace(score, rank=bought[path][0], spent=bought[path][1])
         for path, score in scores.items()
@@ -209,7 +210,8 @@ def _moments(loss: Loss, params: Params, batches: Iterable[Any]) -> tuple[_Momen
     base = rebuild({path: leaf for path, leaf in leaves.items() if not is_adapter(path)}, params)
     moments, count = None, 0
     for batch in batches:
-        moments, count = accumulate(loss, adapters, base, batch, moments), count + 1
+        found = gradient_moments(loss, adapters, base, batch)
+        moments, count = found if moments is None else _add(moments, found), count + 1
     if moments is None:
         raise ValueError("batches is empty; two batches tell a gradient from its noise.")
     finite = {path: jnp.isfinite(squares).all() for path, (_, squares) in moments.items()}
@@ -218,17 +220,20 @@ def _moments(loss: Loss, params: Params, batches: Iterable[Any]) -> tuple[_Momen
     return moments, count
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def accumulate(
-    loss: Loss, adapters: Params, base: Params, batch: Any, moments: _Moments | None
-) -> _Moments:
-    """The moments with those of one batch more."""
+@functools.partial(jax.jit, static_argnums=0)
+def gradient_moments(loss: Loss, adapters: Params, base: Params, batch: Any) -> _Moments:
+    """Those of one batch; added up elsewhere, or the second batch would compile this once more."""
     gradients = jax.grad(lambda adapters: loss(join(adapters, base), batch))(adapters)
     found = {}
     for path, leaf in flatten(gradients).items():
         gradient = value_of(leaf).astype(jnp.float32)
         found[path] = gradient, gradient**2
-    return found if moments is None else jax.tree.map(jnp.add, moments, found)
+    return found
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(moments: _Moments, others: _Moments) -> _Moments:
+    return jax.tree.map(jnp.add, moments, others)
 
 
 def _scores(plan: Plan, moments: _Moments, count: int) -> dict[str, LayerScore]:
@@ -275,25 +280,35 @@ def _offers(spec: AdapterSpec, ranks: Sequence[int]) -> list[tuple[int, int]]:
 def _spend(
     gains: Mapping[str, float], offers: Mapping[str, Sequence[tuple[int, int]]], budget: int
 ) -> dict[str, tuple[int, int]]:
-    """Path -> (rank, trained numbers), by the greatest gain for each further number.
+    """Path -> (rank, trained numbers) that make the most of the sum of gain * log(numbers).
 
-    Of `gain * sqrt(numbers)` each step up gains less for its price than the one before, so that
-    this is the best there is, but for what is left over.
+    Where what a layer leaves of the loss falls with its numbers p as gain p^-b, the best there is
+    has p in proportion to gain^(1 / (1 + b)), of layers of one size. The first step has b = -1/2,
+    for gradients without preferred signs are worth p^(1/2) together: p as gain^2, most of it in a
+    few layers, which by the last step have long learned what they can. Losses after training fall
+    by small powers of the trained parameters (arXiv 2402.17193). Their limit, b = 0, is the
+    logarithm: each layer's share of the budget is its share of the gains, and there is no constant
+    to choose. In a tiny Llama that memorises UUIDs b = 0 and b = 1 both beat equal ranks; b = -1/2
+    was as good on average, and uneven. On held-out sums nothing beat equal ranks.
+
+    Each step up is worth less for its price than the one before, so that to take the best one next
+    is best, but for what is left over.
     """
     bought: dict[str, tuple[int, int]] = {path: (0, 0) for path in offers}  # noqa: C420
     left = budget
-    queue: list[tuple[float, str, int]] = []
+    queue: list[tuple[bool, float, str, int]] = []
 
     def offer(path: str, number: int) -> None:
         if gains[path] > 0 and number < len(offers[path]):
             before, after = bought[path][1], offers[path][number][1]
-            rate = gains[path] * (after**0.5 - before**0.5) / (after - before)
-            heapq.heappush(queue, (-rate, path, number))
+            # The logarithm's first step is worth more than any other: those go by their density.
+            rate = math.log(after / before) / (after - before) if before else 1 / after
+            heapq.heappush(queue, (before > 0, -gains[path] * rate, path, number))
 
     for path in offers:
         offer(path, 0)
     while queue:
-        _, path, number = heapq.heappop(queue)
+        _, _, path, number = heapq.heappop(queue)
         price = offers[path][number][1] - bought[path][1]
         if price <= left:
             left -= price
@@ -326,4 +341,6 @@ def _config(plan: Plan, ranks: Mapping[str, int]) -> MoRAConfig:
         placement=settings.placement,
         dtype=settings.dtype,
         keep_sums=settings.keep_sums,
+        dora=settings.dora,
+        size_multiple=settings.size_multiple,
     )

@@ -36,14 +36,14 @@ MATMUL = (((1,), (0,)), ((), ()))
 
 
 def collectives(compiled):
-    """How often each kind occurs, and under "numbers" how many numbers are summed in all."""
+    """How often each kind occurs, and how many numbers are summed and gathered in all."""
     text, found = compiled.as_text(), {}
     for kind in KINDS:
         if results := re.findall(rf"= (.*?) {kind}(?:-start)?\(", text):
             found[kind] = len(results)
-        if kind == "all-reduce":
+        if name := {"all-reduce": "numbers", "all-gather": "gathered"}.get(kind):
             shapes = re.findall(r"\w+\[([\d,]*)\]", " ".join(results))
-            found["numbers"] = sum(math.prod(map(int, s.split(","))) for s in shapes if s)
+            found[name] = sum(math.prod(map(int, s.split(","))) for s in shapes if s)
     return found
 
 

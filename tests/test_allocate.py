@@ -1,6 +1,5 @@
 """Budgets of parameters: scores against gradients by hand, what they cost, what they buy."""
 
-import functools
 import itertools
 import math
 
@@ -17,7 +16,7 @@ import mora_jax
 from conftest import GOLDEN, Block, adapted_network
 from llama import Llama
 from llama_hf import load_hf
-from mora_jax._allocate import accumulate
+from mora_jax._allocate import gradient_moments
 
 
 class Stack(nn.Module):
@@ -114,8 +113,7 @@ def test_a_batch_costs_less_than_a_step_and_forms_no_kernels_gradient():
     def flops(function, *arguments):
         return function.lower(*arguments).compile().cost_analysis()["flops"]
 
-    moments = jax.eval_shape(functools.partial(accumulate, loss), adapters, base, batch, None)
-    scoring = flops(accumulate, loss, adapters, base, batch, moments)
+    scoring = flops(gradient_moments, loss, adapters, base, batch)
     one_step = flops(jax.jit(step), adapters, optimizer.init(adapters), base, batch)
     full = flops(jax.jit(jax.grad(loss)), params, batch)
     product = 2 * 2048 * 64 * 64
@@ -135,6 +133,8 @@ def test_the_config_is_the_allocation(inputs):
         "cycle": None,
         "also_train": "norm/.*",
         "dtype": "bfloat16",
+        "dora": True,
+        "size_multiple": 2,
     }
     base, pretrained, model, plan, params = adapted_network(inputs, module=Stack(), **config)
 
@@ -163,23 +163,38 @@ def test_the_budget_is_spent_as_well_as_can_be():
 
     def worth(sizes):
         scores = found.scores.values()
-        return sum(
-            score.gain * math.sqrt(size / score.parameters)
-            for score, size in zip(scores, sizes, strict=True)
-        )
+        return sum(score.gain * math.log(size) for score, size in zip(scores, sizes, strict=True))
 
     # Sizes of the squares, by hand: sqrt((in + out) * rank), rounded; none larger than 16.
-    squares = [[0, 36, 81, 169], [0, 36, 81, 169], [0, 36, 64, 121]]
+    squares = [[36, 81, 169], [36, 81, 169], [36, 64, 121]]
     affordable = [sizes for sizes in itertools.product(*squares) if sum(sizes) <= 300]
     spent = [score.spent for score in found.scores.values()]
     assert spent in [list(sizes) for sizes in affordable]
     # What greed leaves over is less than one more step, and so is what it misses.
-    assert worth(spent) >= 0.97 * max(map(worth, affordable))
+    gain = sum(score.gain for score in found.scores.values())
+    assert worth(spent) >= max(map(worth, affordable)) - 0.03 * gain
     richer = mora_jax.allocate(params, plan, loss, batches, 10**6, ranks=[1, 2, 4])
     assert richer.spent == 169 + 169 + 121
     assert str(richer).splitlines()[-1] == (
         "3 of 3 kernels adapted; 459 trained parameters of 1,000,000"
     )
+
+
+def test_a_layer_gets_the_share_of_the_budget_that_it_has_of_the_gains():
+    weights = {"large": 4.0, "middle": 2.0, "small": 0.2}
+
+    def forward(params, x):
+        return sum(w * (x @ params[name]["kernel"]).sum() for name, w in weights.items())
+
+    base = {name: {"kernel": jnp.ones((64, 64))} for name in weights}
+    model = mora_jax.adapt(forward, mora_jax.MoRAConfig(rank=8, scheme="sharing"))
+    x = jnp.ones((2, 64))
+    plan = mora_jax.plan(model, base, x)
+    found = mora_jax.allocate(mora_jax.attach(plan, base), plan, model, [x], 0.5)
+    ranks = {path: score.rank for path, score in found.scores.items()}
+    # 991, 495 and 50 numbers; no gain is too small for the smallest rank.
+    assert ranks == {"large": 7, "middle": 3, "small": 1}
+    assert found.spent == 30**2 + 20**2 + 11**2
 
 
 def test_nnx():

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
+import allocate
 import memorize
 from conftest import GOLDEN
 from llama import Llama, LlamaConfig, generate
@@ -131,3 +132,22 @@ def test_the_main_job_in_miniature(tiny_model, tmp_path, monkeypatch, capsys, fl
         assert (out / "adapters").is_dir()
     if "--remora-every" in flags:
         assert "ResetReport(layers=7, moments=14, counts=1)" in printed
+
+
+def test_an_allocation_has_the_parameters_of_half_the_rank_and_compiles_once(
+    tiny_model, tmp_path, capsys
+):
+    flags = ["--model", tiny_model, "--pairs", 2, "--batch", 2, "--length", 80, "--steps", 2,
+             "--rank", 4, "--seeds", 1, "--lrs", 1e-2, 3e-2, "--variants", "allocated",
+             "--stacked", "--out", tmp_path / "out"]  # fmt: skip
+    allocate.train_step.clear_cache()
+    allocate.main([*map(str, flags)])
+    assert allocate.train_step._cache_size() == 1  # for both rates, to train and to measure
+    table = capsys.readouterr().out.splitlines()[-3:]
+    runs = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [run["lr"] for run in runs] == [0.01, 0.03]
+    half = 2 * (2 * 14**2 + 2 * 12**2 + 3 * 18**2)  # by hand: sqrt((in + out) * 2) of each kind
+    assert 0.9 * half < runs[0]["trained"] <= half
+    assert all(0 < run["loss"] < run["losses"][0] for run in runs)  # measured after the last step
+    allocate.main([*map(str, flags)])  # nothing is left to do
+    assert capsys.readouterr().out.splitlines() == table

@@ -12,13 +12,13 @@ def found():
 
 
 def test_the_forward_pass_sends_what_the_floor_sends(found):
-    assert len(found) == 10
-    for case, counts in found.items():
+    assert len(found["delta"]) == 10
+    for case, counts in found["delta"].items():
         assert counts["forward"] == counts["floor forward"], case
 
 
 def test_the_step_sends_the_sum_of_the_adapters_gradients_besides(found):
-    for case, counts in found.items():
+    for case, counts in found["delta"].items():
         floor, step = counts["floor step"], counts["step"]
         assert step.keys() == floor.keys(), case
         assert step["all-reduce"] <= floor["all-reduce"] + 1, case
@@ -29,3 +29,20 @@ def test_the_step_sends_the_sum_of_the_adapters_gradients_besides(found):
         # Where the compiler places (Auto), a kernel may be gathered for its second sum again.
         extra = 2 if "Auto" in case else 0
         assert step.get("all-gather", 0) <= floor.get("all-gather", 0) + extra, case
+
+
+def test_norms_of_dora_are_sums_of_two_numbers_for_each_output(found):
+    """Besides, only the magnitudes and their gradients are summed or gathered: no activations."""
+    # Outputs of the layers whose inputs are in parts, as a device has them: where it is Explicit
+    # the wider layer's kernel is gathered first.
+    outputs = {"Auto": 64 + 32, "Explicit": 64}
+    assert found["dora"].keys() == outputs.keys()
+    for kind, counts in found["dora"].items():
+        plain = found["delta"][f"2x2x2 {kind} sharing"]
+        forward = {"all-reduce": 2, "numbers": 2 * outputs[kind], "all-gather": 1, "gathered": 64}
+        step = {"numbers": forward["numbers"] + 2 * 64, "all-gather": 2, "gathered": 2 * 64}
+        for case, extra in {"forward": forward, "step": forward | step}.items():
+            got, without = counts[case], plain[case]
+            assert got.keys() == without.keys(), (kind, case)
+            assert all(got[name] <= without[name] + extra[name] for name in got), (kind, case)
+        assert counts["forward"]["numbers"] > plain["forward"]["numbers"], kind
