@@ -3,7 +3,7 @@
     python3 run.py allocate --pairs 8 --steps 40 --seeds 1        # hours on 2 CPU cores
     python3 examples/allocate.py --pairs 2000 --batch 200 --steps 400 --lrs 1e-3 2e-3 \
         --dtype bfloat16
-    python3 examples/allocate.py --data train.jsonl --test test.jsonl --length 512 --batch 16 \
+    python3 examples/allocate.py --data train.jsonl --test test.jsonl --length 384 --batch 32 \
         --steps 600 --warmup 50 --lrs 1e-3 2e-3 --dtype bfloat16 --out results/allocate-gsm8k
 
 The first two memorise random UUIDs and are measured on these; the third is measured on held-out
@@ -145,8 +145,7 @@ def load_task(args: argparse.Namespace, base: pretrained.Pretrained, model: Llam
         chat_data.encode, tokenizer=base.tokenizer, template=template, end_token=base.end_token
     )
     rows, measured = (
-        chat_data.pack(encode(found), args.length, packing=bool(args.data))
-        for found in (pairs, tested)
+        chat_data.pack(encode(found), args.length, packing=False) for found in (pairs, tested)
     )
     return Task(model, params, text.Windows(rows.tokens, seed), rows, measured)
 

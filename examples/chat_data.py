@@ -39,11 +39,13 @@ class Rows(NamedTuple):
       tokens: [N, T + 1] int32, 0 at the padding, which is on the right.
       segments: [N, T + 1] int32, which of its row's pairs a token is of, from 1; 0 at the padding.
       response: [N, T + 1] bool, what is learned.
+      packed: whether a row can have several pairs.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     response: np.ndarray
+    packed: bool
 
 
 class Batch(NamedTuple):
@@ -51,7 +53,8 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens: [A, B, T + 1] int32.
-      segments: [A, B, T] int32, of what is read.
+      segments: [A, B, T] int32, of what is read; None where a row has one pair, whose tokens see
+        none of the padding behind them anyway, so that attention need be causal alone.
       weights: [A, B, T] float32 of the losses, 0 where nothing is learned.
     """
 
@@ -108,6 +111,7 @@ def pack(examples: Sequence[Example], length: int, *, packing: bool, seed: int =
         np.zeros((len(bins), length + 1), np.int32),
         np.zeros((len(bins), length + 1), np.int32),
         np.zeros((len(bins), length + 1), bool),
+        packing,
     )
     for row, held in enumerate(bins):
         start = 0
@@ -135,7 +139,8 @@ def make_batch(rows: Rows, index: np.ndarray, place: NamedSharding, total: float
     """
     response = rows.response[index, 1:] & (index >= 0)[..., None]
     weights = response.astype(np.float32) / np.float32(total)
-    batch = Batch(rows.tokens[index], rows.segments[index, :-1], weights)
+    segments = rows.segments[index, :-1] if rows.packed else None
+    batch = Batch(rows.tokens[index], segments, weights)
     return jax.device_put(batch, place)
 
 
