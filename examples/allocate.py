@@ -211,10 +211,11 @@ def train(
     )
     warmup = min(args.warmup, args.steps // 2)
     rates: Any = optax.warmup_cosine_decay_schedule(lr / (warmup + 1), lr, warmup, args.steps + 1)
+    rates = np.asarray(jax.vmap(rates)(jnp.arange(args.steps)))  # read once, not waited for
     losses = []
     for step in tqdm.trange(args.steps, desc=label, leave=False):
         batch = task.batch(step, args.batch)
-        state, loss = train_step(model, state, frozen, batch, np.float32(rates(step)))
+        state, loss = train_step(model, state, frozen, batch, rates[step])
         losses.append(loss)
     loss = 0.0
     for batch in task.measures(args.batch):

@@ -171,7 +171,8 @@ def mora_dot_general(
 
         arrays = (lhs, rhs, dict(adapter), adapter_lhs, adapter_ids)
         return in_auto_axes(run, mesh, result.sharding, *arrays)
-    direction, magnitude = apart(whole(adapter, spread))
+    direction, magnitude = apart(adapter)
+    direction = whole(direction, spread)
     plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
     if plain or adapter_lhs is not None or adapter_ids is not None:
         inputs = lhs if adapter_lhs is None else adapter_lhs

@@ -96,6 +96,8 @@ def whole(adapter: Mapping[str, Any], spread: Spread) -> dict[str, Any]:
         return {**adapter}
 
     def gather(leaf):
+        if not isinstance(leaf, Tracer):
+            return leaf  # run at once, it may lie on one device alone
         free = (PartitionSpec.UNCONSTRAINED,) * (leaf.ndim - 2)
         return lax.with_sharding_constraint(leaf, PartitionSpec(*free, None, None))
 

@@ -4,7 +4,8 @@ The fork writes PEFT's fields and two more, `use_mora` and `mora_type`. Fields t
 adapter computes are read or refused by name; those that do not are passed over.
 
 Names of modules may be regular expressions, and a file may come from anyone: `re` would search for
-ever through some. The package regex finds the same and can be told when to give up.
+ever through some. The package regex finds the same and can be told when to give up; braces that it
+alone gives a meaning are refused.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ _PASSED_OVER = {
 #: Ways to start an adapter that leave its base as it is; others (PiSSA, OLoRA) change its weights.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _LARGEST_RANK = 2**24
+#: What regex takes for a count of errors, and `re` as it stands.
+_FUZZY = re.compile(r"\{[^\d,}]")
 #: Seconds that a pattern may take for one name; those of real adapters take microseconds.
 _PATIENCE = 0.1
 
@@ -253,6 +256,8 @@ def _modules(name: str, value: Any) -> Modules:
 
 def _check_pattern(pattern: str) -> None:
     re.compile(pattern)  # what PEFT refuses
+    if _FUZZY.search(pattern):
+        raise ValueError(f"the pattern {pattern!r:.200} has braces that hold no number of times.")
     regex.compile(pattern)
 
 

@@ -196,20 +196,21 @@ def test_the_authors_two_and_four_groupings_go_round():
 
 
 def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
-    losses = {1: 3.0, 2: 2.0, 4: 1.0, 8: float("nan")}
-    results = Results(tmp_path / "runs.json", {"seeds": [0, 1, 2]})
+    losses = {1: 3.0, 2: 2.0, 4: 1.0, 8: None}
+    results = Results(tmp_path / "runs.json", {"seed": 0})
     done = []
     while (todo := results.next_of("signs", [1, 2], [0, 1, 2])) is not None:
         rate, seed = todo
-        results.add({"method": "signs", "rate": rate, "seed": seed, "cost": losses[rate] + seed})
+        cost = losses[rate] and losses[rate] + seed
+        results.add({"method": "signs", "rate": rate, "seed": seed, "cost": cost})
         done.append(todo)
     assert done == [(1, 0), (2, 0), (4, 0), (8, 0), (4, 1), (4, 2)]
     assert [run["cost"] for run in Results.open(results.path).best("signs")] == [2.0, 3.0]
-    assert json.loads(results.path.read_text())["setting"] == {"seeds": [0, 1, 2]}
+    assert json.loads(results.path.read_text())["setting"] == {"seed": 0}
 
 
 def test_two_programs_write_one_file_and_steps_are_timed(tmp_path):
-    one, other = (Results(tmp_path / "runs.json", {"seeds": [0]}) for _ in range(2))
+    one, other = (Results(tmp_path / "runs.json", {"seed": 0}) for _ in range(2))
     one.add({"method": "MoRA", "rate": 1, "seed": 0, "cost": 2.0})
     other.add({"method": "LoRA", "rate": 1, "seed": 0, "cost": 3.0})
     assert other.methods == Results.open(one.path).methods == ["MoRA", "LoRA"]
@@ -221,6 +222,44 @@ def test_two_programs_write_one_file_and_steps_are_timed(tmp_path):
     assert found["milliseconds"] == pytest.approx(np.median(found["stretches"]), abs=1e-3)
     cells = f"| LoRA 8 | 7 | {found['milliseconds']:.1f} | 0.0 | the first | **1: 1.000** |"
     assert cells in table(timed, COST)
+
+
+def test_where_nothing_is_finite_smaller_rates_are_tried_and_then_it_is_said(tmp_path):
+    results = Results(tmp_path / "runs.json", {"seed": 0})
+    for rate in 0.5 ** np.arange(12.0):
+        assert results.next_of("LoRA", [1], [0, 1]) == (rate, 0)
+        results.add({"method": "LoRA", "rate": rate, "seed": 0, "cost": None})
+    with pytest.raises(ValueError, match=r"LoRA diverged at every rate from 0\.000488281 on"):
+        results.next_of("LoRA", [1], [0, 1])
+    assert not results.methods
+    ends = Results(tmp_path / "ties.json", {"seed": 0})
+    done = []
+    while (todo := ends.next_of("MoRA", [1, 2, 4], [0, 1])) is not None:
+        ends.add({"method": "MoRA", "rate": todo[0], "seed": todo[1], "cost": 0.0})
+        done.append(todo)
+    assert done == [(1, 0), (2, 0), (4, 0), (2, 1)]
+    assert [run["seed"] for run in ends.best("MoRA")] == [1]
+
+
+def test_a_run_that_diverges_is_told_and_seeds_differ_in_length(tmp_path, monkeypatch):
+    """Rows of two lengths, one method: two programs. At an absurd rate nothing is measured."""
+    todo = iter([(1e30, 0), (1e-3, 0), (1e-3, 1), None])
+    monkeypatch.setattr(Results, "next_of", lambda self, *_: next(todo))
+    rows = uuid_pairs.uuids.encode
+    pads = iter([0, 16])  # the second seed's rows are longer by a tile
+
+    def longer(pairs, *rest):
+        examples, more = rows(pairs, *rest), next(pads)
+        pad = lambda x: np.pad(x, ((0, 0), (0, more)))
+        return examples._replace(tokens=pad(examples.tokens), loss_mask=pad(examples.loss_mask))
+
+    monkeypatch.setattr(uuid_pairs.uuids, "encode", longer)
+    _, found = trained(uuid_pairs, uuid_pairs.METHODS, tmp_path, methods="sharing 8", pairs=4,
+                       characters=2, steps=12, evaluate_at=11, batch=4, warmup=0)  # fmt: skip
+    lost, one, other = found.runs
+    assert (lost["cost"], lost["diverged"], lost["curve"]) == (None, 10, [])
+    assert None not in (one["cost"], other["cost"])
+    assert f"| 1 | **0.001: {one['cost']:.3f}**, 1e+30: diverged |" in table(found, {})
 
 
 def test_permutations_are_undone():

@@ -28,7 +28,10 @@ def mutations(rng, config, tensors):
         ("r", [0, -1, 1.5, True, "8", None, 10**9, 10**400, 7]),
         ("target_modules", [None, [], 3, "(", ["up_proj"], "no_such", [1]]),
         ("exclude_modules", [["up_proj"], "(", 1]),
-        ("rank_pattern", [{"up_proj": 0}, {"(": 4}, {"up_proj": 5}, 3, {"q_proj": "4"}]),
+        (
+            "rank_pattern",
+            [{"up_proj": 0}, {"(": 4}, {"up_pro{e}": 4}, {"up_proj": 5}, 3, {"q_proj": "4"}],
+        ),
         ("alpha_pattern", [{"up_proj": -1}, {"(": 4}, [2]]),
         ("lora_alpha", [0, -2, "8", True, float("nan"), float("inf")]),
         ("lora_dropout", [1.0, -0.1, "0", None]),

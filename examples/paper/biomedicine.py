@@ -9,8 +9,9 @@ answers of MedQuAD (github.com/abachaa/MedQuAD, CC BY 4.0; JSON lines with `ques
 and the abstracts of half of PubMedQA (github.com/pubmedqa/pubmedqa, MIT licence; JSON lines with
 `question`, `context` and `answer`). MedQuAD asks the same of every disease in the same words, so a
 twentieth of the diseases is held out, not of the rows: half of them choose the rate, the others
-are the test. Of the questions of PubMedQA's other half those are right whose answer is likelier
-than the two others (yes, no, maybe); nothing is generated.
+are the test. What is trained on and shares half of its runs of thirteen words with them is left
+out. Of the questions of PubMedQA's other half those are right whose answer is likelier than the two
+others (yes, no, maybe); nothing is generated.
 """
 
 import argparse
@@ -83,13 +84,24 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def disease(question: str) -> str:
-    """What a question of MedQuAD is about, in small letters.
+    """What a question of MedQuAD is about, in small letters and without punctuation.
 
     >>> disease("What are the symptoms of Hairy Cell Leukemia ?"), disease("Is Gout inherited ?")
     ('hairy cell leukemia', 'gout')
+    >>> disease("How to prevent Parasites - Toxocariasis (also known as Roundworm) ?")
+    'toxocariasis'
     """
-    about = _ASKS.sub("", question, count=1).strip(" ?").lower()
-    return about.removesuffix(" inherited").strip()
+    asks = _ASKS.match(question)
+    about = question[asks.end() if asks else 0 :].strip(" ?").lower()
+    about = about.removesuffix(" inherited").removeprefix("parasites - ")
+    about = re.sub(r"\(.*?\)|^what i need to know about ", " ", about)
+    return " ".join(re.findall(r"\w+", about))
+
+
+def runs(document: str) -> set[int]:
+    """All runs of thirteen words, by their hashes."""
+    words = document.lower().split()
+    return {hash(tuple(words[i : i + 13])) for i in range(max(1, len(words) - 12))}
 
 
 def share(name: str) -> float:
@@ -113,6 +125,11 @@ def make_task(args: argparse.Namespace) -> Task:
     for row in read(args.medquad):
         place = share(disease(row["question"]))
         parts[0 if place > 0.05 else 1 if place > 0.025 else 2].append(row["answer"])
+    held = set().union(*map(runs, (*parts[1], *parts[2])))
+    alike = lambda own: len(own & held) * 2 >= len(own)
+    kept = [answer for answer in parts[0] if not alike(runs(answer))]
+    print(f"{len(parts[0]) - len(kept):,} of {len(parts[0]):,} answers are too like those held out")
+    parts = (kept, *parts[1:])
     studies = read(args.pubmedqa)
     asked = [row for row in studies if share(row["question"]) < 0.5]
     parts[0].extend(row["context"] for row in studies if share(row["question"]) >= 0.5)
@@ -155,7 +172,9 @@ def _choices(asked: list[dict[str, str]], encode: text.Encode, length: int) -> R
         question = encode(f"\nQuestion: {row['question']}\nAnswer:")
         for choice in map(encode, CHOICES):
             number, room = next(numbers), length + 1 - len(question) - len(choice)
-            found = [*encode(row["context"])[:room], *question, *choice]
+            found = [*encode(row["context"])[: max(room, 0)], *question, *choice]
+            if len(found) > length + 1:
+                raise ValueError(f"a question has {len(found)} tokens, --length is {length}.")
             rows.tokens[number, : len(found)] = found
             rows.learned[number, len(found) - len(choice) : len(found)] = True
     return rows

@@ -7,7 +7,8 @@ The mathematics of Table 1 of arXiv 2405.12130, and its table of compressions (T
 SmolLM2-135M. The files are those of GSM8K (github.com/openai/grade-school-math, MIT licence);
 without them reasoning-gym makes problems of the kind. A rate is chosen by the loss of problems held
 out of the training files; only runs at chosen rates answer those of the test, greedily, and an
-answer counts if it ends in the right number after `####`.
+answer counts if it ends in the right number after `####`. Pairs longer than a row are not trained
+on, nor in a loss; they are asked all the same.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--held-out", type=int, default=200, help="pairs to choose rates by")
     add("--test-items", type=int, default=1319)
     add("--new-tokens", type=int, default=256, help="of an answer at most")
-    add("--test-batch", type=int, default=660, help="prompts that are answered at a time")
+    add("--test-batch", type=int, default=330, help="prompts that are answered at a time")
     parser.set_defaults(steps=690, batch=32, length=384, merge_every=173, warmup=50)
     args = parser.parse_args(arguments)
     if (args.data is None) != (args.test is None):

@@ -6,7 +6,6 @@ Several programs may write one file, each the runs of other methods.
 import dataclasses
 import fcntl
 import json
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,12 +83,19 @@ class Results:
 
         The first seed finds the rate: the best of `rates`, and beyond them, by factors of two, as
         long as the best lies at an end. The other seeds then have that rate.
+
+        Raises:
+          ValueError: at every rate, however small, training diverged.
         """
         first, *others = seeds
-        costs = {run["rate"]: _finite(run["cost"]) for run in self.of(method, seed=first)}
+        costs = {run["rate"]: run["cost"] for run in self.of(method, seed=first)}
         if left := [rate for rate in rates if rate not in costs]:
             return left[0], first
-        best = min(costs, key=lambda rate: costs[rate])
+        best = chosen(costs)
+        if best is None:
+            if len(costs) > len(rates) + 10:
+                raise ValueError(f"{method} diverged at every rate from {min(costs):g} on.")
+            return min(costs) / 2, first
         if best == max(costs):
             return 2 * best, first
         if best == min(costs):
@@ -97,9 +103,9 @@ class Results:
         done = {run["seed"] for run in self.of(method, rate=best)}
         return next(((best, seed) for seed in others if seed not in done), None)
 
-    def rates(self, method: str) -> dict[float, float]:
+    def rates(self, method: str) -> dict[float, float | None]:
         """Rate -> cost, of the seed that chooses among them; in rising order."""
-        runs = self.of(method, seed=self.setting["seeds"][0])
+        runs = self.of(method, seed=self.setting["seed"])
         return {run["rate"]: run["cost"] for run in sorted(runs, key=lambda run: run["rate"])}
 
     def best(self, method: str) -> list[Run]:
@@ -107,20 +113,27 @@ class Results:
 
         The seed that chose the rate has seen its luck; it stands in only while it is alone.
         """
-        costs = self.rates(method)
-        if not costs:
+        if (rate := chosen(self.rates(method))) is None:
             return []
-        runs = self.of(method, rate=min(costs, key=lambda rate: _finite(costs[rate])))
-        return [run for run in runs if run["seed"] != self.setting["seeds"][0]] or runs
+        runs = self.of(method, rate=rate)
+        return [run for run in runs if run["seed"] != self.setting["seed"]] or runs
 
     @property
     def methods(self) -> list[str]:
-        """Those that have runs, in the order in which they began."""
-        return [*dict.fromkeys(run["method"] for run in self.runs)]
+        """Those that have a run that did not diverge, in the order in which they began."""
+        found = dict.fromkeys(run["method"] for run in self.runs)
+        return [method for method in found if self.best(method)]
 
 
-def _finite(cost: float | None) -> float:
-    return math.inf if cost is None or math.isnan(cost) else cost
+def chosen(costs: Mapping[float, float | None]) -> float | None:
+    """The rate that costs least, of several the middle one; None where all diverged.
+
+    >>> chosen({1: 2.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: None}), chosen({1: None})
+    (4, None)
+    """
+    finite = {rate: cost for rate, cost in costs.items() if cost is not None}
+    best = sorted(rate for rate, cost in finite.items() if cost == min(finite.values()))
+    return best[(len(best) - 1) // 2] if best else None
 
 
 def spread(numbers: Iterable[float | None], form: str) -> str:
@@ -150,11 +163,14 @@ def table(results: Results, columns: Columns) -> str:
             spread([number(results.times.get(method, {}) | run) for run in runs], form)
             for (_, form), number in zip(heads, columns.values(), strict=True)
         ]
-        grid = ", ".join(
-            f"**{rate:g}: {cost:.3f}**" if rate == runs[0]["rate"] else f"{rate:g}: {cost:.3f}"
+        costs = {
+            rate: f"{rate:g}: " + ("diverged" if cost is None else f"{cost:.3f}")
             for rate, cost in results.rates(method).items()
+        }
+        grid = ", ".join(
+            f"**{cost}**" if rate == runs[0]["rate"] else cost for rate, cost in costs.items()
         )
-        seeds = f"{len(runs)}" if runs[0]["seed"] != results.setting["seeds"][0] else "the first"
+        seeds = f"{len(runs)}" if runs[0]["seed"] != results.setting["seed"] else "the first"
         lines.append(f"| {method} | {' | '.join(cells)} | {seeds} | {grid} |")
     return "\n".join(lines)
 
@@ -173,7 +189,7 @@ def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) 
 
     colors = plt.get_cmap("tab20")(np.linspace(0, 1, 20))
     for number, method in enumerate(methods):
-        curves = [run["curve"] for run in results.best(method)]
+        curves = [run["curve"] for run in results.best(method) if run["cost"] is not None]
         steps = [measures["step"] for measures in curves[0] if name in measures]
         values = np.array([[m[name] for m in curve if name in m] for curve in curves])
         axes.plot(steps, values.mean(0), color=colors[number], label=method)
@@ -185,10 +201,9 @@ def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) 
 
 def note(results: Results) -> str:
     """How many seeds stand behind a figure, and where some are missing, that they are."""
-    wanted = len(results.setting["seeds"]) - 1
     found = [results.best(method) for method in results.methods]
-    first = results.setting["seeds"][0]
-    counts = [sum(run["seed"] != first for run in runs) for runs in found]
-    if min(counts, default=0) < wanted:
-        return f"partial: {min(counts, default=0)} to {max(counts, default=0)} of {wanted} seeds"
-    return f"{wanted} seeds, lowest to highest shaded"
+    counts = [sum(run["seed"] != results.setting["seed"] for run in runs) for runs in found]
+    low, high = min(counts, default=0), max(counts, default=0)
+    if low < max(3, high):
+        return f"partial: {low} to {high} seeds"
+    return f"{low} seeds, lowest to highest shaded"

@@ -9,6 +9,7 @@ device that does nothing else.
 import argparse
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,9 +27,13 @@ from training import CompiledSteps, Training, make_optimizer, make_plan
 from trial import Task, Trial, begin, run
 
 import mora_jax
+import text
 
-#: What the losses do not depend on.
-FREE = {"mode", "methods", "minutes", "json", "picture", "out", "save_every"}
+#: Flags that the losses of a run do not depend on.
+FREE = {"mode", "methods", "seeds", "minutes", "json", "picture", "out", "save_every"}
+
+#: When the program began; the time allowed is its own, not the training's.
+STARTED = time.monotonic()
 
 
 def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.ArgumentParser:
@@ -57,7 +62,7 @@ def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.A
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="the first chooses the rate")
     add("--dtype", default="bfloat16", help="of the computation; parameters are float32")
     add("--minutes", type=float, default=1e9, help="after these, save and end")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints of a run")
+    add("--save-every", type=int, default=300, help="steps between checkpoints of a run")
     add("--out", type=pathlib.Path, default=pathlib.Path("results", here.stem),
         help="a directory for the run that is under way")  # fmt: skip
     add("--json", type=pathlib.Path, default=here.with_suffix(".json"))
@@ -65,8 +70,8 @@ def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.A
     return parser
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the losses depend on, by name, as JSON holds it."""
+def settings(args: argparse.Namespace, task: Task) -> dict[str, Any]:
+    """What all losses depend on, by name, as JSON holds it; `seed` is the one that finds rates."""
 
     def plain(value: Any) -> Any:
         """Of a file its name: where it lies is the machine's."""
@@ -74,7 +79,9 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
             return [plain(part) for part in value]
         return value.name if isinstance(value, pathlib.Path) else value
 
-    return {name: plain(value) for name, value in vars(args).items() if name not in FREE}
+    flags = {name: plain(value) for name, value in vars(args).items() if name not in FREE}
+    first = args.seeds[0]
+    return flags | {"seed": first, "rows": text.Windows(task.rows(first).tokens, first).digest}
 
 
 def prepare(
@@ -88,30 +95,36 @@ def prepare(
 
 def train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -> Results:
     """Does what there is left to do, for as long as it may."""
-    deadline = time.monotonic() + 60 * args.minutes
-    setting = settings(args)
-    results = Results.open(args.json, setting)
+    deadline = STARTED + 60 * args.minutes
+    setting = settings(args, task)
+    results, begun = Results.open(args.json, setting), False
     for method in args.methods:
         recipe = methods[method]
         plan, training, steps_of = prepare(args, task, recipe)
         rates = [recipe.rate / 2, recipe.rate, 2 * recipe.rate]
+        if other := {x["recipe"] for x in results.of(method)} - {repr(recipe)}:
+            raise ValueError(f"{args.json}: {method} was {other.pop()}, and is {recipe}.")
         while (todo := results.next_of(method, rates, args.seeds)) is not None:
             rate, seed = todo
             folder = args.out.absolute() / f"{method} {rate:g} {seed}".replace(" ", "_")
             trial = Trial(method, rate, seed, setting, folder)
-            done = run(args, task, training, steps_of, plan, trial, deadline)
+            done = None
+            if not begun or time.monotonic() < deadline:
+                done = run(args, task, training, steps_of, plan, trial, deadline)
             if done is None:
                 print("the time is over; the same command goes on")
                 return results
             results.add(done)
-            print(f"{method}, rate {rate:g}, seed {seed}: cost {done['cost']:.4f}", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            begun = True
+            print(f"{method}, rate {rate:g}, seed {seed}: cost {done['cost']}", flush=True)
     print("all is done")
     return results
 
 
 def time_steps(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -> Results:
     """Times each method's step: the median of five stretches of ten, after two to warm up."""
-    results = Results.open(args.json, settings(args))
+    results = Results.open(args.json, settings(args, task))
     rows = task.rows(args.seeds[0])
     index = jnp.arange(args.batch) % len(rows.tokens)
     rows = jax.tree.map(jnp.asarray, rows)
@@ -148,6 +161,9 @@ def main(
     draw: Callable[[Results, pathlib.Path], None],
 ) -> None:
     """Trains, times, or draws what was trained."""
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
+        # Started again, a program need not compile again.
+        jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
     if args.mode == "train":
         results = train(args, make_task(args), methods)
     elif args.mode == "time":

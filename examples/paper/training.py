@@ -140,7 +140,8 @@ class CompiledSteps:
 
     def of(self, trained, frozen, data, index, rate, plan, groups):
         """The compiled step for such arguments; it takes all of them but the plan."""
-        if plan not in self._compiled:
+        case = plan, tuple(x.shape for x in data)
+        if case not in self._compiled:
             began = time.monotonic()
             lowered = Training.step.lower(
                 self._training, trained, frozen, data, index, rate, plan, groups
@@ -150,9 +151,15 @@ class CompiledSteps:
                 used = memory.argument_size_in_bytes + memory.output_size_in_bytes
                 used += memory.temp_size_in_bytes - memory.alias_size_in_bytes
                 self.bytes = max(self.bytes, used)
-            self._compiled[plan] = compiled
+            self._compiled[case] = compiled
             self.seconds += time.monotonic() - began
-        return self._compiled[plan]
+        return self._compiled[case]
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number is."""
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def parted(params: Any, plan: mora_jax.Plan | None, opt_state: Any) -> tuple[Any, Any, Any]:

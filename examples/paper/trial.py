@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import tqdm
 from etils import epath
 from recipes import Groups, draw_groups, inverse, permuted
-from training import CompiledSteps, Rows, Training, make_schedule, parted
+from training import CompiledSteps, Rows, Training, all_finite, make_schedule, parted
 
 import mora_jax
 import text
@@ -63,7 +62,7 @@ class Trial:
       rate: of learning, at its height.
       seed: of the adapters' start and of the order of the rows.
       settings: what its losses depend on beside those, by name.
-      folder: for its checkpoints, while it is under way.
+      folder: for its checkpoints, until its results are safe.
     """
 
     method: str
@@ -96,6 +95,8 @@ def run(
 ) -> dict[str, Any] | None:
     """Trains; None where the time is over before the end.
 
+    A run that diverges ends there, with None as its cost.
+
     Args:
       args: the flags.
       task: what for.
@@ -113,7 +114,7 @@ def run(
     key = jax.random.fold_in(jax.random.key(seed), 1)
     merges = mora_jax.merge_steps(args.steps, args.merge_every) if recipe.merges else ()
     schedule = make_schedule(args, recipe, trial.rate)
-    measured = {*args.evaluate_at, args.steps}
+    stops = {*args.evaluate_at, *merges, args.steps}
 
     def groups_at(step: int) -> Groups:
         before = sum(merge <= step for merge in merges)
@@ -121,9 +122,11 @@ def run(
 
     state, first, curve = begin(training, initial, start, groups_at(0), key), 0, []
     curve_file = trial.folder / "curve.json"
-    name = {"method": trial.method, "rate": trial.rate, "seed": seed}
+    name = {"method": trial.method, "rate": trial.rate, "seed": seed, "recipe": repr(recipe)}
+    name |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    of_run = {key: name[key] for key in ("method", "rate", "seed", "recipe")}
     # Of a base that stays as it was, no checkpoint need hold a copy.
-    with Checkpoints(epath.Path(trial.folder), run=trial.settings | name,
+    with Checkpoints(epath.Path(trial.folder), run=trial.settings | of_run,
                      keeps_base=recipe.merges, keep=1, say=tqdm.tqdm.write) as saved:  # fmt: skip
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         if (restored := saved.restore(jax.eval_shape(lambda: state), places)) is not None:
@@ -135,7 +138,7 @@ def run(
         groups = groups_at(first)
         bar = tqdm.tqdm(desc=f"{trial.method}, {trial.rate:g}, seed {seed}", initial=first,
                         total=args.steps, mininterval=5, leave=False)  # fmt: skip
-        if 0 in measured and not first:
+        if 0 in args.evaluate_at and not first:
             curve.append({"step": 0, **task.measure(0, seed, initial)})
         for step in range(first + 1, args.steps + 1):
             index = jnp.asarray(order.rows((step - 1) * args.batch, args.batch))
@@ -146,9 +149,11 @@ def run(
             (trainable, opt_state), loss = steps_of.of(*given, plan, groups)(*given, groups)
             state = TrainState(trainable, opt_state, state.frozen)
             bar.update()
-            if step % 10 == 0:
+            if step % 10 == 0 or step in stops:
                 bar.set_postfix(loss=f"{float(loss):.4f}")  # waits, so that the clock is true
-            if step in measured:
+                if not (jnp.isfinite(loss) and all_finite(state.trainable)):
+                    return {**name, "cost": None, "curve": curve, "diverged": step}
+            if step in args.evaluate_at and step < args.steps:
                 found = task.measure(step, seed, training.merged(state, plan, groups))
                 curve.append({"step": step, **found})
             if step in merges:
@@ -157,20 +162,21 @@ def run(
                 state, plan = training.restart(state, plan, groups, after, merge_key)
                 groups = after
             over = time.monotonic() > deadline
-            if step < args.steps and (over or step % args.save_every == 0):
+            if over or step % args.save_every == 0 or step == args.steps:
                 scratch = curve_file.with_suffix(".partial")
                 scratch.write_text(json.dumps(curve))
                 scratch.replace(curve_file)
                 saved.save(step, state, plan)
                 if over:
                     return None
+        # Its own checkpoint is there: what comes now may take long.
+        found = task.measure(args.steps, seed, training.merged(state, plan, groups))
+        curve.append({"step": args.steps, **found})
         bar.close()
     adapted = mora_jax.join(state.trainable, state.frozen)
     final = training.merged(state, plan, groups)
-    shutil.rmtree(trial.folder, ignore_errors=True)
     return {
         **name, "cost": task.cost(curve), "curve": curve,
         **task.finish(initial, final, adapted, plan),
         "trained": sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__,
     }  # fmt: skip
