@@ -187,7 +187,7 @@ def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) 
     """A measure by step: the mean over the seeds, and between its lowest and highest a shade."""
     from matplotlib import pyplot as plt
 
-    colors = plt.get_cmap("tab20")(np.linspace(0, 1, 20))
+    colors = [*plt.get_cmap("tab10")(np.arange(10)), *plt.get_cmap("Set2")(np.arange(8))]
     for number, method in enumerate(methods):
         curves = [run["curve"] for run in results.best(method) if run["cost"] is not None]
         steps = [measures["step"] for measures in curves[0] if name in measures]
