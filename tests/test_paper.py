@@ -205,7 +205,9 @@ def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
         results.add({"method": "signs", "rate": rate, "seed": seed, "cost": cost})
         done.append(todo)
     assert done == [(1, 0), (2, 0), (4, 0), (8, 0), (4, 1), (4, 2)]
+    results.add({"method": "signs", "rate": 4, "seed": 3, "cost": None})  # and one that diverged
     assert [run["cost"] for run in Results.open(results.path).best("signs")] == [2.0, 3.0]
+    assert "| 2, 1 diverged | 1: 3.000, 2: 2.000, **4: 1.000**, 8: diverged |" in table(results, {})
     assert json.loads(results.path.read_text())["setting"] == {"seed": 0}
 
 

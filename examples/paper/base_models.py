@@ -4,9 +4,11 @@ The random one is an untrained Llama that reads bytes. Frozen, it is no worse a 
 UUIDs than any; what it learns of anything else means nothing, but that the programs run.
 """
 
+import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -14,12 +16,48 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from training import Rows, held_out_loss
+from trial import Measures, Task
 
 import pretrained
 from llama import Llama
 from train_flags import PRESETS
 
 NAMES = ["smollm2", "tiny"]
+
+
+def finetuning_task(
+    args: argparse.Namespace,
+    base: pretrained.Pretrained,
+    parts: tuple[Rows, Rows, Rows],
+    examine: Callable[[Llama, Any], Measures],
+) -> Task:
+    """Training on text, with rates chosen by the loss of some that is held out.
+
+    Args:
+      args: the flags.
+      base: the model.
+      parts: what is trained on, what the rate is chosen by, what tests the runs at chosen rates.
+      examine: (model, its parameters) -> what else tests these.
+    """
+    trained, chosen_by, test = parts
+    model = Llama(base.config, dtype=args.dtype, param_dtype="float32")
+
+    def measure(step: int, seed: int, params: Any) -> Measures:
+        found = {"loss": float(held_out_loss(model, params, chosen_by, args.batch))}
+        if step == args.steps and seed != args.seeds[0]:
+            found["test"] = float(held_out_loss(model, params, test, args.batch))
+            found |= examine(model, params)
+        return found
+
+    return Task(
+        base_model=model,
+        start=lambda seed: jax.tree.map(jnp.asarray, base.params),
+        rows=lambda seed: trained,
+        measure=measure,
+        cost=lambda curve: curve[-1]["loss"],
+        finish=lambda before, after, adapted, plan: {},
+    )
 
 
 def load(name: str) -> pretrained.Pretrained:

@@ -28,12 +28,11 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import base_models
 import jax
-import jax.numpy as jnp
 import numpy as np
 import study
 from recipes import FINETUNING
 from results import COST, Columns, Results, draw_curves, note
-from training import Rows, held_out_loss, losses
+from training import Rows, losses
 from trial import Measures, Task
 
 import text
@@ -112,7 +111,6 @@ def share(name: str) -> float:
 def make_task(args: argparse.Namespace) -> Task:
     """Windows of text, and questions."""
     base = base_models.load(args.model)
-    base_model = Llama(base.config, dtype=args.dtype, param_dtype="float32")
     encode = lambda document: base.tokenizer.encode(document, add_special_tokens=False).ids
 
     def windows(documents: list[str]) -> Rows:
@@ -141,26 +139,15 @@ def make_task(args: argparse.Namespace) -> Task:
     choices = _choices(asked, encode, args.length)
     wanted = np.array([CHOICES.index(" " + row["answer"]) for row in asked])
 
-    def measure(step: int, seed: int, params: Any) -> Measures:
-        found = {"loss": float(held_out_loss(base_model, params, chosen_by, args.batch))}
-        if step == args.steps and seed != args.seeds[0]:
-            found["test"] = float(held_out_loss(base_model, params, test, args.batch))
-            surprise = [
-                token_losses(base_model, params, jax.tree.map(lambda x, at=at: x[at], choices))
-                for at in np.arange(len(choices.tokens)).reshape(-1, len(CHOICES))
-            ]
-            likeliest = np.stack(surprise).sum(-1).argmin(-1)
-            found["right"] = float((likeliest == wanted).mean())
-        return found
+    def examine(model: Llama, params: Any) -> Measures:
+        surprise = [
+            token_losses(model, params, jax.tree.map(lambda x, at=at: x[at], choices))
+            for at in np.arange(len(choices.tokens)).reshape(-1, len(CHOICES))
+        ]
+        likeliest = np.stack(surprise).sum(-1).argmin(-1)
+        return {"right": float((likeliest == wanted).mean())}
 
-    return Task(
-        base_model=base_model,
-        start=lambda seed: jax.tree.map(jnp.asarray, base.params),
-        rows=lambda seed: trained,
-        measure=measure,
-        cost=lambda curve: curve[-1]["loss"],
-        finish=lambda before, after, adapted, plan: {},
-    )
+    return base_models.finetuning_task(args, base, (trained, chosen_by, test), examine)
 
 
 def _choices(asked: list[dict[str, str]], encode: text.Encode, length: int) -> Rows:

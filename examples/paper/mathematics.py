@@ -21,13 +21,11 @@ from typing import Any
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import base_models
-import jax
-import jax.numpy as jnp
 import numpy as np
 import study
 from recipes import FINETUNING
 from results import COST, Columns, Results, draw_curves, note
-from training import Rows, held_out_loss
+from training import Rows
 from trial import Measures, Task
 
 import chat_data
@@ -69,7 +67,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def make_task(args: argparse.Namespace) -> Task:
     """Problems, a row each."""
     base = base_models.load(args.model)
-    base_model = Llama(base.config, dtype=args.dtype, param_dtype="float32")
     fields = args.prompt_field, args.response_field
     if args.data:
         pairs, tested = (prompts.read_pairs(path, *fields) for path in (args.data, args.test))
@@ -94,23 +91,12 @@ def make_task(args: argparse.Namespace) -> Task:
         f"and trained on; {len(chosen_by.tokens):,} choose the rate; {len(tested):,} test"
     )
 
-    def measure(step: int, seed: int, params: Any) -> Measures:
-        found = {"loss": float(held_out_loss(base_model, params, chosen_by, args.batch))}
-        if step == args.steps and seed != args.seeds[0]:
-            found["test"] = float(held_out_loss(base_model, params, test, args.batch))
-            answers = solve.solve(base_model, params, examples, base.tokenizer, base.end_token,
-                                  args.test_batch, args.new_tokens)  # fmt: skip
-            found |= solve.accuracy(answers, [pair.response for pair in tested])
-        return found
+    def examine(model: Llama, params: Any) -> Measures:
+        answers = solve.solve(model, params, examples, base.tokenizer, base.end_token,
+                              args.test_batch, args.new_tokens)  # fmt: skip
+        return solve.accuracy(answers, [pair.response for pair in tested])
 
-    return Task(
-        base_model=base_model,
-        start=lambda seed: jax.tree.map(jnp.asarray, base.params),
-        rows=lambda seed: trained,
-        measure=measure,
-        cost=lambda curve: curve[-1]["loss"],
-        finish=lambda before, after, adapted, plan: {},
-    )
+    return base_models.finetuning_task(args, base, (trained, chosen_by, test), examine)
 
 
 def draw(results: Results, path: pathlib.Path) -> None:

@@ -111,11 +111,12 @@ class Results:
     def best(self, method: str) -> list[Run]:
         """The runs of all seeds but the first at the rate that the first found best.
 
-        The seed that chose the rate has seen its luck; it stands in only while it is alone.
+        The seed that chose the rate has seen its luck; it stands in only while it is alone. Runs
+        that diverged have nothing to tell but that; `table` counts them.
         """
         if (rate := chosen(self.rates(method))) is None:
             return []
-        runs = self.of(method, rate=rate)
+        runs = [run for run in self.of(method, rate=rate) if run["cost"] is not None]
         return [run for run in runs if run["seed"] != self.setting["seed"]] or runs
 
     @property
@@ -171,6 +172,8 @@ def table(results: Results, columns: Columns) -> str:
             f"**{cost}**" if rate == runs[0]["rate"] else cost for rate, cost in costs.items()
         )
         seeds = f"{len(runs)}" if runs[0]["seed"] != results.setting["seed"] else "the first"
+        if lost := len(results.of(method, rate=runs[0]["rate"], cost=None)):
+            seeds += f", {lost} diverged"
         lines.append(f"| {method} | {' | '.join(cells)} | {seeds} | {grid} |")
     return "\n".join(lines)
 
@@ -189,7 +192,7 @@ def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) 
 
     colors = [*plt.get_cmap("tab10")(np.arange(10)), *plt.get_cmap("Set2")(np.arange(8))]
     for number, method in enumerate(methods):
-        curves = [run["curve"] for run in results.best(method) if run["cost"] is not None]
+        curves = [run["curve"] for run in results.best(method)]
         steps = [measures["step"] for measures in curves[0] if name in measures]
         values = np.array([[m[name] for m in curve if name in m] for curve in curves])
         axes.plot(steps, values.mean(0), color=colors[number], label=method)
