@@ -29,11 +29,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from mora_jax._checksums import checksums
-from mora_jax._mesh import beside, sharding_of
-from mora_jax._params import Params, check_unadapted, split
-from mora_jax._plan import Plan
-from mora_jax._record import (
+from mora_jax._checkpoint_record import (
     Record,
     check_finite,
     check_fits,
@@ -44,9 +40,7 @@ from mora_jax._record import (
     shape_of,
     to_custom,
 )
-from mora_jax._tree import flatten, listing, rebuild, unflatten
-from mora_jax._variables import box_like, value_of, with_value
-from mora_jax._versions import (
+from mora_jax._checkpoint_versions import (
     check_room,
     find_saved,
     is_checkpoint,
@@ -54,6 +48,12 @@ from mora_jax._versions import (
     new_version,
     versions_of,
 )
+from mora_jax._checksums import checksums
+from mora_jax._mesh import beside, sharding_of
+from mora_jax._params import Params, check_unadapted, split
+from mora_jax._plan import Plan
+from mora_jax._tree import flatten, listing, rebuild, unflatten
+from mora_jax._variables import box_like, value_of, with_value
 
 
 @dataclasses.dataclass(frozen=True)

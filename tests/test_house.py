@@ -13,7 +13,7 @@ FLOORS = [
     {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_variables", "_version"}
     | {"_table", "_new_directory"},
     {"_groups", "_cycles", "_initialize", "_merge_loss", "_rounding", "_safetensors"}
-    | {"_versions"},
+    | {"_checkpoint_versions"},
     {"_blocks", "_checksums", "_prune"},
     {"_operators", "_placement"},
     {"_layout", "_ragged", "_examples"},
@@ -21,7 +21,7 @@ FLOORS = [
     {"_dot_gradient", "_plan", "_peft_read", "_peft_write", "_torch_tensors"},
     {"_dot"},
     {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize", "_layers"}
-    | {"_decomposition", "_record"},
+    | {"_decomposition", "_checkpoint_record"},
     {"_linen_layers", "_function", "_nnx_layers", "_merge", "_bank"},
     {"linen", "_remora", "_unmerge", "_hugging_face", "_one_tensor", "_projection"}
     | {"_spectrum", "_allocate"},
