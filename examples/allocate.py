@@ -1,6 +1,6 @@
 """Does half the budget, spent where `mora_jax.allocate` says, learn what uniform targeting learns?
 
-    python3 run.py allocate --pairs 8 --steps 40 --seeds 1        # hours on 2 CPU cores
+    python3 run.py allocate --pairs 8 --steps 40 --seeds 0        # hours on 2 CPU cores
     python3 examples/allocate.py --pairs 2000 --batch 200 --steps 400 --lrs 1e-3 2e-3 \
         --dtype bfloat16
     python3 examples/allocate.py --data train.jsonl --test test.jsonl --length 384 --batch 32 \
@@ -71,7 +71,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=40)
     add("--warmup", type=int, default=5)
     add("--lrs", type=float, nargs="+", default=[3e-3])
-    add("--seeds", type=int, default=3)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--rank", type=int, default=8)
     add("--scheme", default="sharing")
     add("--budget", type=float, default=0.5, help="as a fraction of uniform targeting")
@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     base = pretrained.load(args.model, args.dtype)
     model, params = load_base(args, base)
     done = {(run["variant"], run["seed"], run["lr"]) for run in runs}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         wanted = [(v, lr) for v in args.variants for lr in args.lrs if (v, seed, lr) not in done]
         if not wanted:
             continue

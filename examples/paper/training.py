@@ -177,10 +177,12 @@ def make_optimizer(clip: float, plan: mora_jax.Plan | None) -> Any:
     return optax.chain(optax.clip_by_global_norm(clip), optimizer)
 
 
-def make_schedule(args: argparse.Namespace, recipe: Recipe, rate: float) -> optax.Schedule:
-    """Cosine to a tenth, and jagged where the recipe merges."""
+def make_rates(args: argparse.Namespace, recipe: Recipe, rate: float) -> np.ndarray:
+    """The rate of every step, [steps]: cosine to a tenth, and jagged where the recipe merges."""
     merges = mora_jax.merge_steps(args.steps, args.merge_every) if recipe.merges else ()
-    return mora_jax.jagged_cosine_schedule(
+    schedule: Any = mora_jax.jagged_cosine_schedule(
         rate, args.steps, merges, warmup_steps=args.warmup, rewarm_steps=args.rewarm,
         end_value=rate / 10,
     )  # fmt: skip
+    # At once: a schedule asked at every step would wait for the device each time.
+    return np.asarray(jax.vmap(schedule)(jnp.arange(args.steps)), np.float32)

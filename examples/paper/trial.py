@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import tqdm
 from etils import epath
 from recipes import Groups, draw_groups, inverse, permuted
-from training import CompiledSteps, Rows, Training, all_finite, make_schedule, parted
+from training import CompiledSteps, Rows, Training, all_finite, make_rates, parted
 
 import mora_jax
 import text
@@ -113,7 +113,7 @@ def run(
     initial, plan = task.start(seed), start
     key = jax.random.fold_in(jax.random.key(seed), 1)
     merges = mora_jax.merge_steps(args.steps, args.merge_every) if recipe.merges else ()
-    schedule = make_schedule(args, recipe, trial.rate)
+    rates = make_rates(args, recipe, trial.rate)
     stops = {*args.evaluate_at, *merges, args.steps}
 
     def groups_at(step: int) -> Groups:
@@ -144,7 +144,7 @@ def run(
             index = jnp.asarray(order.rows((step - 1) * args.batch, args.batch))
             given = (
                 (state.trainable, state.opt_state), state.frozen, rows, index,
-                jnp.asarray(schedule(step - 1), jnp.float32),
+                rates[step - 1],
             )  # fmt: skip
             (trainable, opt_state), loss = steps_of.of(*given, plan, groups)(*given, groups)
             state = TrainState(trainable, opt_state, state.frozen)
