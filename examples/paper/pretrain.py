@@ -50,6 +50,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=16, help="LoRA's; MoRA trains as much")
     add("--held-out", type=int, default=256, help="sequences that are measured, not trained on")
     add("--text", type=pathlib.Path, nargs="+", help="files, .jsonl too; by default Python's own")
+    add("--unrolled", action="store_true", help="no loop over the layers: slower to compile, but "
+        "several programs on one GPU wait for each other less")  # fmt: skip
     parser.set_defaults(steps=2000, batch=64, length=256, merge_every=250, warmup=100)
     args = parser.parse_args(arguments)
     args.evaluate_at = args.evaluate_at or [*range(250, args.steps, 250)]
@@ -71,7 +73,7 @@ def make_task(args: argparse.Namespace) -> Task:
     trained, chosen_by, test = (Rows.whole(x) for x in np.split(shuffled, ends))
     print(f"{len(trained.tokens):,} windows to train on, {args.held_out:,} held out")
     config = dataclasses.replace(PRESETS[args.model], vocab_size=256)
-    base_model = Llama(config, dtype=args.dtype, param_dtype="float32")
+    base_model = Llama(config, args.dtype, "float32", unrolled=args.unrolled)
 
     def measure(step: int, seed: int, params: Any) -> Measures:
         del step, seed
@@ -98,7 +100,8 @@ def ranks(before: Any, after: Any) -> dict[str, float]:
     old, new = (traverse_util.flatten_dict(jax.device_get(t), sep="/") for t in (before, after))
     found = []
     for path in (path for path in old if path.endswith("_proj/kernel")):
-        for update in np.asarray(new[path]) - np.asarray(old[path]):
+        updates = np.asarray(new[path]) - np.asarray(old[path])
+        for update in updates.reshape(-1, *updates.shape[-2:]):  # one, or a stack of layers
             values = np.linalg.svd(update, compute_uv=False)
             share = values / max(values.sum(), 1e-30)
             entropy = -(share * np.log(np.maximum(share, 1e-30))).sum()

@@ -8,7 +8,7 @@ layer is put into a group at random. The library's own delta does it between per
 where `inputs` and `outputs` are permutations. It costs two gathers of every kernel, and is here to
 be measured against.
 
-Shape letters: L stacked layers, I input features, O output features.
+Shape letters: I input features, O output features.
 """
 
 import dataclasses
@@ -109,10 +109,10 @@ def draw_groups(plan: mora_jax.Plan, seed: int, merges: int) -> Groups:
 
 
 def permuted(params: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
-    """Kernels [L, I, O] with their features permuted; everything else as it is."""
+    """Kernels [..., I, O] with their features permuted; everything else as it is."""
     leaves: dict[str, Any] = {**traverse_util.flatten_dict(params, sep="/")}
     for path, (inputs, outputs) in groups.items():
-        leaves[path] = jnp.take(jnp.take(leaves[path], inputs, axis=1), outputs, axis=2)
+        leaves[path] = jnp.take(jnp.take(leaves[path], inputs, axis=-2), outputs, axis=-1)
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
