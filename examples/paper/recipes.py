@@ -46,7 +46,7 @@ class Recipe:
 
     scheme: mora_jax.Scheme | None
     rank: int | None = None
-    rate: float = 2e-3
+    rate: float = 4e-3
     cycle: Any = None
     merges: bool = False
     random: bool = False
@@ -55,7 +55,7 @@ class Recipe:
 
 #: From scratch.
 RECIPES = {
-    "full rank": Recipe(None),
+    "full rank": Recipe(None, rate=2e-3),
     "LoRA": Recipe(LowRank()),
     "ReLoRA": Recipe(LowRank(), merges=True),
     "MoRA": Recipe(Sharing()),
