@@ -8,7 +8,8 @@
 
 The first two memorise random UUIDs and are measured on these; the third is measured on held-out
 pairs. Every variant sees the same batches of a seed, and the best of the rates counts. Finished
-runs are lines of `results.jsonl`; started again with the same flags, it does the others.
+runs are lines of `results.jsonl`; started again with the same flags, it does the others. Several
+programs with other seeds each may share an `--out`. `--draw` draws what it holds.
 
 Variants: *uniform*, every layer at `--rank`; *half*, every layer at the rank that the budget
 allows; *allocated*, ranks by the scores; *chosen*, layers by the scores, at `--rank`; *reversed*,
@@ -81,6 +82,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="float32", help="of the base model and its computation")
     add("--remat", action="store_true")
     add("--out", type=pathlib.Path, default=pathlib.Path("results/allocate"))
+    add("--draw", action="store_true", help="train nothing; losses.png from what --out holds")
     return parser.parse_args(arguments)
 
 
@@ -221,8 +223,7 @@ def train(
     for batch in task.measures(args.batch):
         state, part = train_step(model, state, frozen, batch, np.float32(0))
         loss += float(part)
-    ranks = {path: spec.config.rank for path, spec in plan.items()}
-    return {"loss": loss, "trained": plan.trained_parameters, "ranks": ranks,
+    return {"loss": loss, "trained": plan.trained_parameters,
             "losses": np.asarray(jnp.stack(losses)).round(5).tolist()}  # fmt: skip
 
 
@@ -253,6 +254,43 @@ def draw_scores(allocation: mora_jax.Allocation, path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
+def draw_losses(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Losses of the last twentieth of the steps so far, and over *uniform*'s, by step.
+
+    Each variant at the best of the rates that all have run with all seeds; between the seeds'
+    lowest and highest a shade.
+    """
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    seeds = {run["seed"] for run in runs}
+    done = collections.Counter((run["lr"], run["variant"]) for run in runs)
+    rates = [r for r, _ in done if all(done[r, v] == len(seeds) for v in variants)]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    smooth: dict[str, np.ndarray] = {}
+    for number, variant in enumerate(variants):
+        of_rate = lambda rate: [r for r in runs if (r["variant"], r["lr"]) == (variant, rate)]  # noqa: B023
+        rate = min(rates, key=lambda rate: sum(run["loss"] for run in of_rate(rate)))
+        losses = np.array([r["losses"] for r in sorted(of_rate(rate), key=lambda r: r["seed"])])
+        width = max(1, losses.shape[1] // 20)
+        kernel = np.ones(width) / width
+        smooth[variant] = np.array([np.convolve(row, kernel, "valid") for row in losses])
+        steps = np.arange(width, losses.shape[1] + 1)
+        label = f"{variant}, rate {rate:g}"
+        ratio = smooth[variant] / smooth.get("uniform", smooth[variant])
+        for axis, values in zip(axes, (smooth[variant], ratio), strict=True):
+            axis.plot(steps, values.mean(0), color=f"C{number}", label=label)
+            axis.fill_between(steps, values.min(0), values.max(0), color=f"C{number}", alpha=0.2)
+    axes[0].set(xlabel="step", ylabel="training loss", yscale="log")
+    axes[1].set(xlabel="step", ylabel="over uniform's")
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def summarise(runs: list[dict[str, Any]]) -> str:
     """A row for each variant and rate."""
     groups = collections.defaultdict(list)
@@ -272,13 +310,22 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs what is not there yet, and prints the table."""
     args = parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    free = ("out", "seeds", "lrs", "variants")
-    flags = {name: str(value) for name, value in vars(args).items() if name not in free}
+    free = ("out", "seeds", "lrs", "variants", "draw")
+    # Of a file its name: where it lies is the machine's.
+    flags = {
+        name: getattr(value, "name", str(value))
+        for name, value in vars(args).items()
+        if name not in free
+    }
     path, runs = args.out / "results.jsonl", []
     if path.exists():
         runs = [json.loads(line) for line in path.read_text().splitlines()]
-        if other := [run for run in runs if run["flags"] != flags]:
-            raise SystemExit(f"{path} is of other flags: {other[0]['flags']}, not {flags}")
+    if args.draw:
+        draw_losses(runs, args.out / "losses.png")
+        print(summarise(runs))
+        return
+    if other := [run for run in runs if run["flags"] != flags]:
+        raise SystemExit(f"{path} is of other flags: {other[0]['flags']}, not {flags}")
     base = pretrained.load(args.model, args.dtype)
     model, params = load_base(args, base)
     done = {(run["variant"], run["seed"], run["lr"]) for run in runs}

@@ -253,7 +253,9 @@ class Llama(_Block):
         angles = rotary_angles(positions, config.head_features, config.rope_theta)
 
         embed = nn.Embed(config.vocab_size, config.features, **shared, name="embed_tokens")
-        x = embed(tokens)
+        # Cast after the lookup: its gradient adds up a row for each token, thousands for a common
+        # one. In 16 bits that loses digits, and GPUs cannot add them in memory: they take turns.
+        x = jnp.take(embed.embedding, tokens, axis=0).astype(self.dtype)
         for number in range(config.num_layers if self.unrolled else 0):
             layer = nn.remat(Layer) if self.remat else Layer
             x, _ = layer(config, **shared, name=f"layers_{number}")(x, angles, attend, slot)

@@ -24,9 +24,11 @@ def _sizes(features, hidden_features, num_layers, num_heads, num_kv_heads, **oth
 
 _LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500000.0, "norm_epsilon": 1e-5}
 
-#: Models with random weights. 20m and 60m are named for their layers: embeddings come on top.
+#: Models with random weights. 20m and 60m have so many with a vocabulary of 32,000; with bytes as
+#: tokens 3 and 25 million, and mini 0.4.
 PRESETS = {
     "tiny": _sizes(32, 96, 2, 4, 2),
+    "mini": _sizes(128, 344, 2, 4, 4),
     "20m": _sizes(256, 688, 4, 4, 4),
     "60m": _sizes(512, 1376, 8, 8, 8),
     "8b": _sizes(4096, 14336, 32, 32, 8, **_LLAMA_3),

@@ -46,7 +46,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; `--help` prints them."""
     parser = study.parser_of(__file__, RECIPES, "Pretrains a small Llama in every way there is.")
     add = parser.add_argument
-    add("--model", choices=["tiny", "20m", "60m"], default="20m")
+    add("--model", choices=["tiny", "mini", "20m", "60m"], default="20m")
     add("--rank", type=int, default=16, help="LoRA's; MoRA trains as much")
     add("--held-out", type=int, default=256, help="sequences that are measured, not trained on")
     add("--text", type=pathlib.Path, nargs="+", help="files, .jsonl too; by default Python's own")
