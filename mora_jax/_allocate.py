@@ -123,8 +123,9 @@ def allocate(
 
     A layer gets the share of the budget that it has of all gains, and no layer with a gain is left
     out while the budget buys it the smallest rank. `_spend` says why not more, nor less. Gains are
-    those of the first step: what they are worth at the last one differs by task, and is to be
-    measured against a smaller rank everywhere (`examples/allocate.py`).
+    those of the first step, and what they are worth at the last one is to be measured against a
+    smaller rank everywhere (`examples/allocate.py`): of SmolLM2 that was as good on GSM8K and better
+    at memorising UUIDs.
 
     A batch costs a backward pass of adapters, less than a training step. No gradient of a kernel is
     formed.
@@ -289,7 +290,8 @@ def _spend(
     by small powers of the trained parameters (arXiv 2402.17193). Their limit, b = 0, is the
     logarithm: each layer's share of the budget is its share of the gains, and there is no constant
     to choose. In a tiny Llama that memorises UUIDs b = 0 and b = 1 both beat equal ranks; b = -1/2
-    was as good on average, and uneven. On held-out sums nothing beat equal ranks.
+    was as good on average, and uneven. On held-out sums nothing beat equal ranks, and in SmolLM2
+    equal ranks were as good or better on both tasks that were tried.
 
     Each step up is worth less for its price than the one before, so that to take the best one next
     is best, but for what is left over.

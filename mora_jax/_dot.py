@@ -27,7 +27,7 @@ from mora_jax._dot_call import Call
 from mora_jax._dot_gradient import adapted_product
 from mora_jax._examples import Examples
 from mora_jax._layout import DotDimensionNumbers
-from mora_jax._magnitude import apart, column_scale, scaled
+from mora_jax._magnitude import apart, column_scale
 from mora_jax._mesh import (
     UNKNOWN,
     Spread,
@@ -174,16 +174,14 @@ def mora_dot_general(
     direction, magnitude = apart(adapter)
     direction = whole(direction, spread)
     plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
+    scale = None
+    if magnitude is not None:
+        scale = column_scale(rhs, adapter, call.axes, scheme, after=lhs)
     if plain or adapter_lhs is not None or adapter_ids is not None:
         inputs = lhs if adapter_lhs is None else adapter_lhs
-        y = call.in_activations(lhs, inputs, rhs, direction, adapter_ids)
-    else:
-        varied = vary_alike((lhs, rhs, direction))
-        y = adapted_product(*varied, dataclasses.replace(call, placement=placement))
-    if magnitude is None:
-        return y
-    scale = column_scale(rhs, adapter, call.axes, scheme, after=lhs)
-    return scaled(y, call.to_outputs(scale))
+        return call.scaled(call.in_activations(lhs, inputs, rhs, direction, adapter_ids), scale)
+    varied = vary_alike((lhs, rhs, direction, scale))
+    return adapted_product(*varied, dataclasses.replace(call, placement=placement))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from mora_jax._examples import delta_by_example
+from mora_jax._features import wide_dtype
 from mora_jax._layout import KernelAxes, add_delta, kernel_axes
+from mora_jax._magnitude import scaled
 from mora_jax._mesh import Spread, shards_of, spread_is
 from mora_jax._operators import delta
 from mora_jax._placement import Parts, Placement, best_places
@@ -69,8 +72,13 @@ class Call:
             preferred_element_type=self.preferred_element_type,
         )
 
-    def kernel(self, rhs, adapter):
-        return add_delta(rhs, self.axes.delta(adapter, rhs.shape, self.scheme))
+    def kernel(self, rhs, adapter, scale=None):
+        """What the inputs are multiplied with; with DoRA's scale of its columns [..., O]."""
+        value = self.axes.delta(adapter, rhs.shape, self.scheme)
+        if scale is None:
+            return add_delta(rhs, value)
+        wide = wide_dtype(rhs.dtype)
+        return ((rhs.astype(wide) + value.astype(wide)) * scale.astype(wide)).astype(rhs.dtype)
 
     def rows(self, lhs):
         """[B..., T, I] of the inputs."""
@@ -85,6 +93,23 @@ class Call:
         order = lhs_batch + self.lhs_free + lhs_in
         value = rows.reshape([shape[axis] for axis in order])
         return value.transpose([order.index(axis) for axis in range(len(shape))])
+
+    def scaled(self, y, scale):
+        """Results of the product, or gradients by them, times the scale of their columns."""
+        return y if scale is None else scaled(y, self.to_outputs(scale))
+
+    def scale_gradient(self, y, dy, scale):
+        """The gradient by the scale: of `y = scale * ...` the sum of `y dy / scale` over rows.
+
+        A column that is scaled by zero has nothing to tell, and no gradient.
+        """
+        wide = wide_dtype(y.dtype)
+
+        def spread(scale):
+            return jnp.broadcast_to(self.to_outputs(scale).astype(wide), y.shape)
+
+        (sums,) = jax.linear_transpose(spread, scale)(y.astype(wide) * dy.astype(wide))
+        return jnp.where(scale == 0, 0, sums / jnp.where(scale == 0, 1, scale))
 
     def to_outputs(self, columns):
         """Numbers laid out like the kernel, of inputs one each, as results of the product lie."""

@@ -22,35 +22,37 @@ from mora_jax._mesh import may_be_sharded, spread_is
 from mora_jax._operators import adapter_gradient, delta_transpose, to_compressed
 
 
-def _value(lhs, rhs, adapter, call):
-    return _value_and_sum(lhs, rhs, adapter, call)[0]
+def _value(lhs, rhs, adapter, scale, call):
+    return _value_and_sum(lhs, rhs, adapter, scale, call)[0]
 
 
-def _value_and_sum(lhs, rhs, adapter, call):
+def _value_and_sum(lhs, rhs, adapter, scale, call):
     """The product, the adapter as its sum has it, and the sum, None where there is none."""
     forward, _ = call.places(lhs, rhs, adapter)
     if forward == "activation":
-        return call.in_activations(lhs, lhs, rhs, adapter), adapter, None
+        return call.scaled(call.in_activations(lhs, lhs, rhs, adapter), scale), adapter, None
     # The barrier holds the sum back until the inputs are there. It needs the weights alone, so a
     # scheduler would make those of all layers first, a second copy of the model. The kernel does
     # not pass it: a scan would keep what comes out, a copy of the whole stack. On several devices
     # the gathering of a sum is to begin before its layer does.
     if not may_be_sharded():
         lhs, adapter = lax.optimization_barrier((lhs, adapter))
-    total = call.kernel(rhs, adapter)
+    total = call.kernel(rhs, adapter, scale)
     return call.product(lhs, total), adapter, total
 
 
-#: (lhs, rhs, adapter, call) -> the product, with the delta where `call.placement` says.
-adapted_product = jax.custom_vjp(_value, nondiff_argnums=(3,))
+#: (lhs, rhs, adapter, scale, call) -> the product, with the delta where `call.placement` says. The
+#: scale is DoRA's, of the kernel's columns and laid out like it, or None.
+adapted_product = jax.custom_vjp(_value, nondiff_argnums=(4,))
 
 
-def _forward(lhs, rhs, adapter, call):
+def _forward(lhs, rhs, adapter, scale, call):
     lhs, rhs_trained, rhs = lhs.value, rhs.perturbed and not call.frozen, rhs.value
-    adapter = jax.tree.map(lambda leaf: leaf.value, adapter, is_leaf=_is_primal)
+    scale_trained = scale is not None and scale.perturbed
+    adapter, scale = jax.tree.map(lambda leaf: leaf.value, (adapter, scale), is_leaf=_is_primal)
     # Not `adapted_product`: this function is differentiated too, where someone asks for second
     # derivatives.
-    y, adapter, total = _value_and_sum(lhs, rhs, adapter, call)
+    y, adapter, total = _value_and_sum(lhs, rhs, adapter, scale, call)
 
     def compressed(x, adapter):
         with spread_is(call.spread):
@@ -63,11 +65,11 @@ def _forward(lhs, rhs, adapter, call):
     kept = lhs if keeps_inputs else call.per_batch(compressed)(rows, adapter)
     total = total if call.keep_sums and call.places(lhs, rhs, adapter)[1] == "kernel" else None
     static = _Static((keeps_inputs, rhs_trained, jax.typeof(lhs)))
-    return y, (kept, rhs, adapter, total, static)
+    return y, (kept, rhs, adapter, scale, y if scale_trained else None, total, static)
 
 
 def _backward(call, residuals, dy):
-    kept, rhs, adapter, total, static = residuals
+    kept, rhs, adapter, scale, y, total, static = residuals
     keeps_inputs, rhs_trained, inputs = static.value
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
     if call.frozen:
@@ -82,7 +84,8 @@ def _backward(call, residuals, dy):
         dy = lax.optimization_barrier(dy)
     else:
         dy, rhs, adapter = lax.optimization_barrier((dy, rhs, adapter))
-    dy_rows = dy.reshape(*batch, -1, out_features)
+    # Of the product before its columns were scaled.
+    dy_rows = call.scaled(dy, scale).reshape(*batch, -1, out_features)
 
     def input_gradient(dy, kernel):
         def product(lhs):
@@ -106,16 +109,17 @@ def _backward(call, residuals, dy):
                 return delta_transpose(dy, adapter, in_features, call.scheme)
 
         extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), inputs.shape)
-        dlhs = input_gradient(dy, rhs) + extra.astype(inputs.dtype)
+        dlhs = input_gradient(call.scaled(dy, scale), rhs) + extra.astype(inputs.dtype)
     else:
-        dlhs = input_gradient(dy, call.kernel(rhs, adapter) if total is None else total)
+        dlhs = input_gradient(dy, call.kernel(rhs, adapter, scale) if total is None else total)
     drhs = None
     if rhs_trained:
-        total, total_transpose = jax.vjp(lambda rhs: call.kernel(rhs, adapter), rhs)
+        total, total_transpose = jax.vjp(lambda rhs: call.kernel(rhs, adapter, scale), rhs)
         _, kernel_transpose = jax.vjp(lambda total: call.product(kept, total), total)
         (drhs,) = total_transpose(*kernel_transpose(dy))
+    dscale = None if y is None else call.scale_gradient(y, dy, scale)
     z = call.rows(kept) if keeps_inputs else kept
-    return dlhs, drhs, call.per_batch(gradient)(z, dy_rows, adapter)
+    return dlhs, drhs, call.per_batch(gradient)(z, dy_rows, adapter), dscale
 
 
 adapted_product.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -11,9 +11,10 @@ the adapter's own. Equivalent to PEFT's `use_dora`, for every scheme. One depart
    anew after a merge, by ones alone. By Adam a step changes each magnitude by the same share, not
    by the same amount; a gradient of g is `||W||` times that of m. A column of zeros stays zero.
 
-In the model the magnitude multiplies the product's outputs, and no second kernel is made: a norm is
-one pass over W, and the gradient of g is one over the outputs, which are kept for it. Under remat
-they are made again, also those of a block's last product, which nothing else would need.
+In the model the magnitude goes into the sum of kernel and delta where there is one (`_dot.py`),
+else it multiplies the product's outputs. A norm is one more pass over W, and the gradient of g one
+over the outputs, which are kept for it. Under remat they are made again, also those of a block's
+last product, which nothing else would need.
 
 Shape letters: I input features, O output features, B batch axes.
 """

@@ -236,6 +236,23 @@ def test_columns_of_zeros_stay():
     assert not delta[:, 2].any()
 
 
+@pytest.mark.parametrize("placement", ["kernel", "activation"])
+def test_a_magnitude_of_zero_is_an_output_of_zero(placement):
+    adapter = {"matrix": jnp.ones((2, 2)), "magnitude": jnp.ones((1, 4)).at[0, 1].set(0)}
+
+    @jax.jit
+    def run(adapter, x):
+        y = mora_jax.mora_dot_general(
+            x, jnp.ones((4, 4)), DIMS, adapter, mora_jax.Sharing(), placement=placement
+        )
+        return y.sum(), y
+
+    (_, y), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(adapter, jnp.ones((2, 4)))
+    np.testing.assert_allclose(y[0], [4, 0, 4, 4], rtol=1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    np.testing.assert_allclose(gradients[0]["magnitude"][0, [0, 2, 3]], 8, rtol=1e-6)
+
+
 def test_a_quantised_base():
     config = {"scheme": "sharing", "placement": "activation", "dora": True}
     x = jax.random.normal(jax.random.key(1), (2, 8))
