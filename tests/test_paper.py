@@ -19,6 +19,7 @@ import biomedicine  # noqa: E402
 import mathematics  # noqa: E402
 import pretrain  # noqa: E402
 import recipes  # noqa: E402
+import report  # noqa: E402
 import study  # noqa: E402
 import training  # noqa: E402
 import uuid_pairs  # noqa: E402
@@ -272,3 +273,13 @@ def test_permutations_are_undone():
     assert (mixed["a"]["kernel"] != params["a"]["kernel"]).any()
     back = recipes.permuted(mixed, recipes.inverse(groups))
     jax.tree.map(np.testing.assert_array_equal, back, jax.tree.map(np.float32, params))
+
+
+def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
+    written = report.README.read_text()
+    assert "| method |" in written
+    assert report.with_tables(written) == written  # else: python3 examples/paper/report.py
+    (tmp_path / "pretrain_new.json").write_text((report.HERE / "pretrain_mini.json").read_text())
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    with pytest.raises(ValueError, match=r"no '<!-- pretrain_new"):
+        report.with_tables(written)
