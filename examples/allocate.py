@@ -1,10 +1,12 @@
 """Does half the budget, spent where `mora_jax.allocate` says, learn what uniform targeting learns?
 
     python3 run.py allocate --pairs 8 --steps 40 --seeds 0        # hours on 2 CPU cores
-    python3 examples/allocate.py --pairs 2000 --batch 200 --steps 400 --lrs 1e-3 2e-3 \
-        --dtype bfloat16
-    python3 examples/allocate.py --data train.jsonl --test test.jsonl --length 384 --batch 32 \
-        --steps 600 --warmup 50 --lrs 1e-3 2e-3 --dtype bfloat16 --out results/allocate-gsm8k
+    python3 examples/allocate.py --pairs 2000 --batch 200 --length 76 --steps 400 --warmup 25 \
+        --lrs 1e-3 2e-3 4e-3 --variants uniform half allocated --dtype bfloat16 \
+        --out examples/allocation/uuid
+    python3 examples/allocate.py --data gsm8k_train.jsonl --test gsm8k_test.jsonl --test-items 1000 \
+        --length 384 --batch 32 --steps 600 --warmup 50 --lrs 1e-3 2e-3 \
+        --variants uniform half allocated --dtype bfloat16 --out examples/allocation/gsm8k
 
 The first two memorise random UUIDs and are measured on these; the third is measured on held-out
 pairs. Every variant sees the same batches of a seed, and the best of the rates counts. Finished
@@ -263,10 +265,15 @@ def draw_losses(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    variants = list(dict.fromkeys(run["variant"] for run in runs))
+    found = {run["variant"] for run in runs}
+    variants = [variant for variant in VARIANTS if variant in found]  # uniform first
     seeds = {run["seed"] for run in runs}
     done = collections.Counter((run["lr"], run["variant"]) for run in runs)
     rates = [r for r, _ in done if all(done[r, v] == len(seeds) for v in variants)]
+    if not rates:
+        raise SystemExit(
+            "nothing to draw: there is no rate that all variants have run with all seeds"
+        )
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     smooth: dict[str, np.ndarray] = {}
     for number, variant in enumerate(variants):

@@ -101,6 +101,18 @@ def rotate(x: Array, angles: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+class Embed(nn.Embed):
+    """Flax's, but for the lookup: rows are cast after it, not the table before it.
+
+    Its gradient adds up a row for each token, thousands for a common one. In 16 bits that loses
+    digits, and GPUs cannot add 16 bits in memory: they take turns.
+    """
+
+    def __call__(self, inputs: Array) -> Array:
+        """[...] int -> [..., D]."""
+        return jnp.take(self.embedding, inputs, axis=0).astype(self.dtype)
+
+
 class _Block(nn.Module):
     """What every part of the model holds, and the two kinds of layer it is built from."""
 
@@ -252,10 +264,8 @@ class Llama(_Block):
             positions = (jnp.cumsum(real, axis=1) - 1).clip(0)[:, slots]
         angles = rotary_angles(positions, config.head_features, config.rope_theta)
 
-        embed = nn.Embed(config.vocab_size, config.features, **shared, name="embed_tokens")
-        # Cast after the lookup: its gradient adds up a row for each token, thousands for a common
-        # one. In 16 bits that loses digits, and GPUs cannot add them in memory: they take turns.
-        x = jnp.take(embed.embedding, tokens, axis=0).astype(self.dtype)
+        embed = Embed(config.vocab_size, config.features, **shared, name="embed_tokens")
+        x = embed(tokens)
         for number in range(config.num_layers if self.unrolled else 0):
             layer = nn.remat(Layer) if self.remat else Layer
             x, _ = layer(config, **shared, name=f"layers_{number}")(x, angles, attend, slot)

@@ -6,6 +6,8 @@ The delta can be added in two places, and the choice decides speed, memory and c
   float32 or better and cast back once, as a merge would do.
 - in the *activations*, `x @ W + delta(x)`: the paper's form. Right for few rows.
 
+DoRA scales the columns of either, of the sum or of the result.
+
 "kernel" and "auto" have a gradient rule of their own (`_dot_gradient.py`). Such a rule has no
 forward mode, so "activation" does without.
 
@@ -179,7 +181,8 @@ def mora_dot_general(
         scale = column_scale(rhs, adapter, call.axes, scheme, after=lhs)
     if plain or adapter_lhs is not None or adapter_ids is not None:
         inputs = lhs if adapter_lhs is None else adapter_lhs
-        return call.scaled(call.in_activations(lhs, inputs, rhs, direction, adapter_ids), scale)
+        y = call.in_activations(lhs, inputs, rhs, direction, adapter_ids)
+        return call.scale_columns(y, scale)
     varied = vary_alike((lhs, rhs, direction, scale))
     return adapted_product(*varied, dataclasses.replace(call, placement=placement))
 

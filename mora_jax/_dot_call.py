@@ -73,12 +73,10 @@ class Call:
         )
 
     def kernel(self, rhs, adapter, scale=None):
-        """What the inputs are multiplied with; with DoRA's scale of its columns [..., O]."""
-        value = self.axes.delta(adapter, rhs.shape, self.scheme)
-        if scale is None:
-            return add_delta(rhs, value)
-        wide = wide_dtype(rhs.dtype)
-        return ((rhs.astype(wide) + value.astype(wide)) * scale.astype(wide)).astype(rhs.dtype)
+        """What the inputs are multiplied with; with DoRA's scale of its columns."""
+        if self.frozen:
+            rhs = lax.stop_gradient(rhs)  # of second derivatives
+        return add_delta(rhs, self.axes.delta(adapter, rhs.shape, self.scheme), scale)
 
     def rows(self, lhs):
         """[B..., T, I] of the inputs."""
@@ -94,21 +92,21 @@ class Call:
         value = rows.reshape([shape[axis] for axis in order])
         return value.transpose([order.index(axis) for axis in range(len(shape))])
 
-    def scaled(self, y, scale):
-        """Results of the product, or gradients by them, times the scale of their columns."""
+    def scale_columns(self, y, scale):
+        """Results of the product, or gradients by them, times DoRA's scale of their columns."""
         return y if scale is None else scaled(y, self.to_outputs(scale))
 
     def scale_gradient(self, y, dy, scale):
         """The gradient by the scale: of `y = scale * ...` the sum of `y dy / scale` over rows.
 
-        A column that is scaled by zero has nothing to tell, and no gradient.
+        Scales are zero of columns that the base has not (`_magnitude.py`), and those alone.
         """
         wide = wide_dtype(y.dtype)
 
-        def spread(scale):
+        def broadcast(scale):
             return jnp.broadcast_to(self.to_outputs(scale).astype(wide), y.shape)
 
-        (sums,) = jax.linear_transpose(spread, scale)(y.astype(wide) * dy.astype(wide))
+        (sums,) = jax.linear_transpose(broadcast, scale)(y.astype(wide) * dy.astype(wide))
         return jnp.where(scale == 0, 0, sums / jnp.where(scale == 0, 1, scale))
 
     def to_outputs(self, columns):

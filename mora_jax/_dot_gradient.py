@@ -3,8 +3,8 @@
 Left to automatic differentiation the kernel form would form the gradient of the whole kernel, and
 either form would get transposes that compilers run slowly. So the product has a gradient rule of
 its own: `dM` from the compressed `x` and `dy`, and `dx` from whichever form is cheaper, which need
-not be the forward's; the kernel's sum is then made again rather than kept. A rule of one's own has
-no forward mode.
+not be the forward's; the kernel's sum is then made again rather than kept. DoRA's scale has its
+gradient from the results, which are kept for it alone. A rule of one's own has no forward mode.
 
 Shape letters: I input features, O output features, B batch axes, T rows.
 """
@@ -30,7 +30,8 @@ def _value_and_sum(lhs, rhs, adapter, scale, call):
     """The product, the adapter as its sum has it, and the sum, None where there is none."""
     forward, _ = call.places(lhs, rhs, adapter)
     if forward == "activation":
-        return call.scaled(call.in_activations(lhs, lhs, rhs, adapter), scale), adapter, None
+        y = call.in_activations(lhs, lhs, rhs, adapter)
+        return call.scale_columns(y, scale), adapter, None
     # The barrier holds the sum back until the inputs are there. It needs the weights alone, so a
     # scheduler would make those of all layers first, a second copy of the model. The kernel does
     # not pass it: a scan would keep what comes out, a copy of the whole stack. On several devices
@@ -73,7 +74,7 @@ def _backward(call, residuals, dy):
     keeps_inputs, rhs_trained, inputs = static.value
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
     if call.frozen:
-        rhs, total = lax.stop_gradient((rhs, total))  # of second derivatives
+        rhs = lax.stop_gradient(rhs)  # of second derivatives
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)  # pyright: ignore
     # Without the barrier XLA may compute dy anew inside the sum over its groups: with rolled groups
@@ -84,8 +85,8 @@ def _backward(call, residuals, dy):
         dy = lax.optimization_barrier(dy)
     else:
         dy, rhs, adapter = lax.optimization_barrier((dy, rhs, adapter))
-    # Of the product before its columns were scaled.
-    dy_rows = call.scaled(dy, scale).reshape(*batch, -1, out_features)
+    dy_unscaled = call.scale_columns(dy, scale)  # by the product before it was scaled
+    dy_rows = dy_unscaled.reshape(*batch, -1, out_features)
 
     def input_gradient(dy, kernel):
         def product(lhs):
@@ -109,7 +110,7 @@ def _backward(call, residuals, dy):
                 return delta_transpose(dy, adapter, in_features, call.scheme)
 
         extra = call.from_rows(call.per_batch(delta_gradient)(dy_rows, adapter), inputs.shape)
-        dlhs = input_gradient(call.scaled(dy, scale), rhs) + extra.astype(inputs.dtype)
+        dlhs = input_gradient(dy_unscaled, rhs) + extra.astype(inputs.dtype)
     else:
         dlhs = input_gradient(dy, call.kernel(rhs, adapter, scale) if total is None else total)
     drhs = None

@@ -81,7 +81,8 @@ def einsum_axes(equation: str) -> KernelAxes | None:
     return KernelAxes(contracted, outputs, batch) if contracted and outputs else None
 
 
-def add_delta(kernel: jax.Array, value: jax.Array) -> jax.Array:
-    """`kernel + value`, summed in at least float32, in the kernel's dtype."""
+def add_delta(kernel: jax.Array, value: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """`kernel + value`, times a scale if any, in at least float32, then in the kernel's dtype."""
     wide = wide_dtype(kernel.dtype)
-    return (kernel.astype(wide) + value.astype(wide)).astype(kernel.dtype)
+    total = kernel.astype(wide) + value.astype(wide)
+    return (total if scale is None else total * scale.astype(wide)).astype(kernel.dtype)

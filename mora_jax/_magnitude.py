@@ -11,10 +11,11 @@ the adapter's own. Equivalent to PEFT's `use_dora`, for every scheme. One depart
    anew after a merge, by ones alone. By Adam a step changes each magnitude by the same share, not
    by the same amount; a gradient of g is `||W||` times that of m. A column of zeros stays zero.
 
-In the model the magnitude goes into the sum of kernel and delta where there is one (`_dot.py`),
-else it multiplies the product's outputs. A norm is one more pass over W, and the gradient of g one
-over the outputs, which are kept for it. Under remat they are made again, also those of a block's
-last product, which nothing else would need.
+In the model the magnitude goes into the sum of kernel and delta where there is one (`_dot_call.py`)
+and is rounded with it, as by a merge: a bfloat16 kernel feels no change below half a step between
+its numbers. Elsewhere it multiplies the product's outputs. A norm is one more pass over W, and the
+gradient of g one over the outputs, which are kept for it. Under remat they are made again, also
+those of a block's last product, which nothing else would need.
 
 Shape letters: I input features, O output features, B batch axes.
 """
@@ -76,7 +77,9 @@ def column_scale(
     ratio = 1 + change / jnp.where(size > 0, size, 1)
     # What is left of a column that is all but gone is rounding, which may be negative.
     ratio = jnp.maximum(ratio, jnp.finfo(wide).eps)
-    scale = axes.columns(magnitude.astype(wide), kernel.shape) / jnp.sqrt(ratio)
+    # A result that is exactly zero would not tell the gradient of what it was scaled by.
+    magnitude = magnitude.astype(wide) + jnp.where(magnitude == 0, 1e-30, 0)
+    scale = axes.columns(magnitude, kernel.shape) / jnp.sqrt(ratio)
     return jnp.where(size > 0, scale, 0)
 
 

@@ -151,3 +151,5 @@ def test_an_allocation_has_the_parameters_of_half_the_rank_and_compiles_once(
     assert all(0 < run["loss"] < run["losses"][0] for run in runs)  # measured after the last step
     allocate.main([*map(str, flags)])  # nothing is left to do
     assert capsys.readouterr().out.splitlines() == table
+    allocate.main([*map(str, flags), "--draw"])
+    assert (tmp_path / "out/losses.png").stat().st_size > 10_000

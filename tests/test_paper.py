@@ -88,7 +88,7 @@ def test_a_run_that_is_cut_off_goes_on_and_random_groups_are_merged(tmp_path, mo
     with pytest.raises(ValueError, match=r"of another setting: \{'rank': 1\}"):
         train("whole", rank=2)
     args = pretrain.parse_args(["plot", *flags_of(tmp_path / "whole", **SHORT)])
-    study.main(args, pretrain.make_task, {}, lambda setting: pretrain.COLUMNS, pretrain.draw)
+    study.main(args, pretrain.make_task, {}, pretrain.columns, pretrain.draw)
     assert (tmp_path / "whole" / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 

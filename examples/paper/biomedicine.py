@@ -57,9 +57,9 @@ COLUMNS: Columns = {
 }  # fmt: skip
 
 
-def columns(setting: dict[str, Any]) -> Columns:
-    """What the table shows, whatever the setting."""
-    del setting
+def columns(results: Results) -> Columns:
+    """What the table shows, of whatever results."""
+    del results
     return COLUMNS
 
 

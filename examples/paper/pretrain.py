@@ -33,19 +33,22 @@ import text
 from llama import Llama
 from train_flags import FROM_SCRATCH, PRESETS
 
-COLUMNS: Columns = {
-    "loss|.4f": lambda run: run["curve"][-1]["test"],
-    "perplexity of a byte|.3f": lambda run: float(np.exp(run["curve"][-1]["test"])),
-    "rank|.0%": lambda run: run["rank"],
-    "effective rank|.0%": lambda run: run["effective_rank"],
-    **COST,
-}
+#: What the cycles are compared to, on each seed's text and random start.
+REFERENCE = "one grouping"
 
 
-def columns(setting: dict[str, Any]) -> Columns:
-    """What the table shows, whatever the setting."""
-    del setting
-    return COLUMNS
+def columns(results: Results) -> Columns:
+    """Losses, also seed by seed beside the reference's, ranks, what it took."""
+    loss = lambda run: run["curve"][-1]["test"]
+    of_seed = {run["seed"]: loss(run) for run in results.best(REFERENCE)}
+    return {
+        "loss|.4f": loss,
+        f"over {REFERENCE}'s|+.4f": lambda run: loss(run) - of_seed.get(run["seed"], np.nan),
+        "perplexity of a byte|.3f": lambda run: float(np.exp(loss(run))),
+        "rank|.0%": lambda run: run["rank"],
+        "effective rank|.0%": lambda run: run["effective_rank"],
+        **COST,
+    }
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,8 +59,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=16, help="LoRA's; MoRA trains as much")
     add("--held-out", type=int, default=256, help="sequences that are measured, not trained on")
     add("--text", type=pathlib.Path, nargs="+", help="files, .jsonl too; by default Python's own")
-    add("--unrolled", action="store_true", help="no loop over the layers: slower to compile, but "
-        "several programs on one GPU wait for each other less")  # fmt: skip
     parser.set_defaults(steps=2000, batch=64, length=256, merge_every=250, warmup=100)
     args = parser.parse_args(arguments)
     args.evaluate_at = args.evaluate_at or [*range(250, args.steps, 250)]
@@ -79,7 +80,7 @@ def make_task(args: argparse.Namespace) -> Task:
     trained, chosen_by, test = (Rows.whole(x) for x in np.split(shuffled, ends))
     print(f"{len(trained.tokens):,} windows to train on, {args.held_out:,} held out")
     config = dataclasses.replace(PRESETS[args.model], vocab_size=256)
-    base_model = Llama(config, args.dtype, "float32", unrolled=args.unrolled)
+    base_model = Llama(config, args.dtype, "float32")
 
     def measure(step: int, seed: int, params: Any) -> Measures:
         del step, seed

@@ -42,6 +42,7 @@ class Recipe:
       merges: whether adapters are merged and restarted on the way.
       random: whether features are put into random groups, other ones after each merge.
       dora: as in `MoRAConfig`.
+      schemes: as in `MoRAConfig`.
     """
 
     scheme: mora_jax.Scheme | None
@@ -51,7 +52,12 @@ class Recipe:
     merges: bool = False
     random: bool = False
     dora: bool = False
+    schemes: Any = ()
 
+
+#: Each kind of layer has other groups, or what a group ties together would be tied in all of them.
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STAGGERED = tuple((rf".*{kind}", Sharing(shift=shift)) for shift, kind in enumerate(KINDS))
 
 #: From scratch.
 RECIPES = {
@@ -64,6 +70,8 @@ RECIPES = {
     "four groupings": Recipe(Sharing(), cycle="groupings", merges=True),
     "shifts": Recipe(Sharing(), cycle="shifts", merges=True),
     "signs": Recipe(Sharing(), cycle="signs", merges=True),
+    "staggered MoRA": Recipe(Sharing(), schemes=STAGGERED),
+    "staggered shifts": Recipe(Sharing(), cycle="shifts", merges=True, schemes=STAGGERED),
     "random groups": Recipe(Sharing(), merges=True, random=True),
     "rotation": Recipe(Rotation(), merges=True),
     "cycled rotation": Recipe(Rotation(cycle=True), merges=True),
@@ -81,9 +89,10 @@ SCHEMES = {
 
 def adapters(rank: int) -> dict[str, Recipe]:
     """Adapters of a pretrained model that have as many parameters as LoRA of this rank."""
-    return {f"LoRA {rank}": Recipe(LowRank(), rank, 4e-3)} | {
+    found = {f"LoRA {rank}": Recipe(LowRank(), rank, 4e-3)} | {
         f"{name} {rank}": Recipe(scheme, rank, rate) for name, (scheme, rate) in SCHEMES.items()
     }
+    return found | {f"staggered {rank}": Recipe(Sharing(), rank, 1e-3, schemes=STAGGERED)}
 
 
 #: Of a pretrained model, on text.

@@ -47,11 +47,10 @@ def with_tables(text: str) -> str:
             raise ValueError(f"{README} has no {begin!r} and {end!r} for the table of {name}.json.")
         before, rest = text.split(begin)
         _, after = rest.split(end)
-        devices = ", ".join(sorted({f"{run['device']}, JAX {run['jax']}" for run in results.runs}))
-        body = (
-            f"\n{table(results, experiment.columns(results.setting))}\n\n{note(results)}; {devices}"
-        )
-        text = f"{before}{begin}{body}\n\n{end}{after}"
+        rows = table(results, experiment.columns(results))
+        machines = sorted({f"{run['device']}, JAX {run['jax']}" for run in results.runs})
+        told = f"*{', '.join([note(results), *machines])}.*"
+        text = f"{before}{begin}\n{rows}\n\n{told}\n\n{end}{after}"
     return text
 
 

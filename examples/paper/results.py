@@ -141,13 +141,13 @@ def spread(numbers: Iterable[float | None], form: str) -> str:
     """Mean, and where they differ, the lowest and the highest.
 
     >>> spread([0.5, 0.25], ".0%"), spread([2, 2], ".1f"), spread([None], ".1f")
-    ('38% (25%-50%)', '2.0', '')
+    ('38% (25% to 50%)', '2.0', '')
     """
-    found = [number for number in numbers if number is not None]
+    found = [number for number in numbers if number is not None and np.isfinite(number)]
     if not found:
         return ""
     mean, low, high = (f"{x:{form}}" for x in (np.mean(found), min(found), max(found)))
-    return mean if low == high else f"{mean} ({low}-{high})"
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def table(results: Results, columns: Columns) -> str:

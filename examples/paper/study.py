@@ -157,7 +157,7 @@ def main(
     args: argparse.Namespace,
     make_task: Callable[[argparse.Namespace], Task],
     methods: Mapping[str, Recipe],
-    columns: Callable[[dict[str, Any]], Columns],
+    columns: Callable[[Results], Columns],
     draw: Callable[[Results, pathlib.Path], None],
 ) -> None:
     """Trains, times, or draws what was trained."""
@@ -172,4 +172,4 @@ def main(
         results = Results.open(args.json)
         draw(results, args.picture)
     if results.runs:
-        print(table(results, columns(results.setting)))
+        print(table(results, columns(results)))

@@ -69,7 +69,7 @@ def make_plan(
         return None
     config = mora_jax.MoRAConfig(
         rank=recipe.rank or rank, scheme=recipe.scheme, cycle=recipe.cycle, targets=".*_proj",
-        also_train=also_train, dora=recipe.dora,
+        also_train=also_train, dora=recipe.dora, schemes=recipe.schemes,
     )  # fmt: skip
     model = mora_jax.adapt(base_model, config)
     return mora_jax.plan(model, jax.ShapeDtypeStruct((1, 8), jnp.int32))

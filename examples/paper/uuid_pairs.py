@@ -34,14 +34,14 @@ from llama import Llama, generate
 METHODS = {"all parameters": Recipe(None, rate=1e-4), **adapters(8), **adapters(32)}
 
 
-def columns(setting: dict[str, Any]) -> Columns:
+def columns(results: Results) -> Columns:
     """Accuracies at some steps, what was learned, what it took."""
 
     def accuracy_at(step: int, run: Run) -> float | None:
         found = [100 * x["accuracy"] for x in run["curve"] if x["step"] == step]
         return found[0] if found else None
 
-    steps = [*setting["evaluate_at"], setting["steps"]]
+    steps = [*results.setting["evaluate_at"], results.setting["steps"]]
     return {
         **{f"% at {step}|.1f": functools.partial(accuracy_at, step) for step in steps},
         "singular values > 0.1|.0f": lambda run: run.get("above"),
