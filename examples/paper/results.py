@@ -155,15 +155,21 @@ def table(results: Results, columns: Columns) -> str:
 
     The grid of rates is shown with what each cost, the chosen one in bold type.
     """
-    heads = [head.partition("|")[::2] for head in columns]
-    lines = ["| method | " + " | ".join(name for name, _ in heads) + " | seeds | rates: cost |"]
-    lines.append("| --- " * (len(heads) + 3) + "|")
-    for method in results.methods:
-        runs = results.best(method)
-        cells = [
-            spread([number(results.times.get(method, {}) | run) for run in runs], form)
-            for (_, form), number in zip(heads, columns.values(), strict=True)
+    cells: dict[str, list[str]] = {}
+    for head, number in columns.items():
+        name, _, form = head.partition("|")
+        found = [
+            spread(
+                [number(results.times.get(method, {}) | run) for run in results.best(method)], form
+            )
+            for method in results.methods
         ]
+        if any(found):  # of steps, say, that nobody has timed there is no column
+            cells[name] = found
+    lines = ["| method | " + " | ".join(cells) + " | seeds | rates: cost |"]
+    lines.append("| --- " * (len(cells) + 3) + "|")
+    for place, method in enumerate(results.methods):
+        runs = results.best(method)
         costs = {
             rate: f"{rate:g}: " + ("diverged" if cost is None else f"{cost:.3f}")
             for rate, cost in results.rates(method).items()
@@ -174,7 +180,8 @@ def table(results: Results, columns: Columns) -> str:
         seeds = f"{len(runs)}" if runs[0]["seed"] != results.setting["seed"] else "the first"
         if lost := len(results.of(method, rate=runs[0]["rate"], cost=None)):
             seeds += f", {lost} diverged"
-        lines.append(f"| {method} | {' | '.join(cells)} | {seeds} | {grid} |")
+        row = " | ".join(found[place] for found in cells.values())
+        lines.append(f"| {method} | {row} | {seeds} | {grid} |")
     return "\n".join(lines)
 
 
