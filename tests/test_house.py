@@ -17,7 +17,8 @@ FLOORS = [
     {"_blocks", "_checksums", "_prune"},
     {"_operators", "_placement"},
     {"_layout", "_ragged", "_examples"},
-    {"_config", "_magnitude", "_torch_names", "_peft_config", "_dot_call"},
+    {"_config", "_magnitude", "_torch_names", "_peft_config"},
+    {"_dot_call"},
     {"_dot_gradient", "_plan", "_peft_read", "_peft_write", "_torch_tensors"},
     {"_dot"},
     {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize", "_layers"}
