@@ -36,11 +36,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import tqdm
 
+import allocate_plots
 import chat_data
 import mora_jax
 import pretrained
@@ -184,7 +184,7 @@ def allocations(args: argparse.Namespace, task: Task, seed: int) -> dict[str, mo
             worst.append(path)
     report = f"scored in {seconds:.1f} s, compiling included\n{found}\n\n{chosen}\n"
     (args.out / f"allocation-{seed}.txt").write_text(report)
-    draw_scores(found, args.out / f"scores-{seed}.png")
+    allocate_plots.draw_scores(found, args.out / f"scores-{seed}.png")
     reverse = dataclasses.replace(uniform, targets="|".join(map(re.escape, worst)))
     return {"uniform": uniform, "half": half, "allocated": found.config, "chosen": chosen.config,
             "reversed": reverse}  # fmt: skip
@@ -229,75 +229,6 @@ def train(
             "losses": np.asarray(jnp.stack(losses)).round(5).tolist()}  # fmt: skip
 
 
-def draw_scores(allocation: mora_jax.Allocation, path: pathlib.Path) -> None:
-    """Gains for each parameter and ranks, by kind of layer and depth."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    kinds: dict[str, dict[int, tuple[float, int]]] = collections.defaultdict(dict)
-    for name, score in allocation.scores.items():
-        kind, number = name.rpartition("/")[-1], re.search(r"\d+", name)
-        each = np.ravel(score.gains) / (score.parameters / score.gains.size)
-        for index, gain in enumerate(each):
-            kinds[kind][index if score.gains.ndim else int(number[0] if number else 0)] = (
-                gain, score.rank
-            )  # fmt: skip
-    depth = 1 + max(max(found) for found in kinds.values())
-    grid = np.full((2, len(kinds), depth), np.nan)
-    for row, found in enumerate(kinds.values()):
-        for column, cell in found.items():
-            grid[:, row, column] = cell
-    figure, axes = pyplot.subplots(2, 1, figsize=(7, 4), layout="constrained", sharex=True)
-    for axis, cells, label in zip(axes, grid, ("gain for a parameter", "rank"), strict=True):
-        figure.colorbar(axis.imshow(cells, aspect="auto"), ax=axis, label=label)
-        axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    axes[1].set_xlabel("layer")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def draw_losses(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Losses of the last twentieth of the steps so far, and over *uniform*'s, by step.
-
-    Each variant at the best of the rates that all have run with all seeds; between the seeds'
-    lowest and highest a shade.
-    """
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    found = {run["variant"] for run in runs}
-    variants = [variant for variant in VARIANTS if variant in found]  # uniform first
-    seeds = {run["seed"] for run in runs}
-    done = collections.Counter((run["lr"], run["variant"]) for run in runs)
-    rates = [r for r, _ in done if all(done[r, v] == len(seeds) for v in variants)]
-    if not rates:
-        raise SystemExit(
-            "nothing to draw: there is no rate that all variants have run with all seeds"
-        )
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    smooth: dict[str, np.ndarray] = {}
-    for number, variant in enumerate(variants):
-        of_rate = lambda rate: [r for r in runs if (r["variant"], r["lr"]) == (variant, rate)]  # noqa: B023
-        rate = min(rates, key=lambda rate: sum(run["loss"] for run in of_rate(rate)))
-        losses = np.array([r["losses"] for r in sorted(of_rate(rate), key=lambda r: r["seed"])])
-        width = max(1, losses.shape[1] // 20)
-        kernel = np.ones(width) / width
-        smooth[variant] = np.array([np.convolve(row, kernel, "valid") for row in losses])
-        steps = np.arange(width, losses.shape[1] + 1)
-        label = f"{variant}, rate {rate:g}"
-        ratio = smooth[variant] / smooth.get("uniform", smooth[variant])
-        for axis, values in zip(axes, (smooth[variant], ratio), strict=True):
-            axis.plot(steps, values.mean(0), color=f"C{number}", label=label)
-            axis.fill_between(steps, values.min(0), values.max(0), color=f"C{number}", alpha=0.2)
-    axes[0].set(xlabel="step", ylabel="training loss", yscale="log")
-    axes[1].set(xlabel="step", ylabel="over uniform's")
-    axes[0].legend(frameon=False, fontsize=8)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def summarise(runs: list[dict[str, Any]]) -> str:
     """A row for each variant and rate."""
     groups = collections.defaultdict(list)
@@ -328,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     if path.exists():
         runs = [json.loads(line) for line in path.read_text().splitlines()]
     if args.draw:
-        draw_losses(runs, args.out / "losses.png")
+        allocate_plots.draw_losses(runs, VARIANTS, args.out / "losses.png")
         print(summarise(runs))
         return
     if other := [run for run in runs if run["flags"] != flags]:

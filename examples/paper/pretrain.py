@@ -43,7 +43,7 @@ def columns(results: Results) -> Columns:
     of_seed = {run["seed"]: loss(run) for run in results.best(REFERENCE)}
     return {
         "loss|.4f": loss,
-        f"over {REFERENCE}'s|+.4f": lambda run: loss(run) - of_seed.get(run["seed"], np.nan),
+        f"minus {REFERENCE}'s|+.4f": lambda run: loss(run) - of_seed.get(run["seed"], np.nan),
         "perplexity of a byte|.3f": lambda run: float(np.exp(loss(run))),
         "rank|.0%": lambda run: run["rank"],
         "effective rank|.0%": lambda run: run["effective_rank"],
