@@ -208,10 +208,13 @@ class Llama(_Block):
       remat: recompute each layer in the backward pass instead of keeping its activations.
       unrolled: layers of their own, `layers_0`, `layers_1`, ..., instead of a stack in a scan, so
         that each can have an adapter of its own size. Slower to compile, and without a cache.
+      unroll: how many layers of the stack a turn of the scan takes, as in `jax.lax.scan`. With all
+        of them nothing is copied into and out of stacks: faster to run, slower to compile.
     """
 
     remat: bool = False
     unrolled: bool = False
+    unroll: int = 1
 
     @nn.compact
     def __call__(
@@ -275,6 +278,7 @@ class Llama(_Block):
             split_rngs={True: True},  # all streams, so that each layer draws numbers of its own
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=config.num_layers,
+            unroll=self.unroll,
         )
         if not self.unrolled:
             x, _ = layers(config, **shared, name="layers")(x, angles, attend, slot)

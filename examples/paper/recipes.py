@@ -77,31 +77,31 @@ RECIPES = {
     "cycled rotation": Recipe(Rotation(cycle=True), merges=True),
 }
 
-#: MoRA's schemes with the rates at which each memorised UUIDs in a first look.
+#: MoRA's schemes that need no cycle.
 SCHEMES = {
-    "sharing": (Sharing(), 1e-3),
-    "rotation": (Rotation(), 2e-3),
-    "cycled rotation": (Rotation(cycle=True), 2e-3),
-    "decoupling": (Decoupling(), 2e-3),
-    "truncation": (Truncation(), 2e-3),
+    "sharing": Sharing(),
+    "rotation": Rotation(),
+    "cycled rotation": Rotation(cycle=True),
+    "decoupling": Decoupling(),
+    "truncation": Truncation(),
 }
 
 
-def adapters(rank: int) -> dict[str, Recipe]:
+def adapters(rank: int, rate: float) -> dict[str, Recipe]:
     """Adapters of a pretrained model that have as many parameters as LoRA of this rank."""
-    found = {f"LoRA {rank}": Recipe(LowRank(), rank, 4e-3)} | {
-        f"{name} {rank}": Recipe(scheme, rank, rate) for name, (scheme, rate) in SCHEMES.items()
+    found = {f"LoRA {rank}": Recipe(LowRank(), rank)} | {
+        f"{name} {rank}": Recipe(scheme, rank, rate) for name, scheme in SCHEMES.items()
     }
-    return found | {f"staggered {rank}": Recipe(Sharing(), rank, 1e-3, schemes=STAGGERED)}
+    return found | {f"staggered {rank}": Recipe(Sharing(), rank, rate, schemes=STAGGERED)}
 
 
 #: Of a pretrained model, on text.
 FINETUNING = {
     "all parameters": Recipe(None, rate=1e-4),
-    **adapters(8),
-    "ReLoRA 8": Recipe(LowRank(), 8, 4e-3, merges=True),
+    **adapters(8, 1e-3),
+    "ReLoRA 8": Recipe(LowRank(), 8, merges=True),
     "ReMoRA 8": Recipe(Sharing(), 8, 1e-3, merges=True),
-    "DoRA 8": Recipe(LowRank(), 8, 4e-3, dora=True),
+    "DoRA 8": Recipe(LowRank(), 8, dora=True),
     "DoRA on sharing 8": Recipe(Sharing(), 8, 1e-3, dora=True),
     "LoRA 32": Recipe(LowRank(), 32, 2e-3),
     "sharing 32": Recipe(Sharing(), 32, 5e-4),

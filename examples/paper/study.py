@@ -7,6 +7,7 @@ device that does nothing else.
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -89,7 +90,9 @@ def prepare(
 ) -> tuple[mora_jax.Plan | None, Training, CompiledSteps]:
     """What a method needs, whatever its rate and seed."""
     plan = make_plan(recipe, task.base_model, getattr(args, "rank", 0), task.also_train)
-    training = Training(task.base_model, recipe, make_optimizer(args.clip, plan))
+    # Without a loop over layers: it copies what they keep into a stack, and its parts out again.
+    model = dataclasses.replace(task.base_model, unroll=task.base_model.config.num_layers)
+    training = Training(model, recipe, make_optimizer(args.clip, plan))
     return plan, training, CompiledSteps(training)
 
 

@@ -31,7 +31,11 @@ import mora_jax
 import uuids
 from llama import Llama, generate
 
-METHODS = {"all parameters": Recipe(None, rate=1e-4), **adapters(8), **adapters(32)}
+METHODS = {
+    "all parameters": Recipe(None, rate=2e-4),
+    **adapters(8, 4e-3),
+    **adapters(32, 2e-3),
+}
 
 
 def columns(results: Results) -> Columns:
