@@ -2,10 +2,10 @@
 
     python3 run.py allocate --pairs 8 --steps 40 --seeds 0        # hours on 2 CPU cores
     python3 examples/allocate.py --pairs 2000 --batch 200 --length 76 --steps 400 --warmup 25 \
-        --lrs 1e-3 2e-3 4e-3 --variants uniform half allocated --dtype bfloat16 \
+        --lrs 1e-3 2e-3 4e-3 8e-3 --variants uniform half allocated --dtype bfloat16 \
         --out examples/allocation/uuid
     python3 examples/allocate.py --data gsm8k_train.jsonl --test gsm8k_test.jsonl \
-        --test-items 1000 --length 384 --batch 32 --steps 600 --warmup 50 --lrs 1e-3 2e-3 \
+        --test-items 1000 --length 384 --batch 32 --steps 600 --warmup 50 --lrs 5e-4 1e-3 2e-3 \
         --variants uniform half allocated --dtype bfloat16 --out examples/allocation/gsm8k
 
 The first two memorise random UUIDs and are measured on these; the third is measured on held-out

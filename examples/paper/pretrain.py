@@ -15,6 +15,7 @@ import functools
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -25,7 +26,7 @@ import numpy as np
 import study
 from flax import traverse_util
 from recipes import RECIPES
-from results import COST, Columns, Results, draw_curves, note
+from results import COST, Columns, Results, Run, draw_curves, note
 from training import Rows, held_out_loss
 from trial import Measures, Task
 
@@ -37,13 +38,24 @@ from train_flags import FROM_SCRATCH, PRESETS
 REFERENCE = "one grouping"
 
 
+def minus_reference(results: Results) -> Callable[[Run, int], float]:
+    """(run, place in its curve) -> its test loss minus the reference's of the same seed."""
+    of_seed = {run["seed"]: run["curve"] for run in results.best(REFERENCE)}
+
+    def difference(run: Run, place: int) -> float:
+        curve = of_seed.get(run["seed"])
+        return run["curve"][place]["test"] - curve[place]["test"] if curve else np.nan
+
+    return difference
+
+
 def columns(results: Results) -> Columns:
     """Losses, also seed by seed beside the reference's, ranks, what it took."""
+    difference = minus_reference(results)
     loss = lambda run: run["curve"][-1]["test"]
-    of_seed = {run["seed"]: loss(run) for run in results.best(REFERENCE)}
     return {
         "loss|.4f": loss,
-        f"minus {REFERENCE}'s|+.4f": lambda run: loss(run) - of_seed.get(run["seed"], np.nan),
+        f"minus {REFERENCE}'s|+.4f": lambda run: difference(run, -1),
         "perplexity of a byte|.3f": lambda run: float(np.exp(loss(run))),
         "rank|.0%": lambda run: run["rank"],
         "effective rank|.0%": lambda run: run["effective_rank"],
@@ -119,20 +131,21 @@ def ranks(before: Any, after: Any) -> dict[str, float]:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """Held-out loss by step, and the rank of what was learned beside it."""
+    """Held-out loss by step, and at the end what each seed has less than the reference."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     draw_curves(left, results, results.methods, "test")
     left.set_ylabel("held-out loss")
-    for line in left.get_lines():
+    difference = minus_reference(results)
+    for place, line in enumerate(left.get_lines()):
         runs = results.best(line.get_label())
-        rank = 100 * np.mean([run["effective_rank"] for run in runs])
-        losses = [run["curve"][-1]["test"] for run in runs]
-        right.plot([rank] * len(losses), losses, "o", color=line.get_color())
-        right.annotate(line.get_label(), (rank, np.mean(losses)), fontsize=7, xytext=(4, 2),
-                       textcoords="offset points")  # fmt: skip
-    right.set(xlabel="effective rank of the whole update, % of full", ylabel="held-out loss")
+        found = [difference(run, -1) for run in runs]
+        right.plot(found, [place] * len(found), "o", color=line.get_color(), alpha=0.8)
+    right.axvline(0, color="gray", linestyle=":", linewidth=1)
+    right.set_yticks(range(len(results.methods)), results.methods, fontsize=8)
+    right.invert_yaxis()  # The best on top, as in the legend.
+    right.set_xlabel(f"held-out loss minus that of {REFERENCE}, each seed")
     right.spines[["top", "right"]].set_visible(False)
     setting = results.setting
     figure.suptitle(

@@ -121,9 +121,9 @@ class Results:
 
     @property
     def methods(self) -> list[str]:
-        """Those that have a run that did not diverge, in the order in which they began."""
-        found = dict.fromkeys(run["method"] for run in self.runs)
-        return [method for method in found if self.best(method)]
+        """Those that have a run that did not diverge, the best first."""
+        found = {run["method"]: [x["cost"] for x in self.best(run["method"])] for run in self.runs}
+        return sorted((m for m in found if found[m]), key=lambda m: float(np.mean(found[m])))
 
 
 def chosen(costs: Mapping[float, float | None]) -> float | None:
@@ -171,7 +171,7 @@ def table(results: Results, columns: Columns) -> str:
     for place, method in enumerate(results.methods):
         runs = results.best(method)
         costs = {
-            rate: f"{rate:g}: " + ("diverged" if cost is None else f"{cost:.3f}")
+            rate: f"{rate:g}: " + ("diverged" if cost is None else f"{cost:.4g}")
             for rate, cost in results.rates(method).items()
         }
         grid = ", ".join(
