@@ -25,12 +25,13 @@ def _sizes(features, hidden_features, num_layers, num_heads, num_kv_heads, **oth
 _LLAMA_3 = {"vocab_size": 128256, "rope_theta": 500000.0, "norm_epsilon": 1e-5}
 
 #: Models with random weights. 20m and 60m have so many with a vocabulary of 32,000; with bytes as
-#: tokens 3 and 25 million, and mini 0.4.
+#: tokens 3 and 25 million, 150m 152, and mini 0.4.
 PRESETS = {
     "tiny": _sizes(32, 96, 2, 4, 2),
     "mini": _sizes(128, 344, 2, 4, 4),
     "20m": _sizes(256, 688, 4, 4, 4),
     "60m": _sizes(512, 1376, 8, 8, 8),
+    "150m": _sizes(1024, 2736, 12, 16, 16),
     "8b": _sizes(4096, 14336, 32, 32, 8, **_LLAMA_3),
     "70b": _sizes(8192, 28672, 80, 64, 8, **_LLAMA_3),
 }

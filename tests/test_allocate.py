@@ -233,9 +233,12 @@ def test_gradients_that_say_nothing():
 
 
 def test_unrolled_layers_are_those_of_the_stack():
-    config, params = load_hf(GOLDEN / "llama_type1" / "base")
+    config, stacked = load_hf(GOLDEN / "llama_type1" / "base")
     tokens = jnp.arange(16)[None]
-    wanted = jax.jit(Llama(config).apply)({"params": params}, tokens)
-    params = allocate.unstack(params, config.num_layers)
+    wanted = jax.jit(Llama(config).apply)({"params": stacked}, tokens)
+    params = allocate.unstack(stacked, config.num_layers)
     got = jax.jit(Llama(config, unrolled=True).apply)({"params": params}, tokens)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
+    at_once = jax.jit(Llama(config, unroll=config.num_layers).apply)
+    np.testing.assert_allclose(at_once({"params": stacked}, tokens), wanted, atol=1e-5)
+    assert "while" not in at_once.lower({"params": stacked}, tokens).as_text()

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "paper"))
 
 import biomedicine  # noqa: E402
+import libraries  # noqa: E402
 import mathematics  # noqa: E402
 import pretrain  # noqa: E402
 import recipes  # noqa: E402
@@ -263,6 +265,40 @@ def test_a_run_that_diverges_is_told_and_seeds_differ_in_length(tmp_path, monkey
     assert (lost["cost"], lost["diverged"], lost["curve"]) == (None, 10, [])
     assert None not in (one["cost"], other["cost"])
     assert f"| 1 | **0.001: {one['cost']:.4g}**, 1e+30: diverged |" in table(found, {})
+
+
+def test_accuracy_is_of_the_pairs_that_are_asked(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(uuid_pairs, "generate", lambda model, params, prompts, *_, **__: (
+        asked.append(len(prompts)) or np.zeros((len(prompts), 4), np.int32)
+    ))  # fmt: skip
+    monkeypatch.setattr(uuid_pairs.uuids, "character_accuracy", lambda texts, values: (
+        asked.append((len(texts), len(values))) or 0.5
+    ))  # fmt: skip
+    flags = flags_of(tmp_path, pairs=5, asked=3, characters=2)
+    task = uuid_pairs.make_task(uuid_pairs.parse_args(["train", *flags]))
+    assert task.measure(1, 0, None) == {"accuracy": 0.5}
+    assert asked == [3, (3, 3)]
+    assert len(task.rows(0).tokens) == 5
+
+
+def test_libraries_are_their_python_files_in_order(tmp_path, monkeypatch):
+    files = {"b/2.py": b"second", "b/1.py": b"first \xff", "b/data.txt": b"no", "a.py": b"0" * 99}
+    for wheel in ("one", "two"):
+        with zipfile.ZipFile(tmp_path / wheel, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, wheel.encode() + content)
+    monkeypatch.setattr(libraries, "WHEELS", {"two": "digest", "one": "digest"})
+    monkeypatch.setattr(libraries.wheels, "fetch", lambda wheel, member, sha256: tmp_path / wheel)
+    found = list(libraries.documents())
+    assert [text[:9] for text in found[:3]] == ["two000000", "twofirst ", "twosecond"]
+    assert found[4] == "onefirst \ufffd"
+    flags = flags_of(tmp_path, length=16, held_out=4)
+    task = pretrain.make_task(pretrain.parse_args(["train", "--libraries", *flags]))
+    assert task.rows(0).tokens.shape == (
+        sum(len(text.encode()) + 1 for text in found) // 17 - 4,
+        17,
+    )
 
 
 def test_permutations_are_undone():

@@ -1,6 +1,6 @@
 """Pretrains a small Llama from scratch in every way there is, each at its own best learning rate.
 
-    python3 examples/paper/pretrain.py train --model 60m --steps 4000 --minutes 9
+    python3 examples/paper/pretrain.py train --minutes 9       # again, until it says all is done
     python3 examples/paper/pretrain.py plot          # from the JSON alone
 
 Table 3 of arXiv 2405.12130 in small, and what it leaves open: which cycle of groupings ReMoRA
@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
+import libraries
 import numpy as np
 import study
 from flax import traverse_util
@@ -67,10 +68,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; `--help` prints them."""
     parser = study.parser_of(__file__, RECIPES, "Pretrains a small Llama in every way there is.")
     add = parser.add_argument
-    add("--model", choices=["tiny", "mini", "20m", "60m"], default="20m")
+    add("--model", choices=["tiny", "mini", "20m", "60m", "150m"], default="20m")
     add("--rank", type=int, default=16, help="LoRA's; MoRA trains as much")
     add("--held-out", type=int, default=256, help="sequences that are measured, not trained on")
     add("--text", type=pathlib.Path, nargs="+", help="files, .jsonl too; by default Python's own")
+    add("--libraries", action="store_true", help="instead, the sources of eight, 109 MB")
     parser.set_defaults(steps=2000, batch=64, length=256, merge_every=250, warmup=100)
     args = parser.parse_args(arguments)
     args.evaluate_at = args.evaluate_at or [*range(250, args.steps, 250)]
@@ -86,6 +88,8 @@ def random_params(base_model: Llama, seed: jax.Array) -> Any:
 def make_task(args: argparse.Namespace) -> Task:
     """Bytes of text, cut into windows of which some are held out."""
     documents = text.read_documents(args.text) if args.text else text.python_documents()
+    if args.libraries:
+        documents = libraries.documents()
     windows = text.Windows.cut(documents, text.encode_bytes, 0, args.length, 0)
     shuffled = np.random.default_rng(0).permutation(windows.tokens)
     ends = [-args.held_out, -(args.held_out // 2)]
