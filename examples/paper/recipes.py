@@ -47,7 +47,7 @@ class Recipe:
 
     scheme: mora_jax.Scheme | None
     rank: int | None = None
-    rate: float = 4e-3
+    rate: float = dataclasses.field(default=4e-3, repr=False)  # no result depends on it
     cycle: Any = None
     merges: bool = False
     random: bool = False
@@ -77,20 +77,21 @@ RECIPES = {
     "cycled rotation": Recipe(Rotation(cycle=True), merges=True),
 }
 
-#: MoRA's schemes that need no cycle.
+#: MoRA's schemes that need no cycle, and what multiple of sharing's rate each wants.
 SCHEMES = {
-    "sharing": Sharing(),
-    "rotation": Rotation(),
-    "cycled rotation": Rotation(cycle=True),
-    "decoupling": Decoupling(),
-    "truncation": Truncation(),
+    "sharing": (Sharing(), 1),
+    "rotation": (Rotation(), 2),
+    "cycled rotation": (Rotation(cycle=True), 2),
+    "decoupling": (Decoupling(), 2),
+    "truncation": (Truncation(), 2),
 }
 
 
-def adapters(rank: int, rate: float) -> dict[str, Recipe]:
+def adapters(rank: int, rate: float, lora_rate: float) -> dict[str, Recipe]:
     """Adapters of a pretrained model that have as many parameters as LoRA of this rank."""
-    found = {f"LoRA {rank}": Recipe(LowRank(), rank)} | {
-        f"{name} {rank}": Recipe(scheme, rank, rate) for name, scheme in SCHEMES.items()
+    found = {f"LoRA {rank}": Recipe(LowRank(), rank, lora_rate)} | {
+        f"{name} {rank}": Recipe(scheme, rank, multiple * rate)
+        for name, (scheme, multiple) in SCHEMES.items()
     }
     return found | {f"staggered {rank}": Recipe(Sharing(), rank, rate, schemes=STAGGERED)}
 
@@ -98,13 +99,12 @@ def adapters(rank: int, rate: float) -> dict[str, Recipe]:
 #: Of a pretrained model, on text.
 FINETUNING = {
     "all parameters": Recipe(None, rate=1e-4),
-    **adapters(8, 1e-3),
-    "ReLoRA 8": Recipe(LowRank(), 8, merges=True),
-    "ReMoRA 8": Recipe(Sharing(), 8, 1e-3, merges=True),
-    "DoRA 8": Recipe(LowRank(), 8, dora=True),
-    "DoRA on sharing 8": Recipe(Sharing(), 8, 1e-3, dora=True),
-    "LoRA 32": Recipe(LowRank(), 32, 2e-3),
-    "sharing 32": Recipe(Sharing(), 32, 5e-4),
+    **adapters(8, 5e-4, 2e-3),
+    "ReLoRA 8": Recipe(LowRank(), 8, 2e-3, merges=True),
+    "ReMoRA 8": Recipe(Sharing(), 8, 5e-4, merges=True),
+    "DoRA 8": Recipe(LowRank(), 8, 2e-3, dora=True),
+    "DoRA on sharing 8": Recipe(Sharing(), 8, 5e-4, dora=True),
+    **adapters(128, 2.5e-4, 1e-3),
 }
 
 

@@ -32,9 +32,10 @@ import uuids
 from llama import Llama, generate
 
 METHODS = {
-    "all parameters": Recipe(None, rate=2e-4),
-    **adapters(8, 4e-3),
-    **adapters(32, 2e-3),
+    "all parameters": Recipe(None, rate=4e-4),
+    **adapters(8, 4e-3, 4e-3),
+    **adapters(32, 2e-3, 2e-3),
+    **adapters(128, 1e-3, 1e-3),
 }
 
 
