@@ -209,7 +209,8 @@ class Llama(_Block):
       unrolled: layers of their own, `layers_0`, `layers_1`, ..., instead of a stack in a scan, so
         that each can have an adapter of its own size. Slower to compile, and without a cache.
       unroll: how many layers of the stack a turn of the scan takes, as in `jax.lax.scan`. With all
-        of them nothing is copied into and out of stacks: faster to run, slower to compile.
+        of them there is no loop, and what a layer keeps need not go through a stack: faster to run,
+        slower to compile. The parameters are the same, other than those of `unrolled`.
     """
 
     remat: bool = False

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import sys
+import types
 import zipfile
 
 import jax
@@ -87,7 +88,7 @@ def test_a_run_that_is_cut_off_goes_on_and_random_groups_are_merged(tmp_path, mo
     assert one["rank"] == pytest.approx((4 * 16 + 3 * 22) / 7 / 32, abs=0.03)
     assert len(seen) == 2  # one of each
     np.testing.assert_allclose(*np.array(seen).T, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"of another setting: \{'rank': 1\}"):
+    with pytest.raises(ValueError, match=r"of another setting: rank 1, not 2\."):
         train("whole", rank=2)
     args = pretrain.parse_args(["plot", *flags_of(tmp_path / "whole", **SHORT)])
     study.main(args, pretrain.make_task, {}, pretrain.columns, pretrain.draw)
@@ -309,6 +310,24 @@ def test_permutations_are_undone():
     assert (mixed["a"]["kernel"] != params["a"]["kernel"]).any()
     back = recipes.permuted(mixed, recipes.inverse(groups))
     jax.tree.map(np.testing.assert_array_equal, back, jax.tree.map(np.float32, params))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "flags"),
+    [
+        (uuid_pairs, []),
+        (mathematics, ["--data", "x/gsm8k_train.jsonl", "--test", "x/gsm8k_test.jsonl"]),
+        (pretrain, []),
+    ],
+)
+def test_the_commands_of_the_readme_go_on_with_the_results(experiment, flags):
+    args = experiment.parse_args(["train", *flags])
+    rows = training.Rows.whole(np.zeros((2, 3), np.int32))
+    made = study.settings(args, types.SimpleNamespace(rows=lambda seed: rows))
+    there = Results.open(args.json)
+    assert {**made, "rows": None} == {**there.setting, "rows": None}
+    methods = {**recipes.RECIPES, **recipes.FINETUNING, **uuid_pairs.METHODS}
+    assert {repr(methods[run["method"]]) == run["recipe"] for run in there.runs} == {True}
 
 
 def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):

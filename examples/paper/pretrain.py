@@ -39,15 +39,10 @@ from train_flags import FROM_SCRATCH, PRESETS
 REFERENCE = "one grouping"
 
 
-def minus_reference(results: Results) -> Callable[[Run, int], float]:
-    """(run, place in its curve) -> its test loss minus the reference's of the same seed."""
-    of_seed = {run["seed"]: run["curve"] for run in results.best(REFERENCE)}
-
-    def difference(run: Run, place: int) -> float:
-        curve = of_seed.get(run["seed"])
-        return run["curve"][place]["test"] - curve[place]["test"] if curve else np.nan
-
-    return difference
+def minus_reference(results: Results) -> Callable[[Run], float]:
+    """Run -> its test loss minus the reference's of the same seed; NaN where that has none."""
+    of_seed = {run["seed"]: run["curve"][-1]["test"] for run in results.best(REFERENCE)}
+    return lambda run: run["curve"][-1]["test"] - of_seed.get(run["seed"], np.nan)
 
 
 def columns(results: Results) -> Columns:
@@ -56,7 +51,7 @@ def columns(results: Results) -> Columns:
     loss = lambda run: run["curve"][-1]["test"]
     return {
         "loss|.4f": loss,
-        f"minus {REFERENCE}'s|+.4f": lambda run: difference(run, -1),
+        f"minus {REFERENCE}'s|+.4f": difference,
         "perplexity of a byte|.3f": lambda run: float(np.exp(loss(run))),
         "rank|.0%": lambda run: run["rank"],
         "effective rank|.0%": lambda run: run["effective_rank"],
@@ -71,9 +66,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=["tiny", "mini", "20m", "60m", "150m"], default="20m")
     add("--rank", type=int, default=16, help="LoRA's; MoRA trains as much")
     add("--held-out", type=int, default=256, help="sequences that are measured, not trained on")
-    add("--text", type=pathlib.Path, nargs="+", help="files, .jsonl too; by default Python's own")
-    add("--libraries", action="store_true", help="instead, the sources of eight, 109 MB")
-    parser.set_defaults(steps=2000, batch=64, length=256, merge_every=250, warmup=100)
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--text", type=pathlib.Path, nargs="+",
+                       help="files, .jsonl too; by default Python's own")  # fmt: skip
+    texts.add_argument("--libraries", action="store_true",
+                       help="the sources of eight libraries, 109 MB")  # fmt: skip
+    parser.set_defaults(steps=1500, batch=64, length=256, merge_every=250, warmup=100, rewarm=20)
     args = parser.parse_args(arguments)
     args.evaluate_at = args.evaluate_at or [*range(250, args.steps, 250)]
     return args
@@ -87,9 +85,10 @@ def random_params(base_model: Llama, seed: jax.Array) -> Any:
 
 def make_task(args: argparse.Namespace) -> Task:
     """Bytes of text, cut into windows of which some are held out."""
-    documents = text.read_documents(args.text) if args.text else text.python_documents()
     if args.libraries:
         documents = libraries.documents()
+    else:
+        documents = text.read_documents(args.text) if args.text else text.python_documents()
     windows = text.Windows.cut(documents, text.encode_bytes, 0, args.length, 0)
     shuffled = np.random.default_rng(0).permutation(windows.tokens)
     ends = [-args.held_out, -(args.held_out // 2)]
@@ -144,11 +143,11 @@ def draw(results: Results, path: pathlib.Path) -> None:
     difference = minus_reference(results)
     for place, line in enumerate(left.get_lines()):
         runs = results.best(line.get_label())
-        found = [difference(run, -1) for run in runs]
+        found = [difference(run) for run in runs]
         right.plot(found, [place] * len(found), "o", color=line.get_color(), alpha=0.8)
     right.axvline(0, color="gray", linestyle=":", linewidth=1)
     right.set_yticks(range(len(results.methods)), results.methods, fontsize=8)
-    right.invert_yaxis()  # The best on top, as in the legend.
+    right.invert_yaxis()  # In the order of the legend.
     right.set_xlabel(f"held-out loss minus that of {REFERENCE}, each seed")
     right.spines[["top", "right"]].set_visible(False)
     setting = results.setting

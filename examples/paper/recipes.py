@@ -77,7 +77,7 @@ RECIPES = {
     "cycled rotation": Recipe(Rotation(cycle=True), merges=True),
 }
 
-#: MoRA's schemes that need no cycle, and what multiple of sharing's rate each wants.
+#: MoRA's schemes, and at what multiple of sharing's rate the search for theirs begins.
 SCHEMES = {
     "sharing": (Sharing(), 1),
     "rotation": (Rotation(), 2),

@@ -46,8 +46,12 @@ class Results:
             return cls(path, setting or {})
         fields = json.loads(path.read_text())
         if setting is not None and fields["setting"] != setting:
-            there = {k: v for k, v in fields["setting"].items() if setting.get(k) != v}
-            raise ValueError(f"{path} is of another setting: {there}. Give another --json.")
+            names = {*setting, *fields["setting"]}
+            unlike = [n for n in sorted(names) if setting.get(n) != fields["setting"].get(n)]
+            told = ", ".join(
+                f"{n} {fields['setting'].get(n)}, not {setting.get(n)}" for n in unlike
+            )
+            raise ValueError(f"{path} is of another setting: {told}. Give another --json.")
         return cls(path, fields["setting"], fields["runs"], fields["times"])
 
     def add(self, run: Run | None = None, times: Mapping[str, dict[str, Any]] = {}) -> None:
@@ -121,7 +125,7 @@ class Results:
 
     @property
     def methods(self) -> list[str]:
-        """Those that have a run that did not diverge, the best first."""
+        """Those that have a run that did not diverge, by the mean of what rates are chosen by."""
         found = {run["method"]: [x["cost"] for x in self.best(run["method"])] for run in self.runs}
         return sorted((m for m in found if found[m]), key=lambda m: float(np.mean(found[m])))
 
