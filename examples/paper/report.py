@@ -57,6 +57,8 @@ def with_tables(text: str) -> str:
 def main() -> None:
     """Draws and writes."""
     for name, experiment, results in found():
+        if all(run["seed"] == results.setting["seed"] for run in results.runs):
+            continue  # A search for rates and no more.
         experiment.draw(results, HERE / f"{name}.png")
         print(f"{name}.png")
     README.write_text(with_tables(README.read_text()))
