@@ -21,12 +21,15 @@ import biomedicine  # noqa: E402
 import libraries  # noqa: E402
 import mathematics  # noqa: E402
 import pretrain  # noqa: E402
+import python_model  # noqa: E402
 import recipes  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
 import training  # noqa: E402
 import uuid_pairs  # noqa: E402
 from results import COST, Results, table  # noqa: E402
+
+from llama import Llama  # noqa: E402
 
 
 def flags_of(folder, **flags):
@@ -266,6 +269,31 @@ def test_a_run_that_diverges_is_told_and_seeds_differ_in_length(tmp_path, monkey
     assert (lost["cost"], lost["diverged"], lost["curve"]) == (None, 10, [])
     assert None not in (one["cost"], other["cost"])
     assert f"| 1 | **0.001: {one['cost']:.4g}**, 1e+30: diverged |" in table(found, {})
+
+
+def test_a_small_model_is_pretrained_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(python_model, "STEPS", 12)
+    documents = [(ROOT / "LICENSE").read_text()]
+    monkeypatch.setattr(python_model.text, "python_documents", lambda: iter(documents))
+    first, again = (biomedicine.base_models.load("mini") for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+    assert capsys.readouterr().err.count("12/12") == 1
+    assert [path.suffix for path in (tmp_path / "mora_jax").iterdir()] == [".safetensors"]
+    tokens = np.array([first.tokenizer.encode(documents[0]).ids[:65]], np.int32)
+    model = Llama(first.config)
+    fresh = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    loss = lambda params: float(training.held_out_loss(model, params, rows, 1))
+    rows = training.Rows.whole(tokens)
+    assert loss(first.params) < loss(fresh) - 1
+
+
+def test_searches_begin_where_the_scale_says(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Results, "next_of", lambda self, method, rates, seeds: begun.append(rates))
+    flags = {"methods": "sharing 8", "pairs": 4, "characters": 2, "steps": 1, "rate_scale": 8}
+    trained(uuid_pairs, uuid_pairs.METHODS, tmp_path, **flags)
+    assert begun == [[1.6e-2, 3.2e-2, 6.4e-2]]
 
 
 def test_accuracy_is_of_the_pairs_that_are_asked(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""The pretrained model that is adapted, and a random one in its place that a CPU trains in seconds.
+"""The pretrained model that is adapted, and two in its place for a CPU, which read bytes.
 
-The random one is an untrained Llama that reads bytes. Frozen, it is no worse a base for random
-UUIDs than any; what it learns of anything else means nothing, but that the programs run.
+`mini` has been trained on Python (`python_model.py`). `tiny` is random: frozen it is no worse a
+base for random UUIDs than any; what it learns of anything else means nothing, but that the programs
+run.
 """
 
 import argparse
@@ -15,6 +16,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
+import python_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from training import Rows, held_out_loss
 from trial import Measures, Task
@@ -23,7 +25,7 @@ import pretrained
 from llama import Llama
 from train_flags import PRESETS
 
-NAMES = ["smollm2", "tiny"]
+NAMES = ["smollm2", "mini", "tiny"]
 
 
 def finetuning_task(
@@ -61,7 +63,7 @@ def finetuning_task(
 
 
 def load(name: str) -> pretrained.Pretrained:
-    """SmolLM2-135M-Instruct, fetched once, or `tiny`; float32."""
+    """SmolLM2-135M-Instruct, fetched once, or a model of a CPU's size; float32."""
     if name == "smollm2":
         return pretrained.load(None, "float32")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -69,6 +71,10 @@ def load(name: str) -> pretrained.Pretrained:
     tokenizer = Tokenizer(models.BPE(tokens, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    if name == "mini":
+        encode = lambda document: tokenizer.encode(document).ids
+        config, params = python_model.load(encode, len(tokens), tokens["<end>"])
+        return pretrained.Pretrained(config, params, tokenizer, tokens["<end>"])
     config = dataclasses.replace(
         PRESETS["tiny"], features=64, hidden_features=176, head_features=16, vocab_size=len(tokens)
     )

@@ -31,7 +31,7 @@ import mora_jax
 import text
 
 #: Flags that the losses of a run do not depend on.
-FREE = {"mode", "methods", "seeds", "minutes", "json", "picture", "out", "save_every"}
+FREE = {"mode", "methods", "seeds", "minutes", "json", "picture", "out", "rate_scale", "save_every"}
 
 #: When the program began; the time allowed is its own, not the training's.
 STARTED = time.monotonic()
@@ -60,6 +60,7 @@ def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.A
     add("--warmup", type=int, help="steps")
     add("--rewarm", type=int, default=25, help="steps of the climb after a merge")
     add("--clip", type=float, default=1.0, help="norm that gradients are clipped to")
+    add("--rate-scale", type=float, default=1.0, help="multiplies where searches for rates begin")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="the first chooses the rate")
     add("--dtype", default="bfloat16", help="of the computation; parameters are float32")
     add("--minutes", type=float, default=1e9, help="after these, save and end")
@@ -104,7 +105,7 @@ def train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -
     for method in args.methods:
         recipe = methods[method]
         plan, training, steps_of = prepare(args, task, recipe)
-        rates = [recipe.rate / 2, recipe.rate, 2 * recipe.rate]
+        rates = [args.rate_scale * recipe.rate * factor for factor in (0.5, 1, 2)]
         if other := {x["recipe"] for x in results.of(method)} - {repr(recipe)}:
             raise ValueError(f"{args.json}: {method} was {other.pop()}, and is {recipe}.")
         while (todo := results.next_of(method, rates, args.seeds)) is not None:
