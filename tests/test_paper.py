@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import shlex
 import sys
 import types
 import zipfile
@@ -185,6 +186,13 @@ def test_biomedicine_holds_diseases_out_and_counts_the_likeliest_answers(tmp_pat
     letters = base.tokenizer.encode(" maybe").ids
     sure["lm_head"]["kernel"] = sure["lm_head"]["kernel"].at[:, np.array(letters)].add(1)
     assert task.measure(args.steps, 1, sure)["right"] == 1
+    flags = flags_of(tmp_path, medquad=tmp_path / "quad", held_out=1, length=64)
+    args = biomedicine.parse_args(["train", *flags])
+    short = biomedicine.make_task(args)
+    assert short.measure(args.steps, 1, sure).keys() == {"loss", "test"}
+    assert short.measure(0, 0, base.params) != task.measure(0, 0, base.params)
+    with pytest.raises(SystemExit):
+        biomedicine.parse_args(["train", *flags, "--held-out", "0"])
     biomedicine.draw(found, tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").exists()
 
@@ -271,15 +279,21 @@ def test_a_run_that_diverges_is_told_and_seeds_differ_in_length(tmp_path, monkey
     assert f"| 1 | **0.001: {one['cost']:.4g}**, 1e+30: diverged |" in table(found, {})
 
 
-def test_a_small_model_is_pretrained_once(tmp_path, monkeypatch, capsys):
+def test_a_small_model_is_pretrained_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(python_model, "STEPS", 12)
     documents = [(ROOT / "LICENSE").read_text()]
     monkeypatch.setattr(python_model.text, "python_documents", lambda: iter(documents))
+    trained, train = [], python_model._train
+    monkeypatch.setattr(python_model, "_train", lambda *a: trained.append(a) or train(*a))
     first, again = (biomedicine.base_models.load("mini") for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
-    assert capsys.readouterr().err.count("12/12") == 1
-    assert [path.suffix for path in (tmp_path / "mora_jax").iterdir()] == [".safetensors"]
+    assert len(trained) == 1
+    monkeypatch.setattr(python_model, "RATE", 1e-9)
+    other = biomedicine.base_models.load("mini")
+    assert len(trained) == 2
+    names = {biomedicine.base_models.fingerprint("mini", x) for x in (first, again, other)}
+    assert len(names) == 2
     tokens = np.array([first.tokenizer.encode(documents[0]).ids[:65]], np.int32)
     model = Llama(first.config)
     fresh = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
@@ -346,14 +360,24 @@ def test_permutations_are_undone():
         (uuid_pairs, []),
         (mathematics, ["--data", "x/gsm8k_train.jsonl", "--test", "x/gsm8k_test.jsonl"]),
         (pretrain, []),
+        (biomedicine, None),
+        (pretrain, None),
     ],
 )
 def test_the_commands_of_the_readme_go_on_with_the_results(experiment, flags):
+    if flags is None:  # of the miniature, whose command the README has
+        name = pathlib.Path(experiment.__file__).stem
+        told = report.README.read_text().split("```sh\n")
+        (command,) = (part.split("```")[0] for part in told if f"{name}_mini.json" in part)
+        _, script, *flags = shlex.split(command.replace("\\\n", " "))
+        assert script == f"examples/paper/{name}.py"
+        assert flags.pop(0) == "train"
     args = experiment.parse_args(["train", *flags])
     rows = training.Rows.whole(np.zeros((2, 3), np.int32))
-    made = study.settings(args, types.SimpleNamespace(rows=lambda seed: rows))
-    there = Results.open(args.json)
-    assert {**made, "rows": None} == {**there.setting, "rows": None}
+    made = study.settings(args, types.SimpleNamespace(rows=lambda seed: rows, base=None))
+    there = Results.open(ROOT / args.json)
+    unknown = {"rows": None, "base": None}  # what files and models that are not here make
+    assert made | unknown == there.setting | unknown
     methods = {**recipes.RECIPES, **recipes.FINETUNING, **uuid_pairs.METHODS}
     assert {repr(methods[run["method"]]) == run["recipe"] for run in there.runs} == {True}
 
@@ -366,3 +390,15 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
     with pytest.raises(ValueError, match=r"no '<!-- pretrain_new"):
         report.with_tables(written)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    names = "pretrain_new", "mathematics_search"
+    marks = [f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in names]
+    report.README.write_text("".join(marks))
+    search = json.loads((report.HERE / "pretrain_new.json").read_text())
+    fields = {"method": "LoRA 8", "rate": 1, "seed": 0, "cost": 2.0, "trained": 7, "curve": [{}]}
+    fields |= {"device": "cpu", "jax": "0"}
+    search |= {"setting": {"seed": 0}, "times": {}, "runs": [fields]}
+    (tmp_path / "mathematics_search.json").write_text(json.dumps(search))
+    report.main()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"pretrain_new.png"}
+    assert "| LoRA 8 | 2.0000 | 7 | the first | **1: 2** |" in report.README.read_text()

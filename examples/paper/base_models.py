@@ -7,6 +7,7 @@ run.
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import python_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from training import Rows, held_out_loss
@@ -26,6 +28,14 @@ from llama import Llama
 from train_flags import PRESETS
 
 NAMES = ["smollm2", "mini", "tiny"]
+
+
+def fingerprint(name: str, base: pretrained.Pretrained) -> str | None:
+    """What tells a base model's numbers from others; None for SmolLM2, whose file is always one."""
+    if name == "smollm2":
+        return None
+    leaves = (np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(base.params))
+    return hashlib.sha256(b"".join(leaves)).hexdigest()[:16]
 
 
 def finetuning_task(
@@ -59,6 +69,7 @@ def finetuning_task(
         measure=measure,
         cost=lambda curve: curve[-1]["loss"],
         finish=lambda before, after, adapted, plan: {},
+        base=fingerprint(args.model, base),
     )
 
 

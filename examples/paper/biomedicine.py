@@ -80,6 +80,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.mode != "plot" and not args.medquad:
         parser.error(f"{args.mode} needs --medquad")
+    if args.held_out is not None and args.held_out < 1:
+        parser.error(f"--held-out is {args.held_out}, wanted a number of rows")
     args.evaluate_at = args.evaluate_at or [0, args.steps // 4, args.steps // 2]
     return args
 
@@ -184,7 +186,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     draw_curves(axes, results, results.methods, "loss")
-    axes.set_ylabel("loss of text on held-out diseases")
+    axes.set_ylabel("loss of text on the diseases that choose rates")
     axes.set_title(f"{results.setting['model']}; {note(results)}", fontsize=9)
     figure.savefig(path, dpi=120)
 

@@ -1,10 +1,12 @@
-"""A Llama of 0.4 million parameters that has read Python: pretrained here, once, and kept.
+"""A Llama of 0.46 million parameters that has read Python: pretrained here, once, and kept.
 
 So that a CPU has something to fine-tune: small, but no random model, and what comes next is news to
 it. The text is the running Python's own, as bytes; four minutes on two cores.
 """
 
 import dataclasses
+import fcntl
+import hashlib
 import os
 import pathlib
 import sys
@@ -42,13 +44,17 @@ def load(
     config = dataclasses.replace(PRESETS["mini"], vocab_size=vocab_size)
     windows = text.Windows.cut(text.python_documents(), encode, end_token, LENGTH, seed=0)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mora_jax"
-    path = cache / f"python-{windows.digest}-{STEPS}.safetensors"
-    if not path.exists():
-        params = traverse_util.flatten_dict(_train(config, windows), sep="/")
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        safetensors.numpy.save_file({k: np.asarray(v) for k, v in params.items()}, scratch)
-        os.replace(scratch, path)
+    training = repr((config, STEPS, BATCH, LENGTH, RATE))  # and `_train`, of which there is one
+    name = f"python-{windows.digest}-{hashlib.sha256(training.encode()).hexdigest()[:8]}"
+    path = cache / f"{name}.safetensors"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{name}.lock").open("w") as lock:  # of several programs one trains
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            params = traverse_util.flatten_dict(_train(config, windows), sep="/")
+            scratch = path.with_suffix(".partial")
+            safetensors.numpy.save_file({k: np.asarray(v) for k, v in params.items()}, scratch)
+            os.replace(scratch, path)
     loaded = safetensors.numpy.load_file(path)
     return config, traverse_util.unflatten_dict(loaded, sep="/")
 

@@ -1,8 +1,9 @@
-"""Draws every figure here and writes the tables of README.md, from the JSON beside them alone.
+"""Draws the figures here and writes the tables of README.md, from the JSON beside them alone.
 
     python3 examples/paper/report.py
 
-A JSON is named for its experiment, with more behind that where there are several.
+A JSON is named for its experiment, with more behind that where there are several. One that holds a
+search for rates and no more has a table, and no figure.
 """
 
 import os
@@ -58,7 +59,7 @@ def main() -> None:
     """Draws and writes."""
     for name, experiment, results in found():
         if all(run["seed"] == results.setting["seed"] for run in results.runs):
-            continue  # A search for rates and no more.
+            continue
         experiment.draw(results, HERE / f"{name}.png")
         print(f"{name}.png")
     README.write_text(with_tables(README.read_text()))

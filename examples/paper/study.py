@@ -60,7 +60,8 @@ def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.A
     add("--warmup", type=int, help="steps")
     add("--rewarm", type=int, default=25, help="steps of the climb after a merge")
     add("--clip", type=float, default=1.0, help="norm that gradients are clipped to")
-    add("--rate-scale", type=float, default=1.0, help="multiplies where searches for rates begin")
+    add("--rate-scale", type=float, default=1.0, help="multiplies where searches for rates "
+        "begin; the same when going on")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="the first chooses the rate")
     add("--dtype", default="bfloat16", help="of the computation; parameters are float32")
     add("--minutes", type=float, default=1e9, help="after these, save and end")
@@ -83,6 +84,7 @@ def settings(args: argparse.Namespace, task: Task) -> dict[str, Any]:
 
     flags = {name: plain(value) for name, value in vars(args).items() if name not in FREE}
     first = args.seeds[0]
+    flags |= {"base": task.base} if task.base else {}
     return flags | {"seed": first, "rows": text.Windows(task.rows(first).tokens, first).digest}
 
 

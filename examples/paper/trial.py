@@ -42,6 +42,7 @@ class Task:
       finish: (parameters at the start, those at the end without adapters, those with, plan) ->
         what else is told of a run. The plan is None where there are no adapters.
       also_train: pattern of parameters trained in full beside adapters.
+      base: tells the numbers that training starts from, where the flags do not.
     """
 
     base_model: Llama
@@ -51,6 +52,7 @@ class Task:
     cost: Callable[[list[Measures]], float]
     finish: Callable[[Any, Any, Any, mora_jax.Plan | None], dict[str, Any]]
     also_train: str | None = None
+    base: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -120,6 +120,7 @@ def make_task(args: argparse.Namespace) -> Task:
         measure=measure,
         cost=cost,
         finish=finish,
+        base=base_models.fingerprint(args.model, base),
     )
 
 
