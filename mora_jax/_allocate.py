@@ -125,7 +125,7 @@ def allocate(
     out while the budget buys it the smallest rank. `_spend` says why not more, nor less. Gains are
     those of the first step, and what they are worth at the last one is to be measured against a
     smaller rank everywhere (`examples/allocate.py`): with one, SmolLM2 learned GSM8K as well, and
-    UUIDs better.
+    UUIDs better at all rates but the highest.
 
     A batch costs a backward pass of adapters, less than a training step. No gradient of a kernel is
     formed.

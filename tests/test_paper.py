@@ -1,11 +1,7 @@
-"""The paper's experiments: miniatures of each, what is to be done next, runs that are cut off."""
+"""The paper's experiments: miniatures of each, and runs that are cut off."""
 
 import functools
 import json
-import pathlib
-import shlex
-import sys
-import types
 import zipfile
 
 import jax
@@ -13,43 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import biomedicine
+import libraries
+import mathematics
 import mora_jax
-
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "paper"))
-
-import biomedicine  # noqa: E402
-import libraries  # noqa: E402
-import mathematics  # noqa: E402
-import pretrain  # noqa: E402
-import python_model  # noqa: E402
-import recipes  # noqa: E402
-import report  # noqa: E402
-import study  # noqa: E402
-import training  # noqa: E402
-import uuid_pairs  # noqa: E402
-from results import COST, Results, table  # noqa: E402
-
-from llama import Llama  # noqa: E402
-
-
-def flags_of(folder, **flags):
-    """The command line of a short training on one CPU."""
-    folder.mkdir(exist_ok=True)
-    files = {"json": folder / "runs.json", "out": folder / "out", "picture": folder / "runs.png"}
-    flags = {"dtype": "float32", "rewarm": 1, "seeds": (0, 1), "model": "tiny", **files, **flags}
-    found = []
-    for name, value in flags.items():
-        values = value if isinstance(value, tuple) else (value,)
-        found += ["--" + name.replace("_", "-"), *map(str, values)]
-    return found
-
-
-def trained(experiment, known, folder, **flags):
-    """(flags, results) of an experiment."""
-    args = experiment.parse_args(["train", *flags_of(folder, **flags)])
-    return args, study.train(args, experiment.make_task(args), known)
-
+import pretrain
+import python_model
+import recipes
+import study
+import training
+import uuid_pairs
+from llama import Llama
+from paper_runs import ROOT, flags_of, trained
+from results import Results
 
 SHORT = {
     "rank": 1, "steps": 2, "evaluate_at": 1, "merge_every": 1, "warmup": 0, "batch": 2,
@@ -210,75 +182,6 @@ def test_the_authors_two_and_four_groupings_go_round():
         assert len(set(plans)) == length
 
 
-def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
-    losses = {1: 3.0, 2: 2.0, 4: 1.0, 8: None}
-    results = Results(tmp_path / "runs.json", {"seed": 0})
-    done = []
-    while (todo := results.next_of("signs", [1, 2], [0, 1, 2])) is not None:
-        rate, seed = todo
-        cost = losses[rate] and losses[rate] + seed
-        results.add({"method": "signs", "rate": rate, "seed": seed, "cost": cost})
-        done.append(todo)
-    assert done == [(1, 0), (2, 0), (4, 0), (8, 0), (4, 1), (4, 2)]
-    results.add({"method": "signs", "rate": 4, "seed": 3, "cost": None})  # and one that diverged
-    assert [run["cost"] for run in Results.open(results.path).best("signs")] == [2.0, 3.0]
-    assert "| 2, 1 diverged | 1: 3, 2: 2, **4: 1**, 8: diverged |" in table(results, {})
-    assert json.loads(results.path.read_text())["setting"] == {"seed": 0}
-
-
-def test_two_programs_write_one_file_and_steps_are_timed(tmp_path):
-    one, other = (Results(tmp_path / "runs.json", {"seed": 0}) for _ in range(2))
-    one.add({"method": "MoRA", "rate": 1, "seed": 0, "cost": 4.0})
-    other.add({"method": "LoRA", "rate": 1, "seed": 0, "cost": 3.0})
-    assert other.methods == Results.open(one.path).methods == ["LoRA", "MoRA"]
-    flags = {"pairs": 4, "characters": 2, "steps": 1, "batch": 4, "methods": "LoRA 8"}
-    args = uuid_pairs.parse_args(["time", *flags_of(tmp_path / "timed", **flags)])
-    timed = study.time_steps(args, uuid_pairs.make_task(args), uuid_pairs.METHODS)
-    timed.add({"method": "LoRA 8", "rate": 1, "seed": 0, "cost": 1.0, "curve": [], "trained": 7})
-    found = Results.open(args.json).times["LoRA 8"]
-    assert found["milliseconds"] == pytest.approx(np.median(found["stretches"]), abs=1e-3)
-    cells = f"| LoRA 8 | 7 | {found['milliseconds']:.1f} | 0.0 | the first | **1: 1** |"
-    assert cells in table(timed, COST)
-
-
-def test_where_nothing_is_finite_smaller_rates_are_tried_and_then_it_is_said(tmp_path):
-    results = Results(tmp_path / "runs.json", {"seed": 0})
-    for rate in 0.5 ** np.arange(12.0):
-        assert results.next_of("LoRA", [1], [0, 1]) == (rate, 0)
-        results.add({"method": "LoRA", "rate": rate, "seed": 0, "cost": None})
-    with pytest.raises(ValueError, match=r"LoRA diverged at every rate from 0\.000488281 on"):
-        results.next_of("LoRA", [1], [0, 1])
-    assert not results.methods
-    ends = Results(tmp_path / "ties.json", {"seed": 0})
-    done = []
-    while (todo := ends.next_of("MoRA", [1, 2, 4], [0, 1])) is not None:
-        ends.add({"method": "MoRA", "rate": todo[0], "seed": todo[1], "cost": 0.0})
-        done.append(todo)
-    assert done == [(1, 0), (2, 0), (4, 0), (2, 1)]
-    assert [run["seed"] for run in ends.best("MoRA")] == [1]
-
-
-def test_a_run_that_diverges_is_told_and_seeds_differ_in_length(tmp_path, monkeypatch):
-    """Rows of two lengths, one method: two programs. At an absurd rate nothing is measured."""
-    todo = iter([(1e30, 0), (1e-3, 0), (1e-3, 1), None])
-    monkeypatch.setattr(Results, "next_of", lambda self, *_: next(todo))
-    rows = uuid_pairs.uuids.encode
-    pads = iter([0, 16])  # the second seed's rows are longer by a tile
-
-    def longer(pairs, *rest):
-        examples, more = rows(pairs, *rest), next(pads)
-        pad = lambda x: np.pad(x, ((0, 0), (0, more)))
-        return examples._replace(tokens=pad(examples.tokens), loss_mask=pad(examples.loss_mask))
-
-    monkeypatch.setattr(uuid_pairs.uuids, "encode", longer)
-    _, found = trained(uuid_pairs, uuid_pairs.METHODS, tmp_path, methods="sharing 8", pairs=4,
-                       characters=2, steps=12, evaluate_at=11, batch=4, warmup=0)  # fmt: skip
-    lost, one, other = found.runs
-    assert (lost["cost"], lost["diverged"], lost["curve"]) == (None, 10, [])
-    assert None not in (one["cost"], other["cost"])
-    assert f"| 1 | **0.001: {one['cost']:.4g}**, 1e+30: diverged |" in table(found, {})
-
-
 def test_a_small_model_is_pretrained_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(python_model, "STEPS", 12)
@@ -300,29 +203,6 @@ def test_a_small_model_is_pretrained_once(tmp_path, monkeypatch):
     loss = lambda params: float(training.held_out_loss(model, params, rows, 1))
     rows = training.Rows.whole(tokens)
     assert loss(first.params) < loss(fresh) - 1
-
-
-def test_searches_begin_where_the_scale_says(tmp_path, monkeypatch):
-    begun = []
-    monkeypatch.setattr(Results, "next_of", lambda self, method, rates, seeds: begun.append(rates))
-    flags = {"methods": "sharing 8", "pairs": 4, "characters": 2, "steps": 1, "rate_scale": 8}
-    trained(uuid_pairs, uuid_pairs.METHODS, tmp_path, **flags)
-    assert begun == [[1.6e-2, 3.2e-2, 6.4e-2]]
-
-
-def test_accuracy_is_of_the_pairs_that_are_asked(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(uuid_pairs, "generate", lambda model, params, prompts, *_, **__: (
-        asked.append(len(prompts)) or np.zeros((len(prompts), 4), np.int32)
-    ))  # fmt: skip
-    monkeypatch.setattr(uuid_pairs.uuids, "character_accuracy", lambda texts, values: (
-        asked.append((len(texts), len(values))) or 0.5
-    ))  # fmt: skip
-    flags = flags_of(tmp_path, pairs=5, asked=3, characters=2)
-    task = uuid_pairs.make_task(uuid_pairs.parse_args(["train", *flags]))
-    assert task.measure(1, 0, None) == {"accuracy": 0.5}
-    assert asked == [3, (3, 3)]
-    assert len(task.rows(0).tokens) == 5
 
 
 def test_libraries_are_their_python_files_in_order(tmp_path, monkeypatch):
@@ -352,53 +232,3 @@ def test_permutations_are_undone():
     assert (mixed["a"]["kernel"] != params["a"]["kernel"]).any()
     back = recipes.permuted(mixed, recipes.inverse(groups))
     jax.tree.map(np.testing.assert_array_equal, back, jax.tree.map(np.float32, params))
-
-
-@pytest.mark.parametrize(
-    ("experiment", "flags"),
-    [
-        (uuid_pairs, []),
-        (mathematics, ["--data", "x/gsm8k_train.jsonl", "--test", "x/gsm8k_test.jsonl"]),
-        (pretrain, []),
-        (biomedicine, None),
-        (pretrain, None),
-    ],
-)
-def test_the_commands_of_the_readme_go_on_with_the_results(experiment, flags):
-    if flags is None:  # of the miniature, whose command the README has
-        name = pathlib.Path(experiment.__file__).stem
-        told = report.README.read_text().split("```sh\n")
-        (command,) = (part.split("```")[0] for part in told if f"{name}_mini.json" in part)
-        _, script, *flags = shlex.split(command.replace("\\\n", " "))
-        assert script == f"examples/paper/{name}.py"
-        assert flags.pop(0) == "train"
-    args = experiment.parse_args(["train", *flags])
-    rows = training.Rows.whole(np.zeros((2, 3), np.int32))
-    made = study.settings(args, types.SimpleNamespace(rows=lambda seed: rows, base=None))
-    there = Results.open(ROOT / args.json)
-    unknown = {"rows": None, "base": None}  # what files and models that are not here make
-    assert made | unknown == there.setting | unknown
-    methods = {**recipes.RECIPES, **recipes.FINETUNING, **uuid_pairs.METHODS}
-    assert {repr(methods[run["method"]]) == run["recipe"] for run in there.runs} == {True}
-
-
-def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
-    written = report.README.read_text()
-    assert "| method |" in written
-    assert report.with_tables(written) == written  # else: python3 examples/paper/report.py
-    (tmp_path / "pretrain_new.json").write_text((report.HERE / "pretrain_mini.json").read_text())
-    monkeypatch.setattr(report, "HERE", tmp_path)
-    with pytest.raises(ValueError, match=r"no '<!-- pretrain_new"):
-        report.with_tables(written)
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    names = "pretrain_new", "mathematics_search"
-    marks = [f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in names]
-    report.README.write_text("".join(marks))
-    search = json.loads((report.HERE / "pretrain_new.json").read_text())
-    fields = {"method": "LoRA 8", "rate": 1, "seed": 0, "cost": 2.0, "trained": 7, "curve": [{}]}
-    fields |= {"device": "cpu", "jax": "0"}
-    search |= {"setting": {"seed": 0}, "times": {}, "runs": [fields]}
-    (tmp_path / "mathematics_search.json").write_text(json.dumps(search))
-    report.main()
-    assert {path.name for path in tmp_path.glob("*.png")} == {"pretrain_new.png"}
-    assert "| LoRA 8 | 2.0000 | 7 | the first | **1: 2** |" in report.README.read_text()

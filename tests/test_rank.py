@@ -2,14 +2,9 @@
 
 import itertools
 import json
-import pathlib
-import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "paper"))
-
-import rank
 
 import mora_jax
+import rank
 
 MERGES = 3
 

@@ -18,14 +18,14 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import jax
 import jax.numpy as jnp
 import numpy as np
-import python_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from training import Rows, held_out_loss
-from trial import Measures, Task
 
 import pretrained
+import python_model
 from llama import Llama
 from train_flags import PRESETS
+from training import Rows, held_out_loss
+from trial import Measures, Task
 
 NAMES = ["smollm2", "mini", "tiny"]
 

@@ -26,17 +26,17 @@ from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-import base_models
 import jax
 import numpy as np
+
+import base_models
 import study
+import text
+from llama import Llama
 from recipes import FINETUNING
 from results import COST, Columns, Results, draw_curves, note
 from training import Rows, losses
 from trial import Measures, Task
-
-import text
-from llama import Llama
 
 #: What MedQuAD asks, up to the disease.
 _ASKS = re.compile(

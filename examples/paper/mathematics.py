@@ -20,18 +20,18 @@ from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-import base_models
 import numpy as np
+
+import base_models
+import chat_data
+import prompts
+import solve
 import study
+from llama import Llama
 from recipes import FINETUNING
 from results import COST, Columns, Results, draw_curves, note
 from training import Rows
 from trial import Measures, Task
-
-import chat_data
-import prompts
-import solve
-from llama import Llama
 
 COLUMNS: Columns = {
     "right, %|.1f": lambda run: 100 * run["curve"][-1]["exact"] if "exact" in run["curve"][-1]

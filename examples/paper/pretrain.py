@@ -22,18 +22,18 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
-import libraries
 import numpy as np
-import study
 from flax import traverse_util
-from recipes import RECIPES
-from results import COST, Columns, Results, Run, draw_curves, note
-from training import Rows, held_out_loss
-from trial import Measures, Task
 
+import libraries
+import study
 import text
 from llama import Llama
+from recipes import RECIPES
+from results import COST, Columns, Results, Run, draw_curves, note
 from train_flags import FROM_SCRATCH, PRESETS
+from training import Rows, held_out_loss
+from trial import Measures, Task
 
 #: What the cycles are compared to, on each seed's text and random start.
 REFERENCE = "one grouping"

@@ -22,11 +22,11 @@ import optax
 import safetensors.numpy
 import tqdm
 from flax import traverse_util
-from training import Rows, losses
 
 import text
 from llama import Llama, LlamaConfig
 from train_flags import PRESETS
+from training import Rows, losses
 
 STEPS, BATCH, LENGTH, RATE = 1500, 32, 64, 4e-3
 

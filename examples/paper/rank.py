@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import tqdm
-from recipes import RECIPES, Recipe, draw_groups, permuted
 
 import mora_jax
+from recipes import RECIPES, Recipe, draw_groups, permuted
 
 METHODS = (
     "ReLoRA", "one grouping", "two groupings", "four groupings", "shifts", "signs",

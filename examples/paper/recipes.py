@@ -89,11 +89,10 @@ SCHEMES = {
 
 def adapters(rank: int, rate: float, lora_rate: float) -> dict[str, Recipe]:
     """Adapters of a pretrained model that have as many parameters as LoRA of this rank."""
-    found = {f"LoRA {rank}": Recipe(LowRank(), rank, lora_rate)} | {
+    return {f"LoRA {rank}": Recipe(LowRank(), rank, lora_rate)} | {
         f"{name} {rank}": Recipe(scheme, rank, multiple * rate)
         for name, (scheme, multiple) in SCHEMES.items()
     }
-    return found | {f"staggered {rank}": Recipe(Sharing(), rank, rate, schemes=STAGGERED)}
 
 
 #: Of a pretrained model, on text.

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+
+import mora_jax
+import text
 from recipes import Recipe, draw_groups
 from results import Columns, Results, table
 from training import CompiledSteps, Training, make_optimizer, make_plan
 from trial import Task, Trial, begin, run
-
-import mora_jax
-import text
 
 #: Flags that the losses of a run do not depend on.
 FREE = {"mode", "methods", "seeds", "minutes", "json", "picture", "out", "rate_scale", "save_every"}

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from recipes import Groups, Recipe, inverse, permuted
 
 import mora_jax
 from llama import Llama
+from recipes import Groups, Recipe, inverse, permuted
 from train_state import TrainState, part
 
 

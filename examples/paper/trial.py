@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import tqdm
 from etils import epath
-from recipes import Groups, draw_groups, inverse, permuted
-from training import CompiledSteps, Rows, Training, all_finite, make_rates, parted
 
 import mora_jax
 import text
 from llama import Llama
+from recipes import Groups, draw_groups, inverse, permuted
 from train_checkpoints import Checkpoints
 from train_state import TrainState
+from training import CompiledSteps, Rows, Training, all_finite, make_rates, parted
 
 #: What an evaluation found, by name; with the step it was made at.
 Measures = dict[str, float]

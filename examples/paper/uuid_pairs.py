@@ -17,24 +17,27 @@ from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-import base_models
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import base_models
+import mora_jax
 import study
-from recipes import Recipe, adapters
+import uuids
+from llama import Llama, generate
+from mora_jax import LowRank, Sharing
+from recipes import STAGGERED, Recipe, adapters
 from results import COST, Columns, Results, Run, draw_curves, note
 from training import Rows
 from trial import Measures, Task
 
-import mora_jax
-import uuids
-from llama import Llama, generate
-
 METHODS = {
     "all parameters": Recipe(None, rate=4e-4),
     **adapters(8, 4e-3, 4e-3),
-    **adapters(32, 2e-3, 2e-3),
+    "staggered 8": Recipe(Sharing(), 8, schemes=STAGGERED),
+    "LoRA 32": Recipe(LowRank(), 32, 2e-3),
+    "sharing 32": Recipe(Sharing(), 32, 2e-3),
     **adapters(128, 1e-3, 1e-3),
 }
 
@@ -59,7 +62,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = study.parser_of(__file__, METHODS, "Memorises random UUID pairs.")
     parser.add_argument("--model", choices=base_models.NAMES, default="smollm2")
     parser.add_argument("--pairs", type=int, default=2000)
-    parser.add_argument("--asked", type=int, default=2000, help="how many pairs are measured")
     parser.add_argument("--characters", type=int, default=32, help="of key and value, without "
         "dashes: the first ones of each UUID")  # fmt: skip
     parser.set_defaults(steps=900, batch=200, evaluate_at=[300, 500, 700], warmup=50)
@@ -75,11 +77,10 @@ def cost(curve: list[Measures]) -> float:
 
 
 def make_task(args: argparse.Namespace) -> Task:
-    """Pairs of the seed; accuracy by generation, over the first of them."""
+    """Pairs of the seed; accuracy by generation, over all of them."""
     base = base_models.load(args.model)
     base_model = Llama(base.config, dtype=args.dtype, param_dtype="float32")
-    asked = min(args.asked, args.pairs)
-    at_once = min(1000, asked)
+    at_once = min(1000, args.pairs)
 
     @functools.cache
     def pairs_of(seed: int) -> tuple[list[tuple[str, str]], uuids.Examples]:
@@ -100,14 +101,14 @@ def make_task(args: argparse.Namespace) -> Task:
         del step
         pairs, examples = pairs_of(seed)
         length, texts = int(examples.loss_mask.sum(axis=1).max()), []
-        for start in range(0, asked, at_once):
+        for start in range(0, len(pairs), at_once):
             # Whole batches compile once.
-            index = np.arange(start, start + at_once) % asked
+            index = np.arange(start, start + at_once) % len(pairs)
             prompts, mask = examples.prompts[index], examples.prompt_mask[index]
             tokens = generate(base_model, params, prompts, mask, length, end_token=base.end_token)
             texts += base.tokenizer.decode_batch(np.asarray(tokens))
-        values = [value for _, value in pairs[:asked]]
-        return {"accuracy": uuids.character_accuracy(texts[:asked], values)}
+        values = [value for _, value in pairs]
+        return {"accuracy": uuids.character_accuracy(texts[: len(pairs)], values)}
 
     def finish(before: Any, after: Any, adapted: Any, plan: mora_jax.Plan | None) -> dict[str, Any]:
         del before, after
