@@ -32,6 +32,7 @@ SCRIPTS = {
     "mathematics": "examples/paper/mathematics.py",
     "biomedicine": "examples/paper/biomedicine.py",
     "pretrain": "examples/paper/pretrain.py",
+    "parallel": "examples/paper/parallel.py",
     "step": "examples/benchmarks/step.py",
     "generate": "examples/benchmarks/generate.py",
     "adapters": "examples/benchmarks/adapters.py",

@@ -224,6 +224,7 @@ class Llama(_Block):
         positions: Array | None = None,
         mask: Array | None = None,
         segments: Array | None = None,
+        last: bool = False,
     ) -> Array:
         """Gives, at each token, the logits of the token after it.
 
@@ -236,9 +237,10 @@ class Llama(_Block):
           mask: [B, T] bool, False at padding on either side; by default all tokens are real.
           segments: [B, T] int, instead of a mask: a token attends within its segment, a run of one
             number, and positions restart in each.
+          last: only of the last token: a long prompt's logits can be larger than the model.
 
         Returns:
-          [B, T, V] float32; what stands at padding means nothing.
+          [B, T, V] float32, or [B, 1, V]; what stands at padding means nothing.
 
         Raises:
           ValueError: segments with a mask or a cache.
@@ -283,7 +285,7 @@ class Llama(_Block):
         )
         if not self.unrolled:
             x, _ = layers(config, **shared, name="layers")(x, angles, attend, slot)
-        x = self._norm("norm")(x)
+        x = self._norm("norm")(x[:, -1:] if last else x)
         head = embed.attend if config.tie_embeddings else self._dense(config.vocab_size, "lm_head")
         return head(x).astype(jnp.float32)
 
@@ -332,8 +334,8 @@ def generate(
 def _generate(model, params, prompts, prompt_mask, max_new_tokens, end_token) -> Array:
     def advance(cache: Cache, tokens: Array, mask: Array | None) -> tuple[Cache, Array]:
         variables = {"params": params, "cache": cache}
-        logits, updated = model.apply(variables, tokens, mask=mask, mutable=["cache"])
-        return updated["cache"], logits[:, -1].argmax(-1).astype(jnp.int32)
+        logits, updated = model.apply(variables, tokens, mask=mask, last=True, mutable=["cache"])
+        return updated["cache"], logits[:, 0].argmax(-1).astype(jnp.int32)
 
     def step(carry: tuple[Cache, Array], _: None) -> tuple[tuple[Cache, Array], Array]:
         cache, last = carry

@@ -198,12 +198,16 @@ COST: Columns = {
 
 
 def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) -> None:
-    """A measure by step: the mean over the seeds, and between its lowest and highest a shade."""
+    """A measure by step: the mean over the seeds, and between its lowest and highest a shade.
+
+    Not of the start, where all methods are one and so far above the end that nothing else shows.
+    """
     from matplotlib import pyplot as plt
 
     colors = [*plt.get_cmap("tab10")(np.arange(10)), *plt.get_cmap("Set2")(np.arange(8))]
     for number, method in enumerate(methods):
-        curves = [run["curve"] for run in results.best(method)]
+        runs = results.best(method)
+        curves = [[found for found in run["curve"] if found["step"]] for run in runs]
         steps = [measures["step"] for measures in curves[0] if name in measures]
         values = np.array([[m[name] for m in curve if name in m] for curve in curves])
         axes.plot(steps, values.mean(0), color=colors[number], label=method)
