@@ -237,7 +237,7 @@ class Llama(_Block):
           mask: [B, T] bool, False at padding on either side; by default all tokens are real.
           segments: [B, T] int, instead of a mask: a token attends within its segment, a run of one
             number, and positions restart in each.
-          last: only of the last token: a long prompt's logits can be larger than the model.
+          last: gives the logits of the last token alone; all of a long prompt's can be too large.
 
         Returns:
           [B, T, V] float32, or [B, 1, V]; what stands at padding means nothing.

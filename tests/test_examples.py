@@ -34,6 +34,9 @@ def test_generation_with_padding_equals_recomputing_every_token():
             logits = forward({"params": params}, np.pad(text, (0, 16 - len(text)))[None])
             assert logits[0, len(text) - 1].argmax() == token
             text = np.append(text, token)
+    whole = forward({"params": params}, prompts)
+    last = model.apply({"params": params}, prompts, last=True)
+    np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="pad the prompts on the left"):
         generate(model, params, prompts, mask[:, ::-1], 6)
 

@@ -1,5 +1,7 @@
 """Programs side by side: which there are, what they share, how they end."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -7,6 +9,10 @@ import time
 import pytest
 
 import parallel
+import study
+
+DONE = f"print({study.DONE!r})"
+LATER = "print('the time is over')"
 
 
 def job_of(folder, name, program):
@@ -14,48 +20,145 @@ def job_of(folder, name, program):
     return parallel.Job(name, [sys.executable, "-c", program], folder / name)
 
 
+def run_all(jobs, workers=2, devices=(), seconds=90.0):
+    return parallel.run_all(jobs, workers, devices, time.monotonic() + seconds)
+
+
+def said(folder, name):
+    return (folder / name / "log.txt").read_text()
+
+
 def test_each_method_of_each_experiment_is_a_program(tmp_path):
-    found = parallel.jobs_of("pretrain train --json some/runs.json --methods LoRA signs", tmp_path)
-    assert [job.name for job in found] == ["runs, LoRA", "runs, signs"]
-    assert [job.folder.name for job in found] == ["runs_LoRA", "runs_signs"]
+    commands = ["pretrain train --json some/runs.json --methods LoRA signs", "uuid_pairs train"]
+    found = parallel.jobs_of(commands, tmp_path)
+    assert [job.name for job in found[:3]] == [
+        "runs, LoRA",
+        "runs, signs",
+        "uuid_pairs, all parameters",
+    ]
+    assert [job.folder.name for job in found[:2]] == ["runs_LoRA", "runs_signs"]
     assert found[1].command[2:] == [
         *("train", "--json", "some/runs.json", "--methods", "LoRA", "signs"),
         *("--methods", "signs", "--out", str(tmp_path / "runs_signs")),
     ]
-    assert len(parallel.jobs_of("uuid_pairs train", tmp_path)) == 16
-    with pytest.raises(ValueError, match=r"'uuids train' does not begin with an experiment"):
-        parallel.jobs_of("uuids train", tmp_path)
+    assert len(found) == 2 + 16
+    for wrong in ("uuids train", "pretrain time", "pretrain", ""):
+        with pytest.raises(ValueError, match=rf"'{wrong}' is none of 'uuid_pairs train', "):
+            parallel.jobs_of([wrong], tmp_path)
+    again = "pretrain train --json other/runs.json --methods signs"
+    with pytest.raises(ValueError, match=r"runs, signs is trained twice\. Name each JSON other"):
+        parallel.jobs_of([*commands, again], tmp_path)
 
 
 def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 32)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(parallel, "cores", lambda: 32)
+    for name in ("JAX_PLATFORMS", "OPENBLAS_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert parallel.gpus() == ["3", "5"]
     found = [parallel.environment(worker, 6, parallel.gpus()) for worker in range(3)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["3", "5", "3"]
+    assert {env["XLA_PYTHON_CLIENT_PREALLOCATE"] for env in found} == {"false"}
     assert {env["OPENBLAS_NUM_THREADS"] for env in found} == {"5"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert parallel.gpus() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    listed = "GPU 0: some (UUID: a)\nGPU 1: some (UUID: b)\n"
+    listed = "GPU 0: some (UUID: a)\n  MIG 1g.5gb (UUID: c)\nGPU 1: some (UUID: b)\n"
     answer = subprocess.CompletedProcess([], 0, stdout=listed)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
     assert parallel.gpus() == ["0", "1"]
-    assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in parallel.environment(0, 64, [])
-    assert parallel.environment(0, 64, [])["OPENBLAS_NUM_THREADS"] == "1"
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert parallel.gpus() == []
+    alone = parallel.environment(0, 64, [])
+    assert alone["OPENBLAS_NUM_THREADS"] == "1"
+    assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in alone
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    assert parallel.environment(0, 64, [])["OPENBLAS_NUM_THREADS"] == "7"
 
 
-def test_all_run_and_what_fails_is_told(tmp_path, capsys):
+def test_all_run_side_by_side_and_what_fails_is_told(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    meets = (
+        "import os, pathlib, time; own, other = map(pathlib.Path, {files!r}); own.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\n"
+        "print(os.environ['CUDA_VISIBLE_DEVICES'])\n" + DONE
+    )
+    files = [str(tmp_path / name) for name in ("one", "two")]
     jobs = [
-        job_of(tmp_path, "a", "print('LoRA, rate 1, seed 0: cost 2'); print('all is done')"),
-        job_of(tmp_path, "b", "raise ValueError('no such text')"),
-        job_of(tmp_path, "c", "print('the time is over; the same command goes on')"),
-        job_of(tmp_path, "d", "import sys; print(float(sys.argv[2]) < 1); print('all is done')"),
+        job_of(tmp_path, "a", meets.format(files=files)),
+        job_of(tmp_path, "b", meets.format(files=files[::-1])),
+        job_of(tmp_path, "c", "raise ValueError('no such text')"),
+        job_of(tmp_path, "d", LATER),
+        job_of(tmp_path, "e", f"import sys; print(1 < float(sys.argv[2]) < 1.5); {DONE}"),
     ]
-    ends = parallel.run_all(jobs, 2, [], time.monotonic() + 59)
-    assert ends["a"] == ends["d"] == "done"
-    assert ends["b"] == f"failed with exit code 1; see {tmp_path / 'b' / 'log.txt'}"
-    assert ends["c"] == "not done"
-    assert "no such text" in (tmp_path / "b" / "log.txt").read_text()
-    assert (tmp_path / "d" / "log.txt").read_text().startswith("True")
-    assert "a: LoRA, rate 1, seed 0: cost 2" in capsys.readouterr().out
-    late = parallel.run_all(jobs[:1], 2, [], time.monotonic() - 1)
-    assert late == {"a": "not begun"}
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "log.txt").write_text(f"{study.DONE}\n")  # of an earlier program
+    assert run_all(jobs, workers=1, devices=["0", "1"]) == {
+        "a": "done", "b": "done", "d": "not done", "e": "done",
+        "c": f"failed with exit code 1; see {tmp_path / 'c' / 'log.txt'}",
+    }  # fmt: skip
+    assert (said(tmp_path, "a")[0], said(tmp_path, "b")[0]) == ("0", "1")
+    assert "no such text" in said(tmp_path, "c")
+    assert said(tmp_path, "e").startswith("True")
+
+
+def test_none_begins_too_late_and_what_does_not_end_is_killed(tmp_path, monkeypatch):
+    assert run_all([job_of(tmp_path, "a", DONE)], seconds=59) == {"a": "not begun"}
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(parallel, "GRACE", -59.5)
+    ends = run_all([job_of(tmp_path, "b", "import time; time.sleep(600)")], seconds=60.2)
+    assert ends["b"].startswith("failed: still running")
+
+
+def test_programs_end_with_it(tmp_path):
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    jobs = [job_of(tmp_path, name, program) for name in ("a", "b", "c")]
+    seen = []
+
+    def interrupt(number, frame):
+        if all((tmp_path / name / "log.txt").exists() for name in "ab"):
+            seen.extend(int(said(tmp_path, name) or 0) for name in "ab")
+        if len(seen) == 2 and all(seen):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        seen.clear()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(SystemExit) as ended:
+        run_all(jobs)
+    signal.signal(signal.SIGALRM, before)
+    assert ended.value.code == 128 + signal.SIGTERM
+    for number in seen:
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_is_left_is_said(tmp_path, monkeypatch, capsys):
+    programs = iter([DONE, LATER, "raise SystemExit(3)"])
+    monkeypatch.setattr(parallel, "jobs_of", lambda *_: [job_of(tmp_path, "a", next(programs))])
+    arguments = ["pretrain train", "--minutes", "2", "--out", str(tmp_path)]
+    parallel.main(arguments)
+    assert capsys.readouterr().out.endswith(f"{study.DONE}\n")
+    parallel.main(arguments)
+    assert capsys.readouterr().out.endswith("a: not done\nthe same command goes on\n")
+    with pytest.raises(SystemExit) as failed:
+        parallel.main(arguments)
+    assert failed.value.code == 1
+    for wrong in (["--workers", "0"], ["--minutes", "0.5"]):
+        with pytest.raises(SystemExit):
+            parallel.main(["pretrain train", *wrong])
+        assert f"{wrong[0]} is {wrong[1]}" in capsys.readouterr().err
+
+
+def test_two_programs_do_not_train_in_one_directory(tmp_path):
+    with (
+        study.alone(tmp_path / "out"),
+        pytest.raises(ValueError, match=r"another program trains in .*: give other methods"),
+        study.alone(tmp_path / "out"),
+    ):
+        pass
+    with study.alone(tmp_path / "out"):
+        pass

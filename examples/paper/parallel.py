@@ -9,24 +9,30 @@ saves and decomposes. Without a GPU they share the cores.
 """
 
 import argparse
-import concurrent.futures
-import importlib
+import contextlib
 import os
 import pathlib
-import queue
 import shlex
+import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import tqdm
 
+import study
+from report import EXPERIMENTS
+
 HERE = pathlib.Path(__file__).parent
+
+#: Seconds: with less left no program begins, for it would end before its first step.
+SHORTEST = 60.0
+#: Seconds that a program may take to end after its time is over; then it is killed.
+GRACE = 120.0
 
 
 class Job(NamedTuple):
@@ -43,64 +49,117 @@ class Job(NamedTuple):
     folder: pathlib.Path
 
 
-def jobs_of(command: str, out: pathlib.Path) -> list[Job]:
-    """The methods of an experiment, a job each: `"pretrain train --methods LoRA MoRA"` -> two."""
-    name, *arguments = shlex.split(command)
-    if not (HERE / f"{name}.py").is_file():
-        raise ValueError(f"{command!r} does not begin with an experiment: {HERE}/{name}.py is none")
-    args = importlib.import_module(name).parse_args(arguments)
-    found = []
-    for method in args.methods:
-        folder = out / f"{args.json.stem} {method}".replace(" ", "_")
-        own = ["--methods", method, "--out", str(folder)]
-        line = [sys.executable, str(HERE / f"{name}.py"), *arguments, *own]
-        found.append(Job(f"{args.json.stem}, {method}", line, folder))
-    return found
+class Running(NamedTuple):
+    """A job at work: its program, and where in its log what it says begins."""
+
+    job: Job
+    program: subprocess.Popen[str]
+    log: pathlib.Path
+    offset: int
+
+
+def jobs_of(commands: Sequence[str], out: pathlib.Path) -> list[Job]:
+    """The methods of all experiments, a job each: `"pretrain train --methods LoRA MoRA"` -> two.
+
+    Raises:
+      ValueError: a command trains no experiment, or two train the same method into JSON of one
+        name.
+    """
+    found: dict[str, Job] = {}
+    for command in commands:
+        name, *arguments = shlex.split(command) or [""]
+        if name not in EXPERIMENTS or arguments[:1] != ["train"]:
+            known = ", ".join(f"'{known} train'" for known in EXPERIMENTS)
+            raise ValueError(f"{command!r} is none of {known}, with flags behind.")
+        args = EXPERIMENTS[name].parse_args(arguments)
+        for method in args.methods:
+            folder = out / f"{args.json.stem} {method}".replace(" ", "_")
+            # Of flags that are given twice the last counts.
+            own = ["--methods", method, "--out", str(folder)]
+            line = [sys.executable, str(HERE / f"{name}.py"), *arguments, *own]
+            job = Job(f"{args.json.stem}, {method}", line, folder)
+            if job.name in found:
+                raise ValueError(f"{job.name} is trained twice. Name each JSON otherwise.")
+            found[job.name] = job
+    return [*found.values()]
 
 
 def gpus() -> list[str]:
     """What `CUDA_VISIBLE_DEVICES` calls each GPU that may be used."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return []
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in named.split(",") if name]
+        return [name.strip() for name in named.split(",") if name.strip()]
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [str(number) for number in range(len(listed.stdout.splitlines()))]
+    lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(number) for number in range(len(lines))]
+
+
+def cores() -> int:
+    """How many this program may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux has it
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def environment(worker: int, workers: int, devices: Sequence[str]) -> dict[str, str]:
     """The variables of a worker's programs: its GPU, and its share of what all have."""
-    # LAPACK's threads wait for each other by spinning. Two programs that each have a thread for
-    # every core decompose a matrix not twice but fifty times as slowly.
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    found = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    # LAPACK's threads wait for each other by spinning: three programs with a thread for every core
+    # decompose their matrices not three but thirty times as slowly as one.
+    threads = max(1, cores() // workers)
+    found = {"OPENBLAS_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
     if devices:
         found["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
         found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     return found
 
 
-def run(job: Job, variables: dict[str, str], seconds: float) -> str:
-    """Trains for so long at most: "done", "not done", or what went wrong."""
+def begin(job: Job, variables: dict[str, str], seconds: float) -> Running:
+    """Starts a job's program, which saves and ends after so many seconds."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    path, last = job.folder / "log.txt", ""
-    line = [*job.command, "--minutes", f"{seconds / 60:.3f}"]
-    with (
-        path.open("a") as log,
-        subprocess.Popen(
-            line, env=variables, stdout=subprocess.PIPE, stderr=log, text=True
-        ) as program,
-    ):
-        assert program.stdout is not None
-        for said in program.stdout:
-            log.write(said)
-            if ": cost" in said:
-                tqdm.tqdm.write(f"{job.name.partition(',')[0]}: {said}", end="")
-            last = said if said.startswith(("all is done", "the time is over")) else last
-    if program.returncode:
-        return f"failed with exit code {program.returncode}; see {path}"
-    return "done" if last.startswith("all is done") else "not done"
+    path = job.folder / "log.txt"
+    with path.open("a") as log:
+        offset = log.tell()
+        program = subprocess.Popen(
+            [*job.command, "--minutes", f"{seconds / 60:.3f}"],
+            env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
+        )  # fmt: skip
+    return Running(job, program, path, offset)
+
+
+def end_of(running: Running, deadline: float) -> str | None:
+    """ "done", "not done", what went wrong, or None while the program runs."""
+    code = running.program.poll()
+    if code is None and time.monotonic() < deadline + GRACE:
+        return None
+    if code is None:
+        running.program.kill()
+        return f"failed: still running {GRACE:.0f} s after its time was over; see {running.log}"
+    if code:
+        return f"failed with exit code {code}; see {running.log}"
+    with running.log.open(errors="replace") as log:
+        log.seek(running.offset)
+        return "done" if study.DONE in log.read().splitlines() else "not done"
+
+
+@contextlib.contextmanager
+def ended(running: dict[int, Running]) -> Iterator[None]:
+    """Ends the programs that still run when it ends, however it does."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        for one in running.values():
+            one.program.terminate()
+        for one in running.values():
+            one.program.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_all(
@@ -114,52 +173,50 @@ def run_all(
       devices: names of GPUs; none: the programs share one machine's cores.
       deadline: by `time.monotonic`. Programs that have begun save what they have.
     """
-    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs:
-        todo.put(job)
+    todo, running = [*jobs], {}
     total = min(workers * max(1, len(devices)), len(jobs))
-    ends, lock = {job.name: "not begun" for job in jobs}, threading.Lock()
-    bar = tqdm.tqdm(total=len(jobs), desc="methods")
-
-    def work(worker: int) -> None:
-        variables = environment(worker, total, devices)
-        while (left := deadline - time.monotonic()) > 0:
-            try:
-                job = todo.get_nowait()
-            except queue.Empty:
-                return
-            end = run(job, variables, left)
-            with lock:
-                ends[job.name] = end
-                bar.update()
-
-    with concurrent.futures.ThreadPoolExecutor(total) as pool, bar:
-        list(pool.map(work, range(total)))
+    ends = {job.name: "not begun" for job in jobs}
+    with ended(running), tqdm.tqdm(total=len(jobs), desc="methods") as bar:
+        while running or (todo and deadline - time.monotonic() >= SHORTEST):
+            for worker in range(total):
+                left = deadline - time.monotonic()
+                if worker not in running and todo and left >= SHORTEST:
+                    variables = environment(worker, total, devices)
+                    running[worker] = begin(todo.pop(0), variables, left)
+            for worker, one in [*running.items()]:
+                if (end := end_of(one, deadline)) is not None:
+                    ends[one.job.name] = end
+                    one.program.wait()
+                    del running[worker]
+                    bar.update()
+                    tqdm.tqdm.write(f"{one.job.name}: {end}")
+            time.sleep(0.1)
     return ends
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs and says what is left."""
     parser = argparse.ArgumentParser(
         description="Trains the methods of several experiments side by side."
     )
     add = parser.add_argument
-    add("commands", nargs="+", help='an experiment and its flags each: "pretrain train"')
+    add("commands", nargs="+", help='an experiment, train, and its flags: "pretrain train"')
     add("--workers", type=int, default=3, help="programs that share a GPU, or the cores")
     add("--minutes", type=float, default=1e6, help="after these, save and end")
     add("--out", type=pathlib.Path, default=pathlib.Path("results", "parallel"),
         help="a directory for the runs that are under way, and logs")  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}, wanted 1 or more")
+    if 60 * args.minutes < SHORTEST:
+        parser.error(f"--minutes is {args.minutes:g}: no program begins with less than a minute")
     deadline = time.monotonic() + 60 * args.minutes
-    jobs = [job for command in args.commands for job in jobs_of(command, args.out.absolute())]
-    # Programs compile the same evaluations; who comes second reads them.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out.absolute() / "compiled"))
-    ends = run_all(jobs, args.workers, gpus(), deadline)
-    for name, end in ends.items():
-        if end != "done":
-            print(f"{name}: {end}")
+    ends = run_all(jobs_of(args.commands, args.out.absolute()), args.workers, gpus(), deadline)
     if all(end == "done" for end in ends.values()):
-        print("all is done")
+        print(study.DONE)
+    else:
+        left = [f"{name}: {end}" for name, end in ends.items() if end != "done"]
+        print("\n".join([*left, "the same command goes on"]))
     if any(end.startswith("failed") for end in ends.values()):
         sys.exit(1)
 

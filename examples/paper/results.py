@@ -200,7 +200,7 @@ COST: Columns = {
 def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) -> None:
     """A measure by step: the mean over the seeds, and between its lowest and highest a shade.
 
-    Not of the start, where all methods are one and so far above the end that nothing else shows.
+    Leaves out step 0, where all methods are one, and so far from the end that no more would show.
     """
     from matplotlib import pyplot as plt
 

@@ -7,13 +7,15 @@ device that does nothing else.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -32,6 +34,9 @@ from trial import Task, Trial, begin, run
 
 #: Flags that the losses of a run do not depend on.
 FREE = {"mode", "methods", "seeds", "minutes", "json", "picture", "out", "rate_scale", "save_every"}
+
+#: What `train` says at the end, where nothing is left to do.
+DONE = "all is done"
 
 #: When the program began; the time allowed is its own, not the training's.
 STARTED = time.monotonic()
@@ -99,8 +104,30 @@ def prepare(
     return plan, training, CompiledSteps(training)
 
 
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other programs out of a directory, until the end or, at the latest, this program's.
+
+    Raises:
+      ValueError: one is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another program trains in {folder}: give other methods another --out."
+            raise ValueError(message) from None
+        yield
+
+
 def train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -> Results:
     """Does what there is left to do, for as long as it may."""
+    with alone(args.out):
+        return _train(args, task, methods)
+
+
+def _train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -> Results:
     deadline = STARTED + 60 * args.minutes
     setting = settings(args, task)
     results, begun = Results.open(args.json, setting), False
@@ -124,7 +151,7 @@ def train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -
             shutil.rmtree(folder, ignore_errors=True)
             begun = True
             print(f"{method}, rate {rate:g}, seed {seed}: cost {done['cost']}", flush=True)
-    print("all is done")
+    print(DONE)
     return results
 
 
