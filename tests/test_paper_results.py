@@ -10,6 +10,7 @@ import pytest
 
 import biomedicine
 import mathematics
+import parallel
 import pretrain
 import recipes
 import report
@@ -112,7 +113,11 @@ def test_the_commands_of_the_readme_go_on_with_the_results(experiment, flags):
         name = pathlib.Path(experiment.__file__).stem
         told = report.README.read_text().split("```sh\n")
         (command,) = (part.split("```")[0] for part in told if f"{name}_mini.json" in part)
-        _, script, *flags = shlex.split(command.replace("\\\n", " "))
+        words = shlex.split(command.replace("\\\n", " "))
+        if words[1] == "examples/paper/parallel.py":
+            (job, *_) = parallel.jobs_of(words[4:], pathlib.Path())
+            words = [*job.command[:1], f"examples/paper/{name}.py", *job.command[2:]]
+        _, script, *flags = words
         assert script == f"examples/paper/{name}.py"
         assert flags.pop(0) == "train"
     args = experiment.parse_args(["train", *flags])
