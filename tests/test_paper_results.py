@@ -98,6 +98,20 @@ def test_searches_begin_where_the_scale_says(tmp_path, monkeypatch):
     assert begun == [[1.6e-2, 3.2e-2, 6.4e-2]]
 
 
+def test_losses_are_told_beside_those_of_merges_that_change_no_groups(tmp_path):
+    run = lambda method, loss: {
+        "method": method, "rate": 1, "seed": 0, "cost": loss, "trained": 1, "rank": 1,
+        "effective_rank": 1, "curve": [{"step": 1, "test": loss}],
+    }  # fmt: skip
+    setting = {"seed": 0}
+    results = Results(tmp_path / "runs.json", setting, [run("signs", 1.5), run("MoRA", 2.0)])
+    assert "minus MoRA's" in table(results, pretrain.columns(results))
+    assert "| signs | 1.5000 | -0.5000 |" in table(results, pretrain.columns(results))
+    results.runs.append(run("one grouping", 3.0))
+    assert "minus one grouping's" in table(results, pretrain.columns(results))
+    assert "| signs | 1.5000 | -1.5000 |" in table(results, pretrain.columns(results))
+
+
 @pytest.mark.parametrize(
     ("experiment", "flags"),
     [

@@ -35,13 +35,19 @@ from train_flags import FROM_SCRATCH, PRESETS
 from training import Rows, held_out_loss
 from trial import Measures, Task
 
-#: What the cycles are compared to, on each seed's text and random start.
-REFERENCE = "one grouping"
+
+def reference(results: Results) -> str:
+    """What others are compared to on each seed's text and start: merges that change no groups.
+
+    Where those have not run, no merges.
+    """
+    return next((m for m in ("one grouping", "MoRA") if results.best(m)), "MoRA")
 
 
 def minus_reference(results: Results) -> Callable[[Run], float]:
     """Run -> its test loss minus the reference's of the same seed; NaN where that has none."""
-    of_seed = {run["seed"]: run["curve"][-1]["test"] for run in results.best(REFERENCE)}
+    runs = results.best(reference(results))
+    of_seed = {run["seed"]: run["curve"][-1]["test"] for run in runs}
     return lambda run: run["curve"][-1]["test"] - of_seed.get(run["seed"], np.nan)
 
 
@@ -51,7 +57,7 @@ def columns(results: Results) -> Columns:
     loss = lambda run: run["curve"][-1]["test"]
     return {
         "loss|.4f": loss,
-        f"minus {REFERENCE}'s|+.4f": difference,
+        f"minus {reference(results)}'s|+.4f": difference,
         "perplexity of a byte|.3f": lambda run: float(np.exp(loss(run))),
         "rank|.0%": lambda run: run["rank"],
         "effective rank|.0%": lambda run: run["effective_rank"],
@@ -148,7 +154,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
     right.axvline(0, color="gray", linestyle=":", linewidth=1)
     right.set_yticks(range(len(results.methods)), results.methods, fontsize=8)
     right.invert_yaxis()  # In the order of the legend.
-    right.set_xlabel(f"held-out loss minus that of {REFERENCE}, each seed")
+    right.set_xlabel(f"held-out loss minus that of {reference(results)}, each seed")
     right.spines[["top", "right"]].set_visible(False)
     setting = results.setting
     figure.suptitle(
