@@ -10,9 +10,11 @@ import pytest
 
 import parallel
 import study
+from results import Results
 
 DONE = f"print({study.DONE!r})"
 LATER = "print('the time is over')"
+BAR = "import sys; print('1/2', end='', file=sys.stderr, flush=True);" + DONE
 
 
 def job_of(folder, name, program):
@@ -29,12 +31,15 @@ def said(folder, name):
 
 
 def test_each_method_of_each_experiment_is_a_program(tmp_path):
-    commands = ["pretrain train --json some/runs.json --methods LoRA signs", "uuid_pairs train"]
+    commands = [
+        "pretrain train --json some/runs.json --methods LoRA signs",
+        f"uuid_pairs train --json {tmp_path}/new.json",
+    ]
     found = parallel.jobs_of(commands, tmp_path)
     assert [job.name for job in found[:3]] == [
         "runs, LoRA",
         "runs, signs",
-        "uuid_pairs, all parameters",
+        "new, all parameters",
     ]
     assert [job.folder.name for job in found[:2]] == ["runs_LoRA", "runs_signs"]
     assert found[1].command[2:] == [
@@ -45,9 +50,23 @@ def test_each_method_of_each_experiment_is_a_program(tmp_path):
     for wrong in ("uuids train", "pretrain time", "pretrain", ""):
         with pytest.raises(ValueError, match=rf"'{wrong}' is none of 'uuid_pairs train', "):
             parallel.jobs_of([wrong], tmp_path)
+    with pytest.raises(ValueError, match="has --out, which is given for all, outside of it"):
+        parallel.jobs_of(["pretrain train --out x"], tmp_path)
     again = "pretrain train --json other/runs.json --methods signs"
     with pytest.raises(ValueError, match=r"runs, signs is trained twice\. Name each JSON other"):
         parallel.jobs_of([*commands, again], tmp_path)
+
+
+def test_methods_that_are_done_come_last(tmp_path):
+    results = Results(tmp_path / "runs.json", {"seed": 0})
+    for rate, cost in ((1, 3.0), (2, 2.0), (4, 3.0)):
+        results.add({"method": "LoRA", "rate": rate, "seed": 0, "cost": cost})
+    results.add({"method": "signs", "rate": 1, "seed": 0, "cost": 3.0})
+    command = f"pretrain train --json {results.path} --methods LoRA signs --seeds 0"
+    assert [job.name for job in parallel.jobs_of([command], tmp_path)] == [
+        "runs, signs",
+        "runs, LoRA",
+    ]
 
 
 def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
@@ -105,9 +124,9 @@ def test_all_run_side_by_side_and_what_fails_is_told(tmp_path, monkeypatch):
 def test_none_begins_too_late_and_what_does_not_end_is_killed(tmp_path, monkeypatch):
     assert run_all([job_of(tmp_path, "a", DONE)], seconds=59) == {"a": "not begun"}
     assert not (tmp_path / "a").exists()
-    monkeypatch.setattr(parallel, "GRACE", -59.5)
-    ends = run_all([job_of(tmp_path, "b", "import time; time.sleep(600)")], seconds=60.2)
-    assert ends["b"].startswith("failed: still running")
+    monkeypatch.setattr(parallel, "GRACE", -74.0)
+    ends = run_all([job_of(tmp_path, "b", "import time; time.sleep(600)")], seconds=75)
+    assert ends["b"].startswith("not done: killed")
 
 
 def test_programs_end_with_it(tmp_path):
@@ -116,19 +135,21 @@ def test_programs_end_with_it(tmp_path):
     seen = []
 
     def interrupt(number, frame):
-        if all((tmp_path / name / "log.txt").exists() for name in "ab"):
-            seen.extend(int(said(tmp_path, name) or 0) for name in "ab")
-        if len(seen) == 2 and all(seen):
+        logs = [tmp_path / name / "log.txt" for name in "ab"]
+        found = [log.read_text() if log.exists() else "" for log in logs]
+        if all(text.endswith("\n") for text in found):
+            seen.extend(map(int, found))
+            signal.setitimer(signal.ITIMER_REAL, 0)
             os.kill(os.getpid(), signal.SIGTERM)
-            return
-        seen.clear()
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
-    with pytest.raises(SystemExit) as ended:
-        run_all(jobs)
-    signal.signal(signal.SIGALRM, before)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        with pytest.raises(SystemExit) as ended:
+            run_all(jobs)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert ended.value.code == 128 + signal.SIGTERM
     for number in seen:
         with pytest.raises(ProcessLookupError):
@@ -137,7 +158,7 @@ def test_programs_end_with_it(tmp_path):
 
 
 def test_what_is_left_is_said(tmp_path, monkeypatch, capsys):
-    programs = iter([DONE, LATER, "raise SystemExit(3)"])
+    programs = iter([BAR, LATER, "raise SystemExit(3)"])
     monkeypatch.setattr(parallel, "jobs_of", lambda *_: [job_of(tmp_path, "a", next(programs))])
     arguments = ["pretrain train", "--minutes", "2", "--out", str(tmp_path)]
     parallel.main(arguments)
@@ -147,7 +168,7 @@ def test_what_is_left_is_said(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as failed:
         parallel.main(arguments)
     assert failed.value.code == 1
-    for wrong in (["--workers", "0"], ["--minutes", "0.5"]):
+    for wrong in (["--workers", "0"], ["--minutes", "1"]):
         with pytest.raises(SystemExit):
             parallel.main(["pretrain train", *wrong])
         assert f"{wrong[0]} is {wrong[1]}" in capsys.readouterr().err

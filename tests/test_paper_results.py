@@ -32,6 +32,7 @@ def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
         done.append(todo)
     assert done == [(1, 0), (2, 0), (4, 0), (8, 0), (4, 1), (4, 2)]
     results.add({"method": "signs", "rate": 4, "seed": 3, "cost": None})  # and one that diverged
+    assert results.next_of("signs", [16, 32], [0, 1, 2]) is None  # found, wherever it began
     assert [run["cost"] for run in Results.open(results.path).best("signs")] == [2.0, 3.0]
     assert "| 2, 1 diverged | 1: 3, 2: 2, **4: 1**, 8: diverged |" in table(results, {})
     assert json.loads(results.path.read_text())["setting"] == {"seed": 0}
@@ -99,12 +100,13 @@ def test_searches_begin_where_the_scale_says(tmp_path, monkeypatch):
 
 
 def test_losses_are_told_beside_those_of_merges_that_change_no_groups(tmp_path):
-    run = lambda method, loss: {
-        "method": method, "rate": 1, "seed": 0, "cost": loss, "trained": 1, "rank": 1,
+    run = lambda method, loss, seed=1: {
+        "method": method, "rate": 1, "seed": seed, "cost": loss, "trained": 1, "rank": 1,
         "effective_rank": 1, "curve": [{"step": 1, "test": loss}],
     }  # fmt: skip
-    setting = {"seed": 0}
-    results = Results(tmp_path / "runs.json", setting, [run("signs", 1.5), run("MoRA", 2.0)])
+    searched = [run(method, 4.0, seed=0) for method in ("signs", "MoRA", "one grouping")]
+    runs = [*searched, run("signs", 1.5), run("MoRA", 2.0)]
+    results = Results(tmp_path / "runs.json", {"seed": 0}, runs)
     assert "minus MoRA's" in table(results, pretrain.columns(results))
     assert "| signs | 1.5000 | -0.5000 |" in table(results, pretrain.columns(results))
     results.runs.append(run("one grouping", 3.0))
@@ -140,6 +142,9 @@ def test_the_commands_of_the_readme_go_on_with_the_results(experiment, flags):
     there = Results.open(ROOT / args.json)
     unknown = {"rows": None, "base": None}  # what files and models that are not here make
     assert made | unknown == there.setting | unknown
+    if experiment in (pretrain, biomedicine):  # whose tables are whole
+        for method in there.methods:
+            assert there.next_of(method, [1e-9], args.seeds) is None, method
     methods = {**recipes.RECIPES, **recipes.FINETUNING, **uuid_pairs.METHODS}
     assert {repr(methods[run["method"]]) == run["recipe"] for run in there.runs} == {True}
 

@@ -26,6 +26,7 @@ import tqdm
 
 import study
 from report import EXPERIMENTS
+from results import Results
 
 HERE = pathlib.Path(__file__).parent
 
@@ -42,11 +43,13 @@ class Job(NamedTuple):
       name: of the experiment's JSON and of the method.
       command: that trains it, but for the time it may take.
       folder: for its checkpoints and its log.
+      done: whether its results are there, of whatever setting.
     """
 
     name: str
     command: list[str]
     folder: pathlib.Path
+    done: bool = False
 
 
 class Running(NamedTuple):
@@ -61,9 +64,11 @@ class Running(NamedTuple):
 def jobs_of(commands: Sequence[str], out: pathlib.Path) -> list[Job]:
     """The methods of all experiments, a job each: `"pretrain train --methods LoRA MoRA"` -> two.
 
+    Those that have nothing left to do come last: to find it out they load models and text.
+
     Raises:
-      ValueError: a command trains no experiment, or two train the same method into JSON of one
-        name.
+      ValueError: a command trains no experiment, says what is said for all, or two train the same
+        method into JSON of one name.
     """
     found: dict[str, Job] = {}
     for command in commands:
@@ -71,17 +76,21 @@ def jobs_of(commands: Sequence[str], out: pathlib.Path) -> list[Job]:
         if name not in EXPERIMENTS or arguments[:1] != ["train"]:
             known = ", ".join(f"'{known} train'" for known in EXPERIMENTS)
             raise ValueError(f"{command!r} is none of {known}, with flags behind.")
+        if own := [word for word in arguments if word.startswith(("--minutes", "--out"))]:
+            raise ValueError(f"{command!r} has {own[0]}, which is given for all, outside of it.")
         args = EXPERIMENTS[name].parse_args(arguments)
+        results = Results.open(args.json)
         for method in args.methods:
             folder = out / f"{args.json.stem} {method}".replace(" ", "_")
             # Of flags that are given twice the last counts.
             own = ["--methods", method, "--out", str(folder)]
             line = [sys.executable, str(HERE / f"{name}.py"), *arguments, *own]
-            job = Job(f"{args.json.stem}, {method}", line, folder)
+            done = bool(results.of(method)) and results.next_of(method, (), args.seeds) is None
+            job = Job(f"{args.json.stem}, {method}", line, folder, done)
             if job.name in found:
                 raise ValueError(f"{job.name} is trained twice. Name each JSON otherwise.")
             found[job.name] = job
-    return [*found.values()]
+    return sorted(found.values(), key=lambda job: job.done)
 
 
 def gpus() -> list[str]:
@@ -89,7 +98,8 @@ def gpus() -> list[str]:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return []
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
+        names = [name.strip() for name in named.split(",")]
+        return [name for name in names if name and name != "-1"]
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -136,30 +146,40 @@ def end_of(running: Running, deadline: float) -> str | None:
         return None
     if code is None:
         running.program.kill()
-        return f"failed: still running {GRACE:.0f} s after its time was over; see {running.log}"
+        return f"not done: killed {GRACE:.0f} s after its time was over; see {running.log}"
     if code:
         return f"failed with exit code {code}; see {running.log}"
     with running.log.open(errors="replace") as log:
         log.seek(running.offset)
-        return "done" if study.DONE in log.read().splitlines() else "not done"
+        # A bar that is still open ends no line.
+        said = any(line.endswith(study.DONE) for line in log.read().splitlines())
+        return "done" if said else "not done"
 
 
 @contextlib.contextmanager
-def ended(running: dict[int, Running]) -> Iterator[None]:
-    """Ends the programs that still run when it ends, however it does."""
-
-    def stop(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
+def stopping() -> Iterator[list[int]]:
+    """The signals that ask for an end, as they come: none interrupts what must be done whole."""
+    asked: list[int] = []
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, lambda number, _: asked.append(number)) for number in numbers]
     try:
-        yield
+        yield asked
     finally:
-        for one in running.values():
-            one.program.terminate()
-        for one in running.values():
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def end_all(running: Sequence[Running]) -> None:
+    """Ends programs, which have ten seconds to do it themselves."""
+    for one in running:
+        one.program.terminate()
+    last = time.monotonic() + 10
+    for one in running:
+        try:
+            one.program.wait(max(0.0, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            one.program.kill()
             one.program.wait()
-        signal.signal(signal.SIGTERM, before)
 
 
 def run_all(
@@ -173,24 +193,29 @@ def run_all(
       devices: names of GPUs; none: the programs share one machine's cores.
       deadline: by `time.monotonic`. Programs that have begun save what they have.
     """
-    todo, running = [*jobs], {}
+    todo, running = [*jobs], dict[int, Running]()
     total = min(workers * max(1, len(devices)), len(jobs))
     ends = {job.name: "not begun" for job in jobs}
-    with ended(running), tqdm.tqdm(total=len(jobs), desc="methods") as bar:
-        while running or (todo and deadline - time.monotonic() >= SHORTEST):
-            for worker in range(total):
-                left = deadline - time.monotonic()
-                if worker not in running and todo and left >= SHORTEST:
-                    variables = environment(worker, total, devices)
-                    running[worker] = begin(todo.pop(0), variables, left)
-            for worker, one in [*running.items()]:
-                if (end := end_of(one, deadline)) is not None:
-                    ends[one.job.name] = end
-                    one.program.wait()
-                    del running[worker]
-                    bar.update()
-                    tqdm.tqdm.write(f"{one.job.name}: {end}")
-            time.sleep(0.1)
+    with stopping() as asked, tqdm.tqdm(total=len(jobs), desc="methods") as bar:
+        try:
+            while running or (todo and deadline - time.monotonic() >= SHORTEST):
+                for worker in range(total):
+                    left = deadline - time.monotonic()
+                    if worker not in running and todo and left >= SHORTEST:
+                        variables = environment(worker, total, devices)
+                        running[worker] = begin(todo.pop(0), variables, left)
+                for worker, one in [*running.items()]:
+                    if (end := end_of(one, deadline)) is not None:
+                        ends[one.job.name] = end
+                        one.program.wait()
+                        del running[worker]
+                        bar.update()
+                        tqdm.tqdm.write(f"{one.job.name}: {end}")
+                if asked:
+                    raise SystemExit(128 + asked[0])
+                time.sleep(0.1)
+        finally:
+            end_all([*running.values()])
     return ends
 
 
@@ -208,15 +233,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}, wanted 1 or more")
-    if 60 * args.minutes < SHORTEST:
-        parser.error(f"--minutes is {args.minutes:g}: no program begins with less than a minute")
+    if 60 * args.minutes < 2 * SHORTEST:
+        parser.error(f"--minutes is {args.minutes:g}, wanted 2 or more: programs that have just "
+                     "begun load and compile")  # fmt: skip
     deadline = time.monotonic() + 60 * args.minutes
     ends = run_all(jobs_of(args.commands, args.out.absolute()), args.workers, gpus(), deadline)
     if all(end == "done" for end in ends.values()):
         print(study.DONE)
     else:
-        left = [f"{name}: {end}" for name, end in ends.items() if end != "done"]
-        print("\n".join([*left, "the same command goes on"]))
+        print("\n".join(f"{name}: {end}" for name, end in ends.items() if end != "done"))
+    if any(end.startswith("not") for end in ends.values()):
+        print("the same command goes on")
     if any(end.startswith("failed") for end in ends.values()):
         sys.exit(1)
 

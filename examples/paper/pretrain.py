@@ -39,9 +39,10 @@ from trial import Measures, Task
 def reference(results: Results) -> str:
     """What others are compared to on each seed's text and start: merges that change no groups.
 
-    Where those have not run, no merges.
+    Where those have not run with seeds that tell, no merges.
     """
-    return next((m for m in ("one grouping", "MoRA") if results.best(m)), "MoRA")
+    found = [run["seed"] for run in results.best("one grouping")]
+    return "one grouping" if {*found} - {results.setting["seed"]} else "MoRA"
 
 
 def minus_reference(results: Results) -> Callable[[Run], float]:

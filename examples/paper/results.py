@@ -86,16 +86,18 @@ class Results:
         """(learning rate, seed) of the run to do next, or None where all is done.
 
         The first seed finds the rate: the best of `rates`, and beyond them, by factors of two, as
-        long as the best lies at an end. The other seeds then have that rate.
+        long as the best lies at an end. Where it lies between others that were tried, wherever
+        their search began, no more are. The other seeds then have that rate.
 
         Raises:
           ValueError: at every rate, however small, training diverged.
         """
         first, *others = seeds
         costs = {run["rate"]: run["cost"] for run in self.of(method, seed=first)}
-        if left := [rate for rate in rates if rate not in costs]:
-            return left[0], first
         best = chosen(costs)
+        inside = best is not None and min(costs) < best < max(costs)
+        if not inside and (left := [rate for rate in rates if rate not in costs]):
+            return left[0], first
         if best is None:
             if len(costs) > len(rates) + 10:
                 raise ValueError(f"{method} diverged at every rate from {min(costs):g} on.")
