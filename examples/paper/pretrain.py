@@ -152,6 +152,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
         runs = results.best(line.get_label())
         found = [difference(run) for run in runs]
         right.plot(found, [place] * len(found), "o", color=line.get_color(), alpha=0.8)
+    right.locator_params(axis="x", nbins=6)
     right.axvline(0, color="gray", linestyle=":", linewidth=1)
     right.set_yticks(range(len(results.methods)), results.methods, fontsize=8)
     right.invert_yaxis()  # In the order of the legend.

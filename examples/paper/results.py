@@ -206,7 +206,7 @@ def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) 
     """
     from matplotlib import pyplot as plt
 
-    colors = [*plt.get_cmap("tab10")(np.arange(10)), *plt.get_cmap("Set2")(np.arange(8))]
+    colors = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])  # strong ones, then pale
     for number, method in enumerate(methods):
         runs = results.best(method)
         curves = [[found for found in run["curve"] if found["step"]] for run in runs]
