@@ -46,7 +46,8 @@ class LlamaConfig:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope and rope.get("rope_type", rope.get("type")) != "default":
             raise ValueError(f"config.json: rope_scaling is {rope}, only plain rope is implemented")
-        for key, wanted in {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}.items():
+        only = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+        for key, wanted in only.items():
             if config.get(key, wanted) != wanted:
                 raise ValueError(
                     f"config.json: {key} is {config[key]!r}, only {wanted!r} is implemented"
