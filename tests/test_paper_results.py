@@ -17,6 +17,7 @@ import report
 import study
 import training
 import uuid_pairs
+from differences import matrix, paired
 from paper_runs import ROOT, flags_of, trained
 from results import COST, Results, table
 
@@ -169,3 +170,40 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     report.main()
     assert {path.name for path in tmp_path.glob("*.png")} == {"pretrain_new.png"}
     assert "| LoRA 8 | 2.0000 | 7 | the first | **1: 2** |" in report.README.read_text()
+
+
+def test_differences_are_taken_within_a_seed(tmp_path):
+    losses = {  # of seeds 0, which chose the rates, 1, 2 and 3
+        "worst": (0.0, 2.0, 4.0, 6.0), "best": (9.0, 1.0, 2.0, 3.0), "lost": (1.0, 7.0, None, 7.0),
+        "second": (0.0, 1.5, 2.5, 3.5), "the first": (8.0,),
+        "untested": (9.0, 9.0, 9.0, 9.0),
+    }  # fmt: skip
+    runs = [
+        {"method": method, "rate": 1, "seed": seed, "cost": loss}
+        | ({} if method == "untested" else {"test": loss})
+        for method, found in losses.items() for seed, loss in enumerate(found)
+    ]  # fmt: skip
+    runs.reverse()  # the order in which seeds are done is nobody's
+    results = Results(tmp_path / "runs.json", {"seed": 0}, runs)
+    columns = {"loss|.3f": lambda run: run.get("test"), "seed|d": lambda run: run["seed"]}
+    assert matrix(results, columns).splitlines() == [
+        "<details><summary>Within a seed, loss: row minus column, standard error of 3 seeds"
+        "</summary>",
+        "",
+        "| row minus column | best | second |",
+        "| --- | --- | --- |",
+        "| second | +0.500 (0.000) |  |",
+        "| worst | +2.000 (0.577) | +1.500 (0.577) |",  # 1, 2, 3: deviation 1, over root 3
+        "",
+        "Of fewer seeds, and left out: lost, the first, untested.",
+        "",
+        "</details>",
+    ]
+    results.runs = [run for run in runs if run["method"] in ("best", "the first")]
+    assert matrix(results, columns) == ""  # nobody to differ from
+    results.runs = [run for run in runs if run["seed"] < 2]
+    assert matrix(results, columns) == ""  # no error of one seed
+    with pytest.raises(ValueError, match=r"the same of both: got \[1, 2\] and \[1, 3\]"):
+        paired({1: 0.0, 2: 0.0}, {1: 0.0, 3: 0.0})
+    with pytest.raises(ValueError, match=r"two seeds or more, .* got \[1\] and \[1\]"):
+        paired({1: 0.0}, {1: 0.0})

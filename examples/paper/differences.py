@@ -1,0 +1,66 @@
+"""How far apart methods lie within a seed: what the text of README.md tells of two methods.
+
+A seed's order and start move all methods alike, often by more than lies between them. So one is
+subtracted from the other seed by seed, and the standard error is that of these differences.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from results import Columns, Results
+
+
+def paired(numbers: Mapping[int, float], others: Mapping[int, float]) -> tuple[float, float]:
+    """Mean of what two methods differ by, the first minus the second, and its standard error.
+
+    >>> paired({1: 5.0, 2: 7.0}, {2: 3.0, 1: 3.0})
+    (3.0, 1.0)
+
+    Args:
+      numbers: seed -> what the first reached.
+      others: the same of the second.
+
+    Raises:
+      ValueError: their seeds are not the same, or fewer than two.
+    """
+    if numbers.keys() != others.keys() or len(numbers) < 2:
+        raise ValueError(
+            "A standard error is that of two seeds or more, the same of both: "
+            f"got {sorted(numbers)} and {sorted(others)}."
+        )
+    found = [number - others[seed] for seed, number in numbers.items()]
+    return float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(len(found)))
+
+
+def matrix(results: Results, columns: Columns) -> str:
+    """Markdown: the first column's differences, row minus column, in the order of the table.
+
+    The seed that chose the rates has no part in it. Methods that lack another seed which is told
+    are named below it. Without two methods, or two seeds, there is none.
+    """
+    head, number = next(iter(columns.items()))
+    name, _, form = head.partition("|")
+    numbers = {
+        method: {
+            run["seed"]: found
+            for run in results.best(method)
+            if run["seed"] != results.setting["seed"] and (found := number(run)) is not None
+        }
+        for method in results.methods
+    }
+    seeds = set().union(*numbers.values())
+    whole = [method for method in numbers if numbers[method].keys() == seeds]
+    if len(whole) < 2 or len(seeds) < 2:
+        return ""
+    lines = ["| row minus column | " + " | ".join(whole[:-1]) + " |", "| --- " * len(whole) + "|"]
+    for place, method in enumerate(whole[1:], 1):  # above the diagonal nothing new would stand
+        pairs = [paired(numbers[method], numbers[other]) for other in whole[:place]]
+        cells = [f"{mean:+{form}} ({error:{form}})" for mean, error in pairs]
+        cells += [""] * (len(whole) - 1 - place)
+        lines.append(f"| {' | '.join([method, *cells])} |")
+    if lacking := [method for method in numbers if method not in whole]:
+        lines += ["", f"Of fewer seeds, and left out: {', '.join(lacking)}."]
+    summary = f"Within a seed, {name}: row minus column, standard error of {len(seeds)} seeds"
+    body = "\n".join(lines)
+    return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
