@@ -169,7 +169,10 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     (tmp_path / "mathematics_search.json").write_text(json.dumps(search))
     report.main()
     assert {path.name for path in tmp_path.glob("*.png")} == {"pretrain_new.png"}
-    assert "| LoRA 8 | 2.0000 | 7 | the first | **1: 2** |" in report.README.read_text()
+    first, search = report.README.read_text().split("<!-- end of pretrain_new -->")
+    assert "| LoRA 8 | 2.0000 | 7 | the first | **1: 2** |" in search
+    assert "| cycled rotation | +0.1077 (0.0062) |  |" in first  # as the README's miniature has it
+    assert "<details>" not in search
 
 
 def test_differences_are_taken_within_a_seed(tmp_path):

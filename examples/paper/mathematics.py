@@ -34,9 +34,9 @@ from training import Rows
 from trial import Measures, Task
 
 COLUMNS: Columns = {
+    "test loss|.4f": lambda run: run["curve"][-1].get("test"),
     "right, %|.1f": lambda run: 100 * run["curve"][-1]["exact"] if "exact" in run["curve"][-1]
     else None,
-    "test loss|.4f": lambda run: run["curve"][-1].get("test"),
     "held-out loss|.4f": lambda run: run["cost"],
     **COST,
 }  # fmt: skip

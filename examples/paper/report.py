@@ -1,4 +1,4 @@
-"""Draws the figures here and writes the tables of README.md, from the JSON beside them alone.
+"""Draws the figures here and writes README.md's tables and differences, from the JSON alone.
 
     python3 examples/paper/report.py
 
@@ -18,6 +18,7 @@ import biomedicine
 import mathematics
 import pretrain
 import uuid_pairs
+from differences import matrix
 from results import Results, note, table
 
 EXPERIMENTS: dict[str, Any] = {
@@ -37,7 +38,7 @@ def found() -> Iterator[tuple[str, Any, Results]]:
 
 
 def with_tables(text: str) -> str:
-    """A text with the tables of today between its marks.
+    """A text with the tables of today, and the differences below them, between its marks.
 
     Raises:
       ValueError: results have no place in it.
@@ -48,10 +49,11 @@ def with_tables(text: str) -> str:
             raise ValueError(f"{README} has no {begin!r} and {end!r} for the table of {name}.json.")
         before, rest = text.split(begin)
         _, after = rest.split(end)
-        rows = table(results, experiment.columns(results))
+        columns = experiment.columns(results)
         machines = sorted({f"{run['device']}, JAX {run['jax']}" for run in results.runs})
         told = f"*{', '.join([note(results), *machines])}.*"
-        text = f"{before}{begin}\n{rows}\n\n{told}\n\n{end}{after}"
+        parts = filter(None, [table(results, columns), told, matrix(results, columns)])
+        text = "\n\n".join([before + begin.rstrip(), *parts, end + after])
     return text
 
 

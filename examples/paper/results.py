@@ -15,7 +15,8 @@ import numpy as np
 
 #: A run as JSON holds it: method, rate, seed, cost, curve and more.
 Run = dict[str, Any]
-#: Head of a column -> the number of a run that stands there, or None where it has none.
+#: Head of a column -> the number of a run that stands there, or None where it has none. By the
+#: first column methods are compared within a seed.
 Columns = Mapping[str, Callable[[Run], float | None]]
 
 
