@@ -19,7 +19,7 @@ import training
 import uuid_pairs
 from differences import matrix, paired
 from paper_runs import ROOT, flags_of, trained
-from results import COST, Results, table
+from results import COST, Results, spread, table
 
 
 def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
@@ -210,3 +210,25 @@ def test_differences_are_taken_within_a_seed(tmp_path):
         paired({1: 0.0, 2: 0.0}, {1: 0.0, 3: 0.0})
     with pytest.raises(ValueError, match=r"two seeds or more, .* got \[1\] and \[1\]"):
         paired({1: 0.0}, {1: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "told", "unit"),
+    [
+        ("uuid_pairs", "% at 300|.1f", "2,000 UUID pairs: characters right after 300 steps", "%"),
+        ("mathematics", "test loss|.4f", "GSM8K: loss of the test answers", ""),
+        ("mathematics", "right, %|.1f", "GSM8K: of 1,319 problems right", "%"),
+    ],
+)
+def test_the_readme_of_the_library_tells_the_same(name, head, told, unit):
+    results = Results.open(report.HERE / f"{name}.json")
+    number, form = report.EXPERIMENTS[name].columns(results)[head], head.split("|")[1]
+    sizes, cells = "| |", f"| {told} |"
+    for method in ("sharing 8", "LoRA 8", "all parameters"):
+        runs = results.best(method)
+        mean, seeds = spread(map(number, runs), form).split(" ", 1)
+        cells += f" {mean}{unit} {seeds} |"
+        sizes += f" {method}, {runs[0]['trained'] / 1e6:.1f}M |"
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert cells in lines
+    assert sizes.replace("M |", "M trained |", 1) in lines
