@@ -20,8 +20,6 @@ from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-import numpy as np
-
 import base_models
 import chat_data
 import prompts
@@ -29,7 +27,7 @@ import solve
 import study
 from llama import Llama
 from recipes import FINETUNING
-from results import COST, Columns, Results, draw_curves, note
+from results import COST, Columns, Results, draw_curves, draw_dots, note
 from training import Rows
 from trial import Measures, Task
 
@@ -106,19 +104,17 @@ def make_task(args: argparse.Namespace) -> Task:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """Held-out loss by step, and the answers that were right."""
+    """Held-out loss by step; the loss of the test and the answers that were right."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    draw_curves(left, results, results.methods, "loss")
-    left.set_ylabel("loss of held-out answers")
-    for place, line in enumerate(left.get_lines()):
-        runs = results.best(line.get_label())
-        found = [100 * run["curve"][-1].get("exact", np.nan) for run in runs]
-        right.plot(found, [place] * len(found), "o", color=line.get_color())
-    right.set_yticks(range(len(results.methods)), results.methods, fontsize=8)
-    right.set_xlabel(f"of {results.setting['test_items']:,} test answers right, %")
-    right.spines[["top", "right"]].set_visible(False)
+    figure, (curves, *dots) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    draw_curves(curves, results, results.methods, "loss")
+    curves.set_ylabel("loss of held-out answers")
+    labels = "loss of the test's answers", f"of {results.setting['test_items']:,} right, %"
+    for axes, number, label in zip(dots, COLUMNS.values(), labels, strict=False):
+        draw_dots(axes, results, results.methods, number)
+        axes.set_xlabel(label)
+    dots[1].set_yticklabels([])
     figure.suptitle(f"{results.setting['model']}; {note(results)}", fontsize=9)
     figure.savefig(path, dpi=120)
 

@@ -220,6 +220,25 @@ def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) 
     axes.legend(frameon=False, fontsize=7)
 
 
+def draw_dots(
+    axes: Any, results: Results, methods: Sequence[str], number: Callable[[Run], float | None]
+) -> None:
+    """A line for each method, the first on top, with a dot for each seed, of a column's number.
+
+    Hollow where the seed that chose the rate is still the only one.
+    """
+    for place, method in enumerate(methods):
+        for run in results.best(method):
+            fill = "none" if run["seed"] == results.setting["seed"] else "C0"
+            if (found := number(run)) is not None:
+                axes.plot(found, place, "o", color="C0", markerfacecolor=fill)
+    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.set_ylim(len(methods) - 0.5, -0.5)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.locator_params(axis="x", nbins=6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def note(results: Results) -> str:
     """How many seeds stand behind a figure, and where some are missing, that they are."""
     found = [results.best(method) for method in results.methods]

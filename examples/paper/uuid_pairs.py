@@ -28,7 +28,7 @@ import uuids
 from llama import Llama, generate
 from mora_jax import LowRank, Sharing
 from recipes import STAGGERED, Recipe, adapters
-from results import COST, Columns, Results, Run, draw_curves, note
+from results import COST, Columns, Results, Run, draw_dots, note
 from training import Rows
 from trial import Measures, Task
 
@@ -126,19 +126,23 @@ def make_task(args: argparse.Namespace) -> Task:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """Accuracy by step, for each number of trained parameters."""
+    """Accuracy at the first evaluation, where methods still differ, and what they learned by then.
+
+    The second is Figure 5 of the paper, as far as one number of a run can be.
+    """
     from matplotlib import pyplot as plt
 
-    ranks = sorted({int(m.split()[-1]) for m in results.methods if m[-1].isdigit()})
-    figure, axes = plt.subplots(1, len(ranks), figsize=(5.5 * len(ranks), 4), sharey=True,
-                                squeeze=False, layout="constrained")  # fmt: skip
-    for axis, rank in zip(axes[0], ranks, strict=True):
-        methods = [m for m in results.methods if m.endswith(f" {rank}") or not m[-1].isdigit()]
-        draw_curves(axis, results, methods, "accuracy")
-        axis.axhline(1 / 16, color="gray", linestyle=":", linewidth=1)
-        axis.set(title=f"as many parameters as LoRA of rank {rank}", ylim=(0, 1.03))
-    axes[0, 0].set_ylabel("characters generated right")
-    setting = results.setting
+    setting, accuracy = results.setting, next(iter(columns(results).values()))
+    mean = lambda method: np.mean([accuracy(run) or 0 for run in results.best(method)])
+    methods = sorted(results.methods, key=mean, reverse=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.28 * len(methods)),
+                                         sharey=True, layout="constrained")  # fmt: skip
+    draw_dots(left, results, methods, accuracy)
+    left.axvline(100 / 16, color="gray", linestyle=":", linewidth=1)  # of guesses
+    step = min([*setting["evaluate_at"], setting["steps"]])
+    left.set_xlabel(f"characters right after {step} steps, %")
+    draw_dots(right, results, methods, lambda run: run.get("above"))
+    right.set_xlabel("singular values above 0.1 of what was learned, a layer's mean")
     figure.suptitle(f"{setting['pairs']:,} UUID pairs, {setting['model']}; {note(results)}",
                     fontsize=9)  # fmt: skip
     figure.savefig(path, dpi=120)
