@@ -1,6 +1,7 @@
 """Programs side by side: which there are, what they share, how they end."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import parallel
 import study
 from results import Results
 
+CACHE = pathlib.Path("some", "cache")
 DONE = f"print({study.DONE!r})"
 LATER = "print('the time is over')"
 BAR = "import sys; print('1/2', end='', file=sys.stderr, flush=True);" + DONE
@@ -23,29 +25,32 @@ def job_of(folder, name, program):
 
 
 def run_all(jobs, workers=2, devices=(), seconds=90.0):
-    return parallel.run_all(jobs, workers, devices, time.monotonic() + seconds)
+    deadline = time.monotonic() + seconds
+    return parallel.run_all(jobs, workers, devices, deadline, CACHE)
 
 
 def said(folder, name):
     return (folder / name / "log.txt").read_text()
 
 
-def test_each_method_of_each_experiment_is_a_program(tmp_path):
+def test_each_search_is_a_program_and_then_each_seed(tmp_path):
     commands = [
-        "pretrain train --json some/runs.json --methods LoRA signs",
+        "pretrain train --json some/runs.json --methods LoRA signs --seeds 5 7 9",
         f"uuid_pairs train --json {tmp_path}/new.json",
     ]
     found = parallel.jobs_of(commands, tmp_path)
-    assert [job.name for job in found[:3]] == [
-        "runs, LoRA",
-        "runs, signs",
-        "new, all parameters",
-    ]
-    assert [job.folder.name for job in found[:2]] == ["runs_LoRA", "runs_signs"]
-    assert found[1].command[2:] == [
-        *("train", "--json", "some/runs.json", "--methods", "LoRA", "signs"),
-        *("--methods", "signs", "--out", str(tmp_path / "runs_signs")),
-    ]
+    assert [job.name for job in found[:3]] == ["runs, LoRA", "runs, signs", "new, all parameters"]
+    assert [job.name for job in found[1].then] == ["runs, signs, seed 7", "runs, signs, seed 9"]
+    for job, folder, seeds in (
+        (found[1], "runs_signs", ["5"]),
+        (found[1].then[1], "runs_signs_seed_9", ["5", "9"]),
+    ):
+        assert job.folder == tmp_path / folder
+        assert job.command[2:] == [
+            *("train", "--json", "some/runs.json", "--methods", "LoRA", "signs"),
+            *("--seeds", "5", "7", "9"),
+            *("--methods", "signs", "--seeds", *seeds, "--out", str(tmp_path / folder)),
+        ]
     assert len(found) == 2 + 16
     for wrong in ("uuids train", "pretrain time", "pretrain", ""):
         with pytest.raises(ValueError, match=rf"'{wrong}' is none of 'uuid_pairs train', "):
@@ -57,28 +62,45 @@ def test_each_method_of_each_experiment_is_a_program(tmp_path):
         parallel.jobs_of([*commands, again], tmp_path)
 
 
-def test_methods_that_are_done_come_last(tmp_path):
+def test_what_is_done_comes_last_and_seeds_wait_for_no_search_that_is(tmp_path):
     results = Results(tmp_path / "runs.json", {"seed": 0})
     for rate, cost in ((1, 3.0), (2, 2.0), (4, 3.0)):
         results.add({"method": "LoRA", "rate": rate, "seed": 0, "cost": cost})
+    results.add({"method": "LoRA", "rate": 2, "seed": 1, "cost": 3.0})
     results.add({"method": "signs", "rate": 1, "seed": 0, "cost": 3.0})
-    command = f"pretrain train --json {results.path} --methods LoRA signs --seeds 0"
-    assert [job.name for job in parallel.jobs_of([command], tmp_path)] == [
-        "runs, signs",
-        "runs, LoRA",
+    command = f"pretrain train --json {results.path} --methods LoRA signs --seeds 0 1 2"
+    found = parallel.jobs_of([command], tmp_path)
+    assert [(job.name, [seed.name for seed in job.then]) for job in found] == [
+        ("runs, LoRA, seed 2", []),
+        ("runs, signs", ["runs, signs, seed 1", "runs, signs, seed 2"]),
+        ("runs, LoRA", []),
+        ("runs, LoRA, seed 1", []),
     ]
+
+
+def test_what_waits_for_a_program_begins_when_it_is_done(tmp_path):
+    job = lambda name, program, *then: job_of(tmp_path, name, program)._replace(then=then)
+    jobs = [job("a", DONE, job("a1", DONE)), job("b", LATER, job("b1", DONE)), job("c", LATER)]
+    ends = run_all(jobs, workers=1)
+    assert ends == {
+        "a": "done", "a1": "done", "b": "not done", "b1": "not begun", "c": "not done",
+    }  # fmt: skip
+    began = [(tmp_path / name / "log.txt").stat().st_mtime_ns for name in ("a", "a1", "b", "c")]
+    assert began == sorted(began)
 
 
 def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(parallel, "cores", lambda: 32)
-    for name in ("JAX_PLATFORMS", "OPENBLAS_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+    for name in ("JAX_PLATFORMS", "OPENBLAS_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE",
+                 "JAX_COMPILATION_CACHE_DIR"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert parallel.gpus() == ["3", "5"]
-    found = [parallel.environment(worker, 6, parallel.gpus()) for worker in range(3)]
+    found = [parallel.environment(worker, 6, parallel.gpus(), CACHE) for worker in range(3)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["3", "5", "3"]
     assert {env["XLA_PYTHON_CLIENT_PREALLOCATE"] for env in found} == {"false"}
     assert {env["OPENBLAS_NUM_THREADS"] for env in found} == {"5"}
+    assert {env["JAX_COMPILATION_CACHE_DIR"] for env in found} == {str(CACHE)}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert parallel.gpus() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -88,11 +110,11 @@ def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
     assert parallel.gpus() == ["0", "1"]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert parallel.gpus() == []
-    alone = parallel.environment(0, 64, [])
+    alone = parallel.environment(0, 64, [], CACHE)
     assert alone["OPENBLAS_NUM_THREADS"] == "1"
     assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in alone
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
-    assert parallel.environment(0, 64, [])["OPENBLAS_NUM_THREADS"] == "7"
+    assert parallel.environment(0, 64, [], CACHE)["OPENBLAS_NUM_THREADS"] == "7"
 
 
 def test_all_run_side_by_side_and_what_fails_is_told(tmp_path, monkeypatch):
