@@ -30,7 +30,7 @@ import study
 import text
 from llama import Llama
 from recipes import RECIPES
-from results import COST, Columns, Results, Run, draw_curves, note
+from results import COST, Columns, Results, Run, draw_curves, draw_dots, note
 from train_flags import FROM_SCRATCH, PRESETS
 from training import Rows, held_out_loss
 from trial import Measures, Task
@@ -147,17 +147,9 @@ def draw(results: Results, path: pathlib.Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     draw_curves(left, results, results.methods, "test")
     left.set_ylabel("held-out loss")
-    difference = minus_reference(results)
-    for place, line in enumerate(left.get_lines()):
-        runs = results.best(line.get_label())
-        found = [difference(run) for run in runs]
-        right.plot(found, [place] * len(found), "o", color=line.get_color(), alpha=0.8)
-    right.locator_params(axis="x", nbins=6)
+    draw_dots(right, results, results.methods, minus_reference(results))
     right.axvline(0, color="gray", linestyle=":", linewidth=1)
-    right.set_yticks(range(len(results.methods)), results.methods, fontsize=8)
-    right.invert_yaxis()  # In the order of the legend.
     right.set_xlabel(f"held-out loss minus that of {reference(results)}, each seed")
-    right.spines[["top", "right"]].set_visible(False)
     setting = results.setting
     figure.suptitle(
         f"{setting['model']}, rank {setting['rank']}, {setting['steps']:,} steps of "
