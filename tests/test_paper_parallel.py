@@ -64,29 +64,42 @@ def test_each_search_is_a_program_and_then_each_seed(tmp_path):
 
 def test_what_is_done_comes_last_and_seeds_wait_for_no_search_that_is(tmp_path):
     results = Results(tmp_path / "runs.json", {"seed": 0})
-    for rate, cost in ((1, 3.0), (2, 2.0), (4, 3.0)):
-        results.add({"method": "LoRA", "rate": rate, "seed": 0, "cost": cost})
-    results.add({"method": "LoRA", "rate": 2, "seed": 1, "cost": 3.0})
+    for method in ("MoRA", "LoRA"):
+        for rate, cost in ((1, 3.0), (2, 2.0), (4, 3.0)):
+            results.add({"method": method, "rate": rate, "seed": 0, "cost": cost})
+        results.add({"method": method, "rate": 2, "seed": 1, "cost": 3.0})
+    results.add({"method": "MoRA", "rate": 2, "seed": 2, "cost": 3.0})
     results.add({"method": "signs", "rate": 1, "seed": 0, "cost": 3.0})
-    command = f"pretrain train --json {results.path} --methods LoRA signs --seeds 0 1 2"
+    for rate in range(20):
+        results.add({"method": "shifts", "rate": 2.0**-rate, "seed": 0, "cost": None})
+    methods = "MoRA LoRA signs shifts --seeds 0 1 2 2"
+    command = f"pretrain train --json {results.path} --methods {methods}"
     found = parallel.jobs_of([command], tmp_path)
     assert [(job.name, [seed.name for seed in job.then]) for job in found] == [
-        ("runs, LoRA, seed 2", []),
         ("runs, signs", ["runs, signs, seed 1", "runs, signs, seed 2"]),
-        ("runs, LoRA", []),
-        ("runs, LoRA, seed 1", []),
+        ("runs, shifts", ["runs, shifts, seed 1", "runs, shifts, seed 2"]),
+        ("runs, LoRA, seed 2", []),
+        ("runs, MoRA", []),
     ]
+    assert found[-1].command[-6:-2] == ["--seeds", "0", "1", "2"]
 
 
 def test_what_waits_for_a_program_begins_when_it_is_done(tmp_path):
     job = lambda name, program, *then: job_of(tmp_path, name, program)._replace(then=then)
-    jobs = [job("a", DONE, job("a1", DONE)), job("b", LATER, job("b1", DONE)), job("c", LATER)]
-    ends = run_all(jobs, workers=1)
-    assert ends == {
-        "a": "done", "a1": "done", "b": "not done", "b1": "not begun", "c": "not done",
+    tells = lambda name: f"open({str(tmp_path / 'order')!r}, 'a').write({name!r}); {DONE}"
+    jobs = [
+        job("a", tells("a"), job("1", tells("1"))),
+        job("b", LATER, job("2", DONE)),
+        job("c", "raise SystemExit(3)", job("3", DONE)),
+        job("d", tells("d"), job("4", tells("4"))),
+        job("e", tells("e"))._replace(done=True),
+    ]
+    assert run_all(jobs, workers=1) == {
+        "a": "done", "1": "done", "b": "not done", "2": "not begun", "d": "done", "4": "done",
+        "c": f"failed with exit code 3; see {tmp_path / 'c' / 'log.txt'}", "e": "done",
+        "3": "failed with c",
     }  # fmt: skip
-    began = [(tmp_path / name / "log.txt").stat().st_mtime_ns for name in ("a", "a1", "b", "c")]
-    assert began == sorted(began)
+    assert (tmp_path / "order").read_text() == "ad14e"
 
 
 def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
@@ -199,7 +212,9 @@ def test_what_is_left_is_said(tmp_path, monkeypatch, capsys):
 def test_two_programs_do_not_train_in_one_directory(tmp_path):
     with (
         study.alone(tmp_path / "out"),
-        pytest.raises(ValueError, match=r"another program trains in .*: give other methods"),
+        pytest.raises(
+            ValueError, match=r"another program trains in .*: give this one another --out"
+        ),
         study.alone(tmp_path / "out"),
     ):
         pass

@@ -19,7 +19,7 @@ import training
 import uuid_pairs
 from differences import matrix, paired
 from paper_runs import ROOT, flags_of, trained
-from results import COST, Results, spread, table
+from results import COST, Results, draw_dots, ranked, spread, table
 
 
 def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
@@ -202,6 +202,9 @@ def test_differences_are_taken_within_a_seed(tmp_path):
         "",
         "</details>",
     ]
+    more = {"method": "best", "rate": 1, "seed": 4, "cost": 0.0, "test": 0.0}
+    results.runs = [*runs, more]  # one method is ahead of the others
+    assert "| worst | +2.000 (0.577) | +1.500 (0.577) |" in matrix(results, columns)
     results.runs = [run for run in runs if run["method"] in ("best", "the first")]
     assert matrix(results, columns) == ""  # nobody to differ from
     results.runs = [run for run in runs if run["seed"] < 2]
@@ -210,6 +213,25 @@ def test_differences_are_taken_within_a_seed(tmp_path):
         paired({1: 0.0, 2: 0.0}, {1: 0.0, 3: 0.0})
     with pytest.raises(ValueError, match=r"two seeds or more, .* got \[1\] and \[1\]"):
         paired({1: 0.0}, {1: 0.0})
+
+
+def test_each_seed_is_a_dot_hollow_where_it_chose_the_rate(tmp_path):
+    from matplotlib import pyplot as plt
+
+    losses = {"two": (9.0, 3.0, 5.0), "chosen by": (6.0,), "best": (9.0, 2.0), "untold": (1.0, 0.0)}
+    runs = [
+        {"method": method, "rate": 1, "seed": seed, "cost": loss, "loss": loss or None}
+        for method, found in losses.items() for seed, loss in enumerate(found)
+    ]  # fmt: skip
+    results = Results(tmp_path / "runs.json", {"seed": 0}, runs)
+    number = lambda run: run["loss"]
+    assert ranked(results, number) == ["best", "two", "chosen by"]
+    _, axes = plt.subplots()
+    draw_dots(axes, results, ["untold", *ranked(results, number)], number)
+    dots = [(*line.get_xydata()[0], line.get_markerfacecolor()) for line in axes.get_lines()]
+    assert dots == [(2, 1, "C0"), (3, 2, "C0"), (5, 2, "C0"), (6, 3, "none")]
+    assert axes.get_yticklabels()[0].get_text() == "untold"
+    plt.close()
 
 
 @pytest.mark.parametrize(

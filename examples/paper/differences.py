@@ -4,6 +4,7 @@ A seed's order and start move all methods alike, often by more than lies between
 subtracted from the other seed by seed, and the standard error is that of these differences.
 """
 
+import collections
 from collections.abc import Mapping
 
 import numpy as np
@@ -36,8 +37,8 @@ def paired(numbers: Mapping[int, float], others: Mapping[int, float]) -> tuple[f
 def matrix(results: Results, columns: Columns) -> str:
     """Markdown: the first column's differences, row minus column, in the order of the table.
 
-    The seed that chose the rates has no part in it. Methods that lack another seed which is told
-    are named below it. Without two methods, or two seeds, there is none.
+    Of the seeds that most methods have, but for the one that chose the rates. Methods that lack one
+    of them are named below. Where there are not two methods and two seeds, nothing is given.
     """
     head, number = next(iter(columns.items()))
     name, _, form = head.partition("|")
@@ -49,14 +50,16 @@ def matrix(results: Results, columns: Columns) -> str:
         }
         for method in results.methods
     }
-    seeds = set().union(*numbers.values())
-    whole = [method for method in numbers if numbers[method].keys() == seeds]
-    if len(whole) < 2 or len(seeds) < 2:
+    counts = collections.Counter(frozenset(found) for found in numbers.values() if len(found) > 1)
+    seeds = max(counts, key=lambda seeds: counts[seeds], default=frozenset())
+    whole = [method for method in numbers if numbers[method].keys() >= seeds]
+    if len(whole) < 2 or not seeds:
         return ""
+    numbers = {m: {seed: n for seed, n in numbers[m].items() if seed in seeds} for m in numbers}
     lines = ["| row minus column | " + " | ".join(whole[:-1]) + " |", "| --- " * len(whole) + "|"]
     for place, method in enumerate(whole[1:], 1):  # above the diagonal nothing new would stand
         pairs = [paired(numbers[method], numbers[other]) for other in whole[:place]]
-        cells = [f"{mean:+{form}} ({error:{form}})" for mean, error in pairs]
+        cells = [f"{mean:+z{form}} ({error:{form}})" for mean, error in pairs]
         cells += [""] * (len(whole) - 1 - place)
         lines.append(f"| {' | '.join([method, *cells])} |")
     if lacking := [method for method in numbers if method not in whole]:

@@ -27,7 +27,7 @@ import solve
 import study
 from llama import Llama
 from recipes import FINETUNING
-from results import COST, Columns, Results, draw_curves, draw_dots, note
+from results import COST, Columns, Results, draw_dots, note, ranked
 from training import Rows
 from trial import Measures, Task
 
@@ -104,17 +104,17 @@ def make_task(args: argparse.Namespace) -> Task:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """Held-out loss by step; the loss of the test and the answers that were right."""
+    """The loss of the test's answers, and those that were right."""
     from matplotlib import pyplot as plt
 
-    figure, (curves, *dots) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    draw_curves(curves, results, results.methods, "loss")
-    curves.set_ylabel("loss of held-out answers")
-    labels = "loss of the test's answers", f"of {results.setting['test_items']:,} right, %"
-    for axes, number, label in zip(dots, COLUMNS.values(), labels, strict=False):
-        draw_dots(axes, results, results.methods, number)
-        axes.set_xlabel(label)
-    dots[1].set_yticklabels([])
+    loss, right = COLUMNS["test loss|.4f"], COLUMNS["right, %|.1f"]
+    methods = ranked(results, loss)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.28 * len(methods)), sharey=True,
+                                layout="constrained")  # fmt: skip
+    draw_dots(axes[0], results, methods, loss)
+    axes[0].set_xlabel("loss of the test's answers")
+    draw_dots(axes[1], results, methods, right)
+    axes[1].set_xlabel(f"of {results.setting['test_items']:,} test answers right, %")
     figure.suptitle(f"{results.setting['model']}; {note(results)}", fontsize=9)
     figure.savefig(path, dpi=120)
 

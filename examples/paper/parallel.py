@@ -1,4 +1,4 @@
-"""Trains the methods of several experiments side by side, on all GPUs of a machine.
+"""Trains methods and seeds of several experiments side by side, on all GPUs of a machine.
 
     python3 examples/paper/parallel.py --minutes 9 "uuid_pairs train" \
         "mathematics train --data train.jsonl --test test.jsonl"
@@ -6,8 +6,8 @@
 A method's search for its rate is a program of its own, and so is each seed at the rate it found.
 Each goes on where it stopped: the same command is given again until it says that all is done.
 Several programs share a GPU, since each leaves it idle while it evaluates, saves and decomposes;
-without a GPU they share the cores. NVIDIA's MPS (`nvidia-cuda-mps-control -d`, before) lets their
-kernels overlap: three programs of UUIDs took 27.7 steps a second of an H200 with it, 24.1 without.
+without a GPU they share the cores. NVIDIA's MPS lets their kernels overlap (before, give
+`nvidia-cuda-mps-control -d`): three programs on an H200 were 15% faster with it, seen once.
 """
 
 import argparse
@@ -68,13 +68,13 @@ class Running(NamedTuple):
 def jobs_of(commands: Sequence[str], out: pathlib.Path) -> list[Job]:
     """What all experiments have to do: searches, each with its seeds behind it, and single seeds.
 
-    Those that have nothing left to do come last: to find it out they load models and text.
+    Methods that have nothing left to do come last: to find it out they load models and text.
 
     Raises:
       ValueError: a command trains no experiment, says what is said for all, or two train the same
         method into JSON of one name.
     """
-    jobs: dict[str, Job] = {}
+    jobs, known = list[Job](), set[str]()
     for command in commands:
         name, *arguments = shlex.split(command) or [""]
         if name not in EXPERIMENTS or arguments[:1] != ["train"]:
@@ -85,30 +85,42 @@ def jobs_of(commands: Sequence[str], out: pathlib.Path) -> list[Job]:
         args = EXPERIMENTS[name].parse_args(arguments)
         for method in args.methods:
             found = _jobs_of_method(name, arguments, args, method, out)
-            if found[0].name in jobs:
-                raise ValueError(f"{found[0].name} is trained twice. Name each JSON otherwise.")
-            jobs |= {job.name: job for job in found}
-    return sorted(jobs.values(), key=lambda job: job.done)
+            names = [each.name for job in found for each in (job, *job.then)]
+            if twice := [name for name in names if name in known]:
+                raise ValueError(f"{twice[0]} is trained twice. Name each JSON otherwise.")
+            known |= {*names}
+            jobs += found
+    return sorted(jobs, key=place)
+
+
+def place(job: Job) -> tuple[bool, bool]:
+    """Where a job stands among others: searches take longest, and seeds wait for them."""
+    return job.done, not job.then
 
 
 def _jobs_of_method(
     name: str, arguments: list[str], args: argparse.Namespace, method: str, out: pathlib.Path
 ) -> list[Job]:
-    """The search, with the seeds behind it where it is still to be done, else beside it."""
-    results, (first, *others) = Results.open(args.json), args.seeds
+    """The search with its seeds behind it, or the seeds that are left, or one job that is done."""
+    results, (first, *others) = Results.open(args.json), dict.fromkeys(args.seeds)
 
-    def job_of(*more: int) -> Job:
-        title = ", ".join([args.json.stem, method, *(f"seed {seed}" for seed in more)])
+    def job_of(title: str, *seeds: int) -> Job:
+        title = ", ".join(filter(None, [args.json.stem, method, title]))
         folder = out / title.replace(",", "").replace(" ", "_")
-        seeds = [first, *more]
         # Of flags that are given twice the last counts.
         own = ["--methods", method, "--seeds", *map(str, seeds), "--out", str(folder)]
         line = [sys.executable, str(HERE / f"{name}.py"), *arguments, *own]
-        done = bool(results.of(method)) and results.next_of(method, (), seeds) is None
+        try:
+            done = bool(results.of(method)) and results.next_of(method, (), seeds) is None
+        except ValueError:  # it diverged at every rate: let its own program say so
+            done = False
         return Job(title, line, folder, done)
 
-    search, seeds = job_of(), [job_of(seed) for seed in others]
-    return [search, *seeds] if search.done else [search._replace(then=(*seeds,))]
+    search = job_of("", first)
+    seeds = [job_of(f"seed {seed}", first, seed) for seed in others]
+    if not search.done:
+        return [search._replace(then=(*seeds,))]
+    return [job for job in seeds if not job.done] or [job_of("", first, *others)]
 
 
 def gpus() -> list[str]:
@@ -137,7 +149,7 @@ def environment(
 ) -> dict[str, str]:
     """The variables of a worker's programs: its GPU, and its share of what all have.
 
-    What one has compiled the others find in the cache.
+    What one has compiled those that begin later find in the cache, this one or the user's own.
     """
     # LAPACK's threads wait for each other by spinning: three programs with a thread for every core
     # decompose their matrices not three but thirty times as slowly as one.
@@ -219,7 +231,7 @@ def run_all(
 
     Args:
       jobs: in the order they begin in; those that take longest are best first. What waits for one
-        of them comes next after it.
+        of them takes its `place` when that is done, and fails with it.
       workers: programs that run at a time, on each of the devices.
       devices: names of GPUs; none: the programs share one machine's cores.
       deadline: by `time.monotonic`. Programs that have begun save what they have.
@@ -241,7 +253,12 @@ def run_all(
                         ends[one.job.name] = end
                         one.program.wait()
                         del running[worker]
-                        todo = [*(one.job.then if end == "done" else ()), *todo]
+                        if end == "done":
+                            todo = sorted([*todo, *one.job.then], key=place)
+                        elif end.startswith("failed"):
+                            ends |= {
+                                job.name: f"failed with {one.job.name}" for job in one.job.then
+                            }
                         bar.update()
                         tqdm.tqdm.write(f"{one.job.name}: {end}")
                 if asked:
@@ -255,7 +272,7 @@ def run_all(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs and says what is left."""
     parser = argparse.ArgumentParser(
-        description="Trains the methods of several experiments side by side."
+        description="Trains methods and seeds of several experiments side by side."
     )
     add = parser.add_argument
     add("commands", nargs="+", help='an experiment, train, and its flags: "pretrain train"')

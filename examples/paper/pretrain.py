@@ -84,6 +84,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def model_of_bytes(preset: str, dtype: str) -> Llama:
+    """A preset's model for bytes, smaller than the preset is named for: with 256 tokens."""
+    return Llama(dataclasses.replace(PRESETS[preset], vocab_size=256), dtype, "float32")
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def random_params(base_model: Llama, seed: jax.Array) -> Any:
     """A base model's parameters."""
@@ -101,8 +106,7 @@ def make_task(args: argparse.Namespace) -> Task:
     ends = [-args.held_out, -(args.held_out // 2)]
     trained, chosen_by, test = (Rows.whole(x) for x in np.split(shuffled, ends))
     print(f"{len(trained.tokens):,} windows to train on, {args.held_out:,} held out")
-    config = dataclasses.replace(PRESETS[args.model], vocab_size=256)
-    base_model = Llama(config, args.dtype, "float32")
+    base_model = model_of_bytes(args.model, args.dtype)
 
     def measure(step: int, seed: int, params: Any) -> Measures:
         del step, seed
@@ -151,10 +155,12 @@ def draw(results: Results, path: pathlib.Path) -> None:
     right.axvline(0, color="gray", linestyle=":", linewidth=1)
     right.set_xlabel(f"held-out loss minus that of {reference(results)}, each seed")
     setting = results.setting
+    model = model_of_bytes(setting["model"], setting["dtype"])
+    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(random_params, model, 0)))
+    tokens = setting["batch"] * setting["length"]
     figure.suptitle(
-        f"{setting['model']}, rank {setting['rank']}, {setting['steps']:,} steps of "
-        f"{setting['batch'] * setting['length']:,} tokens, a merge every {setting['merge_every']}; "
-        f"{note(results)}",
+        f"{size / 1e6:.2g} million parameters, rank {setting['rank']}, {setting['steps']:,} steps "
+        f"of {tokens:,} tokens, a merge every {setting['merge_every']}; {note(results)}",
         fontsize=9,
     )
     figure.savefig(path, dpi=120)

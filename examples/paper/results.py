@@ -1,6 +1,6 @@
 """What runs gave: one JSON file for an experiment, the next run to do, a table, curves.
 
-Several programs may write one file, each the runs of other methods.
+Several programs may write one file, each other runs.
 """
 
 import dataclasses
@@ -220,6 +220,13 @@ def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) 
     axes.legend(frameon=False, fontsize=7)
 
 
+def ranked(results: Results, number: Callable[[Run], float | None]) -> list[str]:
+    """The methods that have a column's number, the one with the lowest mean first."""
+    found = {m: [number(run) for run in results.best(m)] for m in results.methods}
+    whole = [method for method in found if None not in found[method]]
+    return sorted(whole, key=lambda method: np.array(found[method], float).mean())
+
+
 def draw_dots(
     axes: Any, results: Results, methods: Sequence[str], number: Callable[[Run], float | None]
 ) -> None:
@@ -232,7 +239,7 @@ def draw_dots(
             fill = "none" if run["seed"] == results.setting["seed"] else "C0"
             if (found := number(run)) is not None:
                 axes.plot(found, place, "o", color="C0", markerfacecolor=fill)
-    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.set_yticks(range(len(methods)), methods, fontsize=9)
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.grid(axis="y", linewidth=0.3)
     axes.locator_params(axis="x", nbins=6)
@@ -246,4 +253,4 @@ def note(results: Results) -> str:
     low, high = min(counts, default=0), max(counts, default=0)
     if low < max(3, high):
         return f"partial: {low} to {high} seeds"
-    return f"{low} seeds, lowest to highest shaded"
+    return f"{low} seeds"

@@ -2,8 +2,8 @@
 
 Runs that are done stand in the JSON. One that was cut off, by the time allowed or by a kill, goes
 on from its last checkpoint: the same command is given again until it says that all is done. Several
-programs may train at a time, with other `--methods` and another `--out` each; `time` is for a
-device that does nothing else.
+programs may train at a time, other methods or other seeds and in another `--out` each; `time` is
+for a device that does nothing else.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            message = f"another program trains in {folder}: give other methods another --out."
+            message = f"another program trains in {folder}: give this one another --out."
             raise ValueError(message) from None
         yield
 

@@ -28,7 +28,7 @@ import uuids
 from llama import Llama, generate
 from mora_jax import LowRank, Sharing
 from recipes import STAGGERED, Recipe, adapters
-from results import COST, Columns, Results, Run, draw_dots, note
+from results import COST, Columns, Results, Run, draw_dots, note, ranked
 from training import Rows
 from trial import Measures, Task
 
@@ -126,23 +126,22 @@ def make_task(args: argparse.Namespace) -> Task:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """Accuracy at the first evaluation, where methods still differ, and what they learned by then.
+    """Accuracy at the first evaluation, where methods still differ, and the spectrum at the end.
 
-    The second is Figure 5 of the paper, as far as one number of a run can be.
+    The second is what Figure 5 of the paper counts.
     """
     from matplotlib import pyplot as plt
 
-    setting, accuracy = results.setting, next(iter(columns(results).values()))
-    mean = lambda method: np.mean([accuracy(run) or 0 for run in results.best(method)])
-    methods = sorted(results.methods, key=mean, reverse=True)
+    head, accuracy = next(iter(columns(results).items()))
+    methods = ranked(results, accuracy)[::-1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.28 * len(methods)),
                                          sharey=True, layout="constrained")  # fmt: skip
     draw_dots(left, results, methods, accuracy)
-    left.axvline(100 / 16, color="gray", linestyle=":", linewidth=1)  # of guesses
-    step = min([*setting["evaluate_at"], setting["steps"]])
-    left.set_xlabel(f"characters right after {step} steps, %")
+    left.axvline(100 / 16, color="gray", linestyle=":", linewidth=1)
+    left.set_xlabel(f"characters right, {head.split('|')[0]} steps (dotted: by chance)")
     draw_dots(right, results, methods, lambda run: run.get("above"))
-    right.set_xlabel("singular values above 0.1 of what was learned, a layer's mean")
+    setting = results.setting
+    right.set_xlabel(f"singular values of a layer above 0.1, at {setting['steps']} steps")
     figure.suptitle(f"{setting['pairs']:,} UUID pairs, {setting['model']}; {note(results)}",
                     fontsize=9)  # fmt: skip
     figure.savefig(path, dpi=120)
