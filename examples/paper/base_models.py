@@ -43,6 +43,7 @@ def finetuning_task(
     base: pretrained.Pretrained,
     parts: tuple[Rows, Rows, Rows],
     examine: Callable[[Llama, Any], Measures],
+    measured_in: str,
 ) -> Task:
     """Training on text, with rates chosen by the loss of some that is held out.
 
@@ -51,15 +52,19 @@ def finetuning_task(
       base: the model.
       parts: what is trained on, what the rate is chosen by, what tests the runs at chosen rates.
       examine: (model, its parameters) -> what else tests these.
+      measured_in: dtype of the computation that losses are measured with.
     """
     trained, chosen_by, test = parts
-    model = Llama(base.config, dtype=args.dtype, param_dtype="float32")
+    model, measuring = (
+        Llama(base.config, dtype=dtype, param_dtype="float32")
+        for dtype in (args.dtype, measured_in)
+    )
 
     def measure(step: int, seed: int, params: Any) -> Measures:
-        found = {"loss": float(held_out_loss(model, params, chosen_by, args.batch))}
+        found = {"loss": float(held_out_loss(measuring, params, chosen_by, args.batch))}
         if step == args.steps and seed != args.seeds[0]:
-            found["test"] = float(held_out_loss(model, params, test, args.batch))
-            found |= examine(model, params)
+            found["test"] = float(held_out_loss(measuring, params, test, args.batch))
+            found |= examine(measuring, params)
         return found
 
     return Task(

@@ -160,7 +160,9 @@ def make_task(args: argparse.Namespace) -> Task:
         likeliest = np.stack(surprise).sum(-1).argmin(-1)
         return {"right": float((likeliest == wanted).mean())}
 
-    return base_models.finetuning_task(args, base, (trained, chosen_by, test), examine)
+    # In 16 bits the loss of one model differs by program, and by more than some methods differ.
+    rows = trained, chosen_by, test
+    return base_models.finetuning_task(args, base, rows, examine, "float32")
 
 
 def _choices(asked: list[dict[str, str]], encode: text.Encode, length: int) -> Rows:

@@ -100,7 +100,8 @@ def make_task(args: argparse.Namespace) -> Task:
                               args.test_batch, args.new_tokens)  # fmt: skip
         return solve.accuracy(answers, [pair.response for pair in tested])
 
-    return base_models.finetuning_task(args, base, (trained, chosen_by, test), examine)
+    rows = trained, chosen_by, test
+    return base_models.finetuning_task(args, base, rows, examine, args.dtype)
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
