@@ -1,7 +1,6 @@
 """Programs side by side: which there are, what they share, how they end."""
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import parallel
 import study
 from results import Results
 
-CACHE = pathlib.Path("some", "cache")
 DONE = f"print({study.DONE!r})"
 LATER = "print('the time is over')"
 BAR = "import sys; print('1/2', end='', file=sys.stderr, flush=True);" + DONE
@@ -25,8 +23,7 @@ def job_of(folder, name, program):
 
 
 def run_all(jobs, workers=2, devices=(), seconds=90.0):
-    deadline = time.monotonic() + seconds
-    return parallel.run_all(jobs, workers, devices, deadline, CACHE)
+    return parallel.run_all(jobs, workers, devices, time.monotonic() + seconds)
 
 
 def said(folder, name):
@@ -104,16 +101,14 @@ def test_what_waits_for_a_program_begins_when_it_is_done(tmp_path):
 
 def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(parallel, "cores", lambda: 32)
-    for name in ("JAX_PLATFORMS", "OPENBLAS_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE",
-                 "JAX_COMPILATION_CACHE_DIR"):  # fmt: skip
+    for name in ("JAX_PLATFORMS", "OPENBLAS_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert parallel.gpus() == ["3", "5"]
-    found = [parallel.environment(worker, 6, parallel.gpus(), CACHE) for worker in range(3)]
+    found = [parallel.environment(worker, 6, parallel.gpus()) for worker in range(3)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["3", "5", "3"]
     assert {env["XLA_PYTHON_CLIENT_PREALLOCATE"] for env in found} == {"false"}
     assert {env["OPENBLAS_NUM_THREADS"] for env in found} == {"5"}
-    assert {env["JAX_COMPILATION_CACHE_DIR"] for env in found} == {str(CACHE)}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert parallel.gpus() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -123,11 +118,11 @@ def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
     assert parallel.gpus() == ["0", "1"]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert parallel.gpus() == []
-    alone = parallel.environment(0, 64, [], CACHE)
+    alone = parallel.environment(0, 64, [])
     assert alone["OPENBLAS_NUM_THREADS"] == "1"
     assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in alone
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
-    assert parallel.environment(0, 64, [], CACHE)["OPENBLAS_NUM_THREADS"] == "7"
+    assert parallel.environment(0, 64, [])["OPENBLAS_NUM_THREADS"] == "7"
 
 
 def test_all_run_side_by_side_and_what_fails_is_told(tmp_path, monkeypatch):
@@ -196,7 +191,10 @@ def test_what_is_left_is_said(tmp_path, monkeypatch, capsys):
     programs = iter([BAR, LATER, "raise SystemExit(3)"])
     monkeypatch.setattr(parallel, "jobs_of", lambda *_: [job_of(tmp_path, "a", next(programs))])
     arguments = ["pretrain train", "--minutes", "2", "--out", str(tmp_path)]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     parallel.main(arguments)
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "compiled")
     assert capsys.readouterr().out.endswith(f"{study.DONE}\n")
     parallel.main(arguments)
     assert capsys.readouterr().out.endswith("a: not done\nthe same command goes on\n")

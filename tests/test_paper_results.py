@@ -198,7 +198,7 @@ def test_differences_are_taken_within_a_seed(tmp_path):
         "| second | +0.500 (0.000) |  |",
         "| worst | +2.000 (0.577) | +1.500 (0.577) |",  # 1, 2, 3: deviation 1, over root 3
         "",
-        "Of fewer seeds, and left out: lost, the first, untested.",
+        "Without all of these seeds, and left out: lost, the first, untested.",
         "",
         "</details>",
     ]

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import pretrained
 import python_model
 from llama import Llama
+from results import COST, Columns, Results, dot_panels, note, ranked
 from train_flags import PRESETS
 from training import Rows, held_out_loss
 from trial import Measures, Task
@@ -55,10 +57,8 @@ def finetuning_task(
       measured_in: dtype of the computation that losses are measured with.
     """
     trained, chosen_by, test = parts
-    model, measuring = (
-        Llama(base.config, dtype=dtype, param_dtype="float32")
-        for dtype in (args.dtype, measured_in)
-    )
+    model = Llama(base.config, dtype=args.dtype, param_dtype="float32")
+    measuring = dataclasses.replace(model, dtype=measured_in)
 
     def measure(step: int, seed: int, params: Any) -> Measures:
         found = {"loss": float(held_out_loss(measuring, params, chosen_by, args.batch))}
@@ -76,6 +76,15 @@ def finetuning_task(
         finish=lambda before, after, adapted, plan: {},
         base=fingerprint(args.model, base),
     )
+
+
+def draw(results: Results, columns: Columns, path: pathlib.Path) -> None:
+    """What is measured at the end, by the first of the columns that has numbers."""
+    panels = {head.partition("|")[0]: columns[head] for head in columns if head not in COST}
+    rankings = [ranked(results, number) for number in panels.values()]
+    figure, _ = dot_panels(results, next(filter(None, rankings)), panels)
+    figure.suptitle(f"{results.setting['model']}; {note(results)}", fontsize=9)
+    figure.savefig(path, dpi=120)
 
 
 def load(name: str) -> pretrained.Pretrained:

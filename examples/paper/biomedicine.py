@@ -34,7 +34,7 @@ import study
 import text
 from llama import Llama
 from recipes import FINETUNING
-from results import COST, Columns, Results, draw_curves, note
+from results import COST, Columns, Results
 from training import Rows, losses
 from trial import Measures, Task
 
@@ -183,14 +183,8 @@ def _choices(asked: list[dict[str, str]], encode: text.Encode, length: int) -> R
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """Held-out loss by step."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    draw_curves(axes, results, results.methods, "loss")
-    axes.set_ylabel("loss of text on the diseases that choose rates")
-    axes.set_title(f"{results.setting['model']}; {note(results)}", fontsize=9)
-    figure.savefig(path, dpi=120)
+    """The loss of the test's diseases, of those that choose rates, and the questions right."""
+    base_models.draw(results, COLUMNS, path)
 
 
 if __name__ == "__main__":

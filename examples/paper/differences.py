@@ -37,8 +37,8 @@ def paired(numbers: Mapping[int, float], others: Mapping[int, float]) -> tuple[f
 def matrix(results: Results, columns: Columns) -> str:
     """Markdown: the first column's differences, row minus column, in the order of the table.
 
-    Of the seeds that most methods have, but for the one that chose the rates. Methods that lack one
-    of them are named below. Where there are not two methods and two seeds, nothing is given.
+    Of the commonest set of seeds, without the one that chose the rates. Methods that lack one of
+    them are named below. Where there are not two methods and two seeds, nothing is given.
     """
     head, number = next(iter(columns.items()))
     name, _, form = head.partition("|")
@@ -55,15 +55,15 @@ def matrix(results: Results, columns: Columns) -> str:
     whole = [method for method in numbers if numbers[method].keys() >= seeds]
     if len(whole) < 2 or not seeds:
         return ""
-    numbers = {m: {seed: n for seed, n in numbers[m].items() if seed in seeds} for m in numbers}
+    told = {method: {seed: numbers[method][seed] for seed in seeds} for method in whole}
     lines = ["| row minus column | " + " | ".join(whole[:-1]) + " |", "| --- " * len(whole) + "|"]
     for place, method in enumerate(whole[1:], 1):  # above the diagonal nothing new would stand
-        pairs = [paired(numbers[method], numbers[other]) for other in whole[:place]]
+        pairs = [paired(told[method], told[other]) for other in whole[:place]]
         cells = [f"{mean:+z{form}} ({error:{form}})" for mean, error in pairs]
         cells += [""] * (len(whole) - 1 - place)
         lines.append(f"| {' | '.join([method, *cells])} |")
     if lacking := [method for method in numbers if method not in whole]:
-        lines += ["", f"Of fewer seeds, and left out: {', '.join(lacking)}."]
+        lines += ["", f"Without all of these seeds, and left out: {', '.join(lacking)}."]
     summary = f"Within a seed, {name}: row minus column, standard error of {len(seeds)} seeds"
     body = "\n".join(lines)
     return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"

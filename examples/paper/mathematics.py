@@ -27,7 +27,7 @@ import solve
 import study
 from llama import Llama
 from recipes import FINETUNING
-from results import COST, Columns, Results, draw_dots, note, ranked
+from results import COST, Columns, Results
 from training import Rows
 from trial import Measures, Task
 
@@ -100,24 +100,13 @@ def make_task(args: argparse.Namespace) -> Task:
                               args.test_batch, args.new_tokens)  # fmt: skip
         return solve.accuracy(answers, [pair.response for pair in tested])
 
-    rows = trained, chosen_by, test
+    rows = trained, chosen_by, test  # measured as the first runs in the JSON were
     return base_models.finetuning_task(args, base, rows, examine, args.dtype)
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """The loss of the test's answers, and those that were right."""
-    from matplotlib import pyplot as plt
-
-    loss, right = COLUMNS["test loss|.4f"], COLUMNS["right, %|.1f"]
-    methods = ranked(results, loss)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.28 * len(methods)), sharey=True,
-                                layout="constrained")  # fmt: skip
-    draw_dots(axes[0], results, methods, loss)
-    axes[0].set_xlabel("loss of the test's answers")
-    draw_dots(axes[1], results, methods, right)
-    axes[1].set_xlabel(f"of {results.setting['test_items']:,} test answers right, %")
-    figure.suptitle(f"{results.setting['model']}; {note(results)}", fontsize=9)
-    figure.savefig(path, dpi=120)
+    """The loss of the test's answers, of those that choose rates, and the answers right."""
+    base_models.draw(results, COLUMNS, path)
 
 
 if __name__ == "__main__":

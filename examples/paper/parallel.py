@@ -4,7 +4,8 @@
         "mathematics train --data train.jsonl --test test.jsonl"
 
 A method's search for its rate is a program of its own, and so is each seed at the rate it found.
-Each goes on where it stopped: the same command is given again until it says that all is done.
+Each goes on where it stopped: the same command is given again until it says that all is done. They
+share what they compile; if one was killed as it wrote that, delete the folder `compiled`.
 Several programs share a GPU, since each leaves it idle while it evaluates, saves and decomposes;
 without a GPU they share the cores. NVIDIA's MPS lets their kernels overlap (before, give
 `nvidia-cuda-mps-control -d`): three programs on an H200 were 15% faster with it, seen once.
@@ -68,7 +69,8 @@ class Running(NamedTuple):
 def jobs_of(commands: Sequence[str], out: pathlib.Path) -> list[Job]:
     """What all experiments have to do: searches, each with its seeds behind it, and single seeds.
 
-    Methods that have nothing left to do come last: to find it out they load models and text.
+    A method whose results are all there is one job, and comes last: it loads model and text only to
+    see that they are of this setting.
 
     Raises:
       ValueError: a command trains no experiment, says what is said for all, or two train the same
@@ -78,23 +80,21 @@ def jobs_of(commands: Sequence[str], out: pathlib.Path) -> list[Job]:
     for command in commands:
         name, *arguments = shlex.split(command) or [""]
         if name not in EXPERIMENTS or arguments[:1] != ["train"]:
-            known = ", ".join(f"'{known} train'" for known in EXPERIMENTS)
-            raise ValueError(f"{command!r} is none of {known}, with flags behind.")
+            choices = ", ".join(f"'{each} train'" for each in EXPERIMENTS)
+            raise ValueError(f"{command!r} is none of {choices}, with flags behind.")
         if own := [word for word in arguments if word.startswith(("--minutes", "--out"))]:
             raise ValueError(f"{command!r} has {own[0]}, which is given for all, outside of it.")
         args = EXPERIMENTS[name].parse_args(arguments)
         for method in args.methods:
-            found = _jobs_of_method(name, arguments, args, method, out)
-            names = [each.name for job in found for each in (job, *job.then)]
-            if twice := [name for name in names if name in known]:
-                raise ValueError(f"{twice[0]} is trained twice. Name each JSON otherwise.")
-            known |= {*names}
-            jobs += found
+            if (title := f"{args.json.stem}, {method}") in known:
+                raise ValueError(f"{title} is trained twice. Name each JSON otherwise.")
+            known.add(title)
+            jobs += _jobs_of_method(name, arguments, args, method, out)
     return sorted(jobs, key=place)
 
 
 def place(job: Job) -> tuple[bool, bool]:
-    """Where a job stands among others: searches take longest, and seeds wait for them."""
+    """Where a job stands among others: first the searches, long ones, that seeds wait for."""
     return job.done, not job.then
 
 
@@ -112,7 +112,7 @@ def _jobs_of_method(
         line = [sys.executable, str(HERE / f"{name}.py"), *arguments, *own]
         try:
             done = bool(results.of(method)) and results.next_of(method, (), seeds) is None
-        except ValueError:  # it diverged at every rate: let its own program say so
+        except ValueError:  # it diverged at every rate, say: its own program tells that
             done = False
         return Job(title, line, folder, done)
 
@@ -144,20 +144,12 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def environment(
-    worker: int, workers: int, devices: Sequence[str], cache: pathlib.Path
-) -> dict[str, str]:
-    """The variables of a worker's programs: its GPU, and its share of what all have.
-
-    What one has compiled those that begin later find in the cache, this one or the user's own.
-    """
+def environment(worker: int, workers: int, devices: Sequence[str]) -> dict[str, str]:
+    """The variables of a worker's programs: its GPU, and its share of what all have."""
     # LAPACK's threads wait for each other by spinning: three programs with a thread for every core
     # decompose their matrices not three but thirty times as slowly as one.
     threads = max(1, cores() // workers)
-    found = {
-        "OPENBLAS_NUM_THREADS": str(threads), "JAX_COMPILATION_CACHE_DIR": str(cache),
-        **os.environ, "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+    found = {"OPENBLAS_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
     if devices:
         found["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
         found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -221,21 +213,16 @@ def end_all(running: Sequence[Running]) -> None:
 
 
 def run_all(
-    jobs: Sequence[Job],
-    workers: int,
-    devices: Sequence[str],
-    deadline: float,
-    cache: pathlib.Path,
+    jobs: Sequence[Job], workers: int, devices: Sequence[str], deadline: float
 ) -> dict[str, str]:
     """Trains all, each when a worker is free, until the deadline: name of a job -> its end.
 
     Args:
-      jobs: in the order they begin in; those that take longest are best first. What waits for one
-        of them takes its `place` when that is done, and fails with it.
+      jobs: sorted by `place`. What waits for one of them takes its own when that is done, and
+        fails with it.
       workers: programs that run at a time, on each of the devices.
       devices: names of GPUs; none: the programs share one machine's cores.
       deadline: by `time.monotonic`. Programs that have begun save what they have.
-      cache: a directory for what they compile.
     """
     todo, running = [*jobs], dict[int, Running]()
     ends = {each.name: "not begun" for job in jobs for each in (job, *job.then)}
@@ -246,7 +233,7 @@ def run_all(
                 for worker in range(total):
                     left = deadline - time.monotonic()
                     if worker not in running and todo and left >= SHORTEST:
-                        variables = environment(worker, total, devices, cache)
+                        variables = environment(worker, total, devices)
                         running[worker] = begin(todo.pop(0), variables, left)
                 for worker, one in [*running.items()]:
                     if (end := end_of(one, deadline)) is not None:
@@ -288,8 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                      "begun load and compile")  # fmt: skip
     deadline = time.monotonic() + 60 * args.minutes
     out = args.out.absolute()
-    jobs = jobs_of(args.commands, out)
-    ends = run_all(jobs, args.workers, gpus(), deadline, out / "compiled")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
+    ends = run_all(jobs_of(args.commands, out), args.workers, gpus(), deadline)
     if all(end == "done" for end in ends.values()):
         print(study.DONE)
     else:

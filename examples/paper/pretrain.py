@@ -15,7 +15,7 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -30,7 +30,7 @@ import study
 import text
 from llama import Llama
 from recipes import RECIPES
-from results import COST, Columns, Results, Run, draw_curves, draw_dots, note
+from results import COST, Columns, Results, Run, draw_dots, note, ranked
 from train_flags import FROM_SCRATCH, PRESETS
 from training import Rows, held_out_loss
 from trial import Measures, Task
@@ -85,7 +85,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def model_of_bytes(preset: str, dtype: str) -> Llama:
-    """A preset's model for bytes, smaller than the preset is named for: with 256 tokens."""
+    """A preset's model with bytes as tokens: 256, so it is smaller than its name says."""
     return Llama(dataclasses.replace(PRESETS[preset], vocab_size=256), dtype, "float32")
 
 
@@ -144,14 +144,35 @@ def ranks(before: Any, after: Any) -> dict[str, float]:
     return {"rank": float(rank), "effective_rank": float(effective)}
 
 
+def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) -> None:
+    """A measure by step: the mean over the seeds, and between its lowest and highest a shade.
+
+    Leaves out step 0, where all methods are one, and so far from the end that no more would show.
+    """
+    from matplotlib import pyplot as plt
+
+    colors = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])  # strong ones, then pale
+    for number, method in enumerate(methods):
+        runs = results.best(method)
+        curves = [[found for found in run["curve"] if found["step"]] for run in runs]
+        steps = [measures["step"] for measures in curves[0] if name in measures]
+        values = np.array([[m[name] for m in curve if name in m] for curve in curves])
+        axes.plot(steps, values.mean(0), color=colors[number], label=method)
+        axes.fill_between(steps, values.min(0), values.max(0), color=colors[number], alpha=0.2)
+    axes.set_xlabel("step")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
+
+
 def draw(results: Results, path: pathlib.Path) -> None:
     """Held-out loss by step, and at the end what each seed has less than the reference."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    draw_curves(left, results, results.methods, "test")
+    methods = ranked(results, columns(results)["loss|.4f"])
+    draw_curves(left, results, methods, "test")
     left.set_ylabel("held-out loss")
-    draw_dots(right, results, results.methods, minus_reference(results))
+    draw_dots(right, results, methods, minus_reference(results))
     right.axvline(0, color="gray", linestyle=":", linewidth=1)
     right.set_xlabel(f"held-out loss minus that of {reference(results)}, each seed")
     setting = results.setting

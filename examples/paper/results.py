@@ -1,6 +1,6 @@
-"""What runs gave: one JSON file for an experiment, the next run to do, a table, curves.
+"""What runs gave: one JSON file for an experiment, the next run to do, a table, dots.
 
-Several programs may write one file, each other runs.
+Several programs may write one file, each its own runs.
 """
 
 import dataclasses
@@ -200,26 +200,6 @@ COST: Columns = {
 }
 
 
-def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) -> None:
-    """A measure by step: the mean over the seeds, and between its lowest and highest a shade.
-
-    Leaves out step 0, where all methods are one, and so far from the end that no more would show.
-    """
-    from matplotlib import pyplot as plt
-
-    colors = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])  # strong ones, then pale
-    for number, method in enumerate(methods):
-        runs = results.best(method)
-        curves = [[found for found in run["curve"] if found["step"]] for run in runs]
-        steps = [measures["step"] for measures in curves[0] if name in measures]
-        values = np.array([[m[name] for m in curve if name in m] for curve in curves])
-        axes.plot(steps, values.mean(0), color=colors[number], label=method)
-        axes.fill_between(steps, values.min(0), values.max(0), color=colors[number], alpha=0.2)
-    axes.set_xlabel("step")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
-
-
 def ranked(results: Results, number: Callable[[Run], float | None]) -> list[str]:
     """The methods that have a column's number, the one with the lowest mean first."""
     found = {m: [number(run) for run in results.best(m)] for m in results.methods}
@@ -244,6 +224,25 @@ def draw_dots(
     axes.grid(axis="y", linewidth=0.3)
     axes.locator_params(axis="x", nbins=6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def dot_panels(results: Results, methods: Sequence[str], columns: Columns) -> tuple[Any, Any]:
+    """(figure, axes): a panel of dots for each column that any method has, its head below."""
+    from matplotlib import pyplot as plt
+
+    columns = {
+        head: number
+        for head, number in columns.items()
+        if any(number(run) is not None for method in methods for run in results.best(method))
+    }
+    size = 12, 1.2 + 0.28 * len(methods)
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (head, number) in zip(axes[0], columns.items(), strict=True):
+        draw_dots(axis, results, methods, number)
+        axis.set_xlabel(head)
+    return figure, axes[0]
 
 
 def note(results: Results) -> str:

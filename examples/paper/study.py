@@ -68,7 +68,7 @@ def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.A
     add("--rate-scale", type=float, default=1.0, help="multiplies where searches for rates "
         "begin; the same when going on")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="the first chooses the rate")
-    add("--dtype", default="bfloat16", help="of the computation; parameters are float32")
+    add("--dtype", default="bfloat16", help="of the training; parameters are float32")
     add("--minutes", type=float, default=1e9, help="after these, save and end")
     add("--save-every", type=int, default=300, help="steps between checkpoints of a run")
     add("--out", type=pathlib.Path, default=pathlib.Path("results", here.stem),

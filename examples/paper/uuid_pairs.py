@@ -28,7 +28,7 @@ import uuids
 from llama import Llama, generate
 from mora_jax import LowRank, Sharing
 from recipes import STAGGERED, Recipe, adapters
-from results import COST, Columns, Results, Run, draw_dots, note, ranked
+from results import COST, Columns, Results, Run, dot_panels, note, ranked
 from training import Rows
 from trial import Measures, Task
 
@@ -126,22 +126,14 @@ def make_task(args: argparse.Namespace) -> Task:
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """Accuracy at the first evaluation, where methods still differ, and the spectrum at the end.
-
-    The second is what Figure 5 of the paper counts.
-    """
-    from matplotlib import pyplot as plt
-
-    head, accuracy = next(iter(columns(results).items()))
+    """Accuracy at the first evaluation, and the spectrum at the end, as Figure 5 counts it."""
+    setting, (head, accuracy) = results.setting, next(iter(columns(results).items()))
+    early = f"characters right, {head.split('|')[0]} steps (dotted: by chance)"
+    above = f"singular values above 0.1 at {setting['steps']} steps, mean of layers"
     methods = ranked(results, accuracy)[::-1]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.28 * len(methods)),
-                                         sharey=True, layout="constrained")  # fmt: skip
-    draw_dots(left, results, methods, accuracy)
-    left.axvline(100 / 16, color="gray", linestyle=":", linewidth=1)
-    left.set_xlabel(f"characters right, {head.split('|')[0]} steps (dotted: by chance)")
-    draw_dots(right, results, methods, lambda run: run.get("above"))
-    setting = results.setting
-    right.set_xlabel(f"singular values of a layer above 0.1, at {setting['steps']} steps")
+    panels: Columns = {early: accuracy, above: lambda run: run.get("above")}
+    figure, axes = dot_panels(results, methods, panels)
+    axes[0].axvline(100 / 16, color="gray", linestyle=":", linewidth=1)
     figure.suptitle(f"{setting['pairs']:,} UUID pairs, {setting['model']}; {note(results)}",
                     fontsize=9)  # fmt: skip
     figure.savefig(path, dpi=120)
