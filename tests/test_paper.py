@@ -163,6 +163,9 @@ def test_biomedicine_holds_diseases_out_and_counts_the_likeliest_answers(tmp_pat
     short = biomedicine.make_task(args)
     assert short.measure(args.steps, 1, sure).keys() == {"loss", "test"}
     assert short.measure(0, 0, base.params) != task.measure(0, 0, base.params)
+    half = biomedicine.make_task(biomedicine.parse_args(["train", *flags, "--dtype", "bfloat16"]))
+    assert half.base_model.dtype == "bfloat16"  # trains in it, but is measured as others are
+    assert half.measure(0, 0, base.params) == short.measure(0, 0, base.params)
     with pytest.raises(SystemExit):
         biomedicine.parse_args(["train", *flags, "--held-out", "0"])
     biomedicine.draw(found, tmp_path / "drawn.png")
