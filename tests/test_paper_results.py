@@ -18,8 +18,9 @@ import study
 import training
 import uuid_pairs
 from differences import matrix, paired
+from figures import draw_dots, ranked
 from paper_runs import ROOT, flags_of, trained
-from results import COST, Results, draw_dots, ranked, spread, table
+from results import COST, Results, spread, table
 
 
 def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
@@ -175,6 +176,19 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     assert "<details>" not in search
 
 
+def test_differences_of_any_column_are_printed(capsys):
+    report.main(["--differences", "mathematics", "held-out loss"])
+    caption, _, head, _, *lines = capsys.readouterr().out.splitlines()
+    assert caption == "Within a seed, held-out loss: row minus column, standard error of 3 seeds"
+    (line,) = (line for line in lines if line.startswith("| truncation 8 |"))
+    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert cells["sharing 8"] == "+0.0022 (0.0004)"
+    with pytest.raises(ValueError, match=r"There is no maths\.json here, only .*mathematics"):
+        report.main(["--differences", "maths", "held-out loss"])
+    with pytest.raises(ValueError, match=r"no column 'loss', only test loss, right, %, held-out"):
+        report.main(["--differences", "mathematics", "loss"])
+
+
 def test_differences_are_taken_within_a_seed(tmp_path):
     losses = {  # of seeds 0, which chose the rates, 1, 2 and 3
         "worst": (0.0, 2.0, 4.0, 6.0), "best": (9.0, 1.0, 2.0, 3.0), "lost": (1.0, 7.0, None, 7.0),
@@ -190,8 +204,7 @@ def test_differences_are_taken_within_a_seed(tmp_path):
     results = Results(tmp_path / "runs.json", {"seed": 0}, runs)
     columns = {"loss|.3f": lambda run: run.get("test"), "seed|d": lambda run: run["seed"]}
     assert matrix(results, columns).splitlines() == [
-        "<details><summary>Within a seed, loss: row minus column, standard error of 3 seeds"
-        "</summary>",
+        "Within a seed, loss: row minus column, standard error of 3 seeds",
         "",
         "| row minus column | best | second |",
         "| --- | --- | --- |",
@@ -199,8 +212,6 @@ def test_differences_are_taken_within_a_seed(tmp_path):
         "| worst | +2.000 (0.577) | +1.500 (0.577) |",  # 1, 2, 3: deviation 1, over root 3
         "",
         "Without all of these seeds, and left out: lost, the first, untested.",
-        "",
-        "</details>",
     ]
     more = {"method": "best", "rate": 1, "seed": 4, "cost": 0.0, "test": 0.0}
     results.runs = [*runs, more]  # one method is ahead of the others

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import hashlib
 import os
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import pretrained
 import python_model
 from llama import Llama
-from results import COST, Columns, Results, dot_panels, note, ranked
 from train_flags import PRESETS
 from training import Rows, held_out_loss
 from trial import Measures, Task
@@ -76,15 +74,6 @@ def finetuning_task(
         finish=lambda before, after, adapted, plan: {},
         base=fingerprint(args.model, base),
     )
-
-
-def draw(results: Results, columns: Columns, path: pathlib.Path) -> None:
-    """What is measured at the end, by the first of the columns that has numbers."""
-    panels = {head.partition("|")[0]: columns[head] for head in columns if head not in COST}
-    rankings = [ranked(results, number) for number in panels.values()]
-    figure, _ = dot_panels(results, next(filter(None, rankings)), panels)
-    figure.suptitle(f"{results.setting['model']}; {note(results)}", fontsize=9)
-    figure.savefig(path, dpi=120)
 
 
 def load(name: str) -> pretrained.Pretrained:

@@ -32,6 +32,7 @@ import numpy as np
 import base_models
 import study
 import text
+from figures import draw_tests
 from llama import Llama
 from recipes import FINETUNING
 from results import COST, Columns, Results
@@ -184,7 +185,7 @@ def _choices(asked: list[dict[str, str]], encode: text.Encode, length: int) -> R
 
 def draw(results: Results, path: pathlib.Path) -> None:
     """The loss of the test's diseases, of those that choose rates, and the questions right."""
-    base_models.draw(results, COLUMNS, path)
+    draw_tests(results, COLUMNS, path)
 
 
 if __name__ == "__main__":

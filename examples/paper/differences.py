@@ -35,7 +35,7 @@ def paired(numbers: Mapping[int, float], others: Mapping[int, float]) -> tuple[f
 
 
 def matrix(results: Results, columns: Columns) -> str:
-    """Markdown: the first column's differences, row minus column, in the order of the table.
+    """A caption, and in Markdown the first column's differences in the order of the table.
 
     Of the commonest set of seeds, without the one that chose the rates. Methods that lack one of
     them are named below. Where there are not two methods and two seeds, nothing is given.
@@ -56,7 +56,9 @@ def matrix(results: Results, columns: Columns) -> str:
     if len(whole) < 2 or not seeds:
         return ""
     told = {method: {seed: numbers[method][seed] for seed in seeds} for method in whole}
-    lines = ["| row minus column | " + " | ".join(whole[:-1]) + " |", "| --- " * len(whole) + "|"]
+    caption = f"Within a seed, {name}: row minus column, standard error of {len(seeds)} seeds"
+    lines = [caption, ""]
+    lines += ["| row minus column | " + " | ".join(whole[:-1]) + " |", "| --- " * len(whole) + "|"]
     for place, method in enumerate(whole[1:], 1):  # above the diagonal nothing new would stand
         pairs = [paired(told[method], told[other]) for other in whole[:place]]
         cells = [f"{mean:+z{form}} ({error:{form}})" for mean, error in pairs]
@@ -64,6 +66,4 @@ def matrix(results: Results, columns: Columns) -> str:
         lines.append(f"| {' | '.join([method, *cells])} |")
     if lacking := [method for method in numbers if method not in whole]:
         lines += ["", f"Without all of these seeds, and left out: {', '.join(lacking)}."]
-    summary = f"Within a seed, {name}: row minus column, standard error of {len(seeds)} seeds"
-    body = "\n".join(lines)
-    return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
+    return "\n".join(lines)

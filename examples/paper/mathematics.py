@@ -25,6 +25,7 @@ import chat_data
 import prompts
 import solve
 import study
+from figures import draw_tests
 from llama import Llama
 from recipes import FINETUNING
 from results import COST, Columns, Results
@@ -106,7 +107,7 @@ def make_task(args: argparse.Namespace) -> Task:
 
 def draw(results: Results, path: pathlib.Path) -> None:
     """The loss of the test's answers, of those that choose rates, and the answers right."""
-    base_models.draw(results, COLUMNS, path)
+    draw_tests(results, COLUMNS, path)
 
 
 if __name__ == "__main__":

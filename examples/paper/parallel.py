@@ -7,8 +7,8 @@ A method's search for its rate is a program of its own, and so is each seed at t
 Each goes on where it stopped: the same command is given again until it says that all is done. They
 share what they compile; if one was killed as it wrote that, delete the folder `compiled`.
 Several programs share a GPU, since each leaves it idle while it evaluates, saves and decomposes;
-without a GPU they share the cores. NVIDIA's MPS lets their kernels overlap (before, give
-`nvidia-cuda-mps-control -d`): three programs on an H200 were 15% faster with it, seen once.
+without a GPU they share the cores. Where NVIDIA's MPS runs (`nvidia-cuda-mps-control -d`) their
+kernels can overlap.
 """
 
 import argparse
@@ -243,9 +243,9 @@ def run_all(
                         if end == "done":
                             todo = sorted([*todo, *one.job.then], key=place)
                         elif end.startswith("failed"):
-                            ends |= {
-                                job.name: f"failed with {one.job.name}" for job in one.job.then
-                            }
+                            failed = f"failed with {one.job.name}"
+                            ends |= dict.fromkeys((job.name for job in one.job.then), failed)
+                            bar.update(len(one.job.then))
                         bar.update()
                         tqdm.tqdm.write(f"{one.job.name}: {end}")
                 if asked:

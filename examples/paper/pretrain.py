@@ -15,7 +15,7 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -28,9 +28,10 @@ from flax import traverse_util
 import libraries
 import study
 import text
+from figures import draw_curves, draw_dots, ranked
 from llama import Llama
 from recipes import RECIPES
-from results import COST, Columns, Results, Run, draw_dots, note, ranked
+from results import COST, Columns, Results, Run, note
 from train_flags import FROM_SCRATCH, PRESETS
 from training import Rows, held_out_loss
 from trial import Measures, Task
@@ -142,26 +143,6 @@ def ranks(before: Any, after: Any) -> dict[str, float]:
             found.append(((values > 1e-3 * values[0]).sum() / full, np.exp(entropy) / full))
     rank, effective = np.mean(found, 0)
     return {"rank": float(rank), "effective_rank": float(effective)}
-
-
-def draw_curves(axes: Any, results: Results, methods: Sequence[str], name: str) -> None:
-    """A measure by step: the mean over the seeds, and between its lowest and highest a shade.
-
-    Leaves out step 0, where all methods are one, and so far from the end that no more would show.
-    """
-    from matplotlib import pyplot as plt
-
-    colors = plt.get_cmap("tab20")([*range(0, 20, 2), *range(1, 20, 2)])  # strong ones, then pale
-    for number, method in enumerate(methods):
-        runs = results.best(method)
-        curves = [[found for found in run["curve"] if found["step"]] for run in runs]
-        steps = [measures["step"] for measures in curves[0] if name in measures]
-        values = np.array([[m[name] for m in curve if name in m] for curve in curves])
-        axes.plot(steps, values.mean(0), color=colors[number], label=method)
-        axes.fill_between(steps, values.min(0), values.max(0), color=colors[number], alpha=0.2)
-    axes.set_xlabel("step")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
 
 
 def draw(results: Results, path: pathlib.Path) -> None:

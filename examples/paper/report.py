@@ -1,15 +1,17 @@
 """Draws the figures here and writes README.md's tables and differences, from the JSON alone.
 
     python3 examples/paper/report.py
+    python3 examples/paper/report.py --differences mathematics "held-out loss"    # prints those
 
 A JSON is named for its experiment, with more behind that where there are several. One that holds a
 search for rates and no more has a table, and no figure.
 """
 
+import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -52,13 +54,41 @@ def with_tables(text: str) -> str:
         columns = experiment.columns(results)
         machines = sorted({f"{run['device']}, JAX {run['jax']}" for run in results.runs})
         told = f"*{', '.join([note(results), *machines])}.*"
-        parts = filter(None, [table(results, columns), told, matrix(results, columns)])
+        parts = filter(None, [table(results, columns), told, folded(matrix(results, columns))])
         text = "\n\n".join([before + begin.rstrip(), *parts, end + after])
     return text
 
 
-def main() -> None:
-    """Draws and writes."""
+def folded(text: str) -> str:
+    """A text below its first line, which unfolds it."""
+    caption, _, rest = text.partition("\n")
+    return text and f"<details><summary>{caption}</summary>\n{rest}\n\n</details>"
+
+
+def differences(name: str, column: str) -> str:
+    """Those of one column, of the results of this name.
+
+    Raises:
+      ValueError: there are no such results, or they have no such column.
+    """
+    known = {stem: (experiment, results) for stem, experiment, results in found()}
+    if name not in known:
+        raise ValueError(f"There is no {name}.json here, only {', '.join(known)}.")
+    experiment, results = known[name]
+    columns = {head.partition("|")[0]: {head: n} for head, n in experiment.columns(results).items()}
+    if column not in columns:
+        raise ValueError(f"{name} has no column {column!r}, only {', '.join(columns)}.")
+    return matrix(results, columns[column])
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Draws and writes, or prints differences."""
+    parser = argparse.ArgumentParser(description="Draws figures and writes tables.")
+    parser.add_argument("--differences", nargs=2, metavar=("NAME", "COLUMN"))
+    args = parser.parse_args(arguments)
+    if args.differences:
+        print(differences(*args.differences))
+        return
     for name, experiment, results in found():
         if all(run["seed"] == results.setting["seed"] for run in results.runs):
             continue
@@ -69,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What runs gave: one JSON file for an experiment, the next run to do, a table, dots.
+"""What runs gave: one JSON file for an experiment, the next run to do, a table.
 
 Several programs may write one file, each its own runs.
 """
@@ -198,51 +198,6 @@ COST: Columns = {
     "ms a step|.1f": lambda run: run.get("milliseconds"),
     "GB|.1f": lambda run: run.get("gigabytes"),
 }
-
-
-def ranked(results: Results, number: Callable[[Run], float | None]) -> list[str]:
-    """The methods that have a column's number, the one with the lowest mean first."""
-    found = {m: [number(run) for run in results.best(m)] for m in results.methods}
-    whole = [method for method in found if None not in found[method]]
-    return sorted(whole, key=lambda method: np.array(found[method], float).mean())
-
-
-def draw_dots(
-    axes: Any, results: Results, methods: Sequence[str], number: Callable[[Run], float | None]
-) -> None:
-    """A line for each method, the first on top, with a dot for each seed, of a column's number.
-
-    Hollow where the seed that chose the rate is still the only one.
-    """
-    for place, method in enumerate(methods):
-        for run in results.best(method):
-            fill = "none" if run["seed"] == results.setting["seed"] else "C0"
-            if (found := number(run)) is not None:
-                axes.plot(found, place, "o", color="C0", markerfacecolor=fill)
-    axes.set_yticks(range(len(methods)), methods, fontsize=9)
-    axes.set_ylim(len(methods) - 0.5, -0.5)
-    axes.grid(axis="y", linewidth=0.3)
-    axes.locator_params(axis="x", nbins=6)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def dot_panels(results: Results, methods: Sequence[str], columns: Columns) -> tuple[Any, Any]:
-    """(figure, axes): a panel of dots for each column that any method has, its head below."""
-    from matplotlib import pyplot as plt
-
-    columns = {
-        head: number
-        for head, number in columns.items()
-        if any(number(run) is not None for method in methods for run in results.best(method))
-    }
-    size = 12, 1.2 + 0.28 * len(methods)
-    figure, axes = plt.subplots(
-        1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (head, number) in zip(axes[0], columns.items(), strict=True):
-        draw_dots(axis, results, methods, number)
-        axis.set_xlabel(head)
-    return figure, axes[0]
 
 
 def note(results: Results) -> str:

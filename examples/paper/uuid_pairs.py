@@ -25,10 +25,11 @@ import base_models
 import mora_jax
 import study
 import uuids
+from figures import dot_panels, ranked
 from llama import Llama, generate
 from mora_jax import LowRank, Sharing
 from recipes import STAGGERED, Recipe, adapters
-from results import COST, Columns, Results, Run, dot_panels, note, ranked
+from results import COST, Columns, Results, Run, note
 from training import Rows
 from trial import Measures, Task
 
