@@ -49,6 +49,8 @@ def test_each_search_is_a_program_and_then_each_seed(tmp_path):
             *("--methods", "signs", "--seeds", *seeds, "--out", str(tmp_path / folder)),
         ]
     assert len(found) == 2 + 16
+    assert [job.turn for job in found] == 2 * [0] + 16 * [1]
+    assert found[-1].then[0].turn == 1
     for wrong in ("uuids train", "pretrain time", "pretrain", ""):
         with pytest.raises(ValueError, match=rf"'{wrong}' is none of 'uuid_pairs train', "):
             parallel.jobs_of([wrong], tmp_path)
@@ -89,14 +91,15 @@ def test_what_waits_for_a_program_begins_when_it_is_done(tmp_path):
         job("b", LATER, job("2", DONE)),
         job("c", "raise SystemExit(3)", job("3", DONE)),
         job("d", tells("d"), job("4", tells("4"))),
+        job("f", tells("f"), job("5", tells("5")))._replace(turn=1),
         job("e", tells("e"))._replace(done=True),
     ]
     assert run_all(jobs, workers=1) == {
         "a": "done", "1": "done", "b": "not done", "2": "not begun", "d": "done", "4": "done",
         "c": f"failed with exit code 3; see {tmp_path / 'c' / 'log.txt'}", "e": "done",
-        "3": "failed with c",
+        "3": "failed with c", "f": "done", "5": "done",
     }  # fmt: skip
-    assert (tmp_path / "order").read_text() == "ad14e"
+    assert (tmp_path / "order").read_text() == "ad14f5e"
 
 
 def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):

@@ -4,11 +4,11 @@
         "mathematics train --data train.jsonl --test test.jsonl"
 
 A method's search for its rate is a program of its own, and so is each seed at the rate it found.
-Each goes on where it stopped: the same command is given again until it says that all is done. They
-share what they compile; if one was killed as it wrote that, delete the folder `compiled`.
-Several programs share a GPU, since each leaves it idle while it evaluates, saves and decomposes;
-without a GPU they share the cores. Where NVIDIA's MPS runs (`nvidia-cuda-mps-control -d`) their
-kernels can overlap.
+Each goes on where it stopped: the same command is given again until it says that all is done. The
+experiment that is named first has the first workers. They share what they compile; if one was
+killed as it wrote that, delete the folder `compiled`. Several programs share a GPU, since each
+leaves it idle while it evaluates, saves and decomposes; without a GPU they share the cores. Where
+NVIDIA's MPS runs (`nvidia-cuda-mps-control -d`) their kernels can overlap.
 """
 
 import argparse
@@ -46,6 +46,7 @@ class Job(NamedTuple):
       name: of the experiment's JSON, of the method, and of the seed.
       command: that trains it, but for the time it may take.
       folder: for its checkpoints and its log.
+      turn: its experiment's, among those that are trained: the first has the first workers.
       done: whether its results are there, of whatever setting.
       then: what waits for its end: of a search that is still to be done, the seeds.
     """
@@ -53,6 +54,7 @@ class Job(NamedTuple):
     name: str
     command: list[str]
     folder: pathlib.Path
+    turn: int = 0
     done: bool = False
     then: "tuple[Job, ...]" = ()
 
@@ -77,7 +79,7 @@ def jobs_of(commands: Sequence[str], out: pathlib.Path) -> list[Job]:
         method into JSON of one name.
     """
     jobs, known = list[Job](), set[str]()
-    for command in commands:
+    for turn, command in enumerate(commands):
         name, *arguments = shlex.split(command) or [""]
         if name not in EXPERIMENTS or arguments[:1] != ["train"]:
             choices = ", ".join(f"'{each} train'" for each in EXPERIMENTS)
@@ -89,17 +91,22 @@ def jobs_of(commands: Sequence[str], out: pathlib.Path) -> list[Job]:
             if (title := f"{args.json.stem}, {method}") in known:
                 raise ValueError(f"{title} is trained twice. Name each JSON otherwise.")
             known.add(title)
-            jobs += _jobs_of_method(name, arguments, args, method, out)
+            jobs += _jobs_of_method(name, arguments, args, method, out, turn)
     return sorted(jobs, key=place)
 
 
-def place(job: Job) -> tuple[bool, bool]:
-    """Where a job stands among others: first the searches, long ones, that seeds wait for."""
-    return job.done, not job.then
+def place(job: Job) -> tuple[bool, int, bool]:
+    """Where a job stands among others: of an experiment first the searches that seeds wait for."""
+    return job.done, job.turn, not job.then
 
 
 def _jobs_of_method(
-    name: str, arguments: list[str], args: argparse.Namespace, method: str, out: pathlib.Path
+    name: str,
+    arguments: list[str],
+    args: argparse.Namespace,
+    method: str,
+    out: pathlib.Path,
+    turn: int,
 ) -> list[Job]:
     """The search with its seeds behind it, or the seeds that are left, or one job that is done."""
     results, (first, *others) = Results.open(args.json), dict.fromkeys(args.seeds)
@@ -114,7 +121,7 @@ def _jobs_of_method(
             done = bool(results.of(method)) and results.next_of(method, (), seeds) is None
         except ValueError:  # it diverged at every rate, say: its own program tells that
             done = False
-        return Job(title, line, folder, done)
+        return Job(title, line, folder, turn, done)
 
     search = job_of("", first)
     seeds = [job_of(f"seed {seed}", first, seed) for seed in others]
