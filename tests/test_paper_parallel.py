@@ -13,6 +13,7 @@ import study
 from results import Results
 
 DONE = f"print({study.DONE!r})"
+OLD_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 LATER = "print('the time is over')"
 BAR = "import sys; print('1/2', end='', file=sys.stderr, flush=True);" + DONE
 
@@ -104,13 +105,14 @@ def test_what_waits_for_a_program_begins_when_it_is_done(tmp_path):
 
 def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(parallel, "cores", lambda: 32)
-    for name in ("JAX_PLATFORMS", "OPENBLAS_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+    fraction = "XLA_CLIENT_MEM_FRACTION"
+    for name in ("JAX_PLATFORMS", "OPENBLAS_NUM_THREADS", fraction, OLD_FRACTION):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert parallel.gpus() == ["3", "5"]
     found = [parallel.environment(worker, 6, parallel.gpus()) for worker in range(3)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["3", "5", "3"]
-    assert {env["XLA_PYTHON_CLIENT_PREALLOCATE"] for env in found} == {"false"}
+    assert {env[fraction] for env in found} == {"0.300"}
     assert {env["OPENBLAS_NUM_THREADS"] for env in found} == {"5"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert parallel.gpus() == []
@@ -123,7 +125,9 @@ def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
     assert parallel.gpus() == []
     alone = parallel.environment(0, 64, [])
     assert alone["OPENBLAS_NUM_THREADS"] == "1"
-    assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in alone
+    assert fraction not in alone
+    monkeypatch.setenv(OLD_FRACTION, ".2")  # jaxlib refuses both
+    assert fraction not in parallel.environment(0, 6, ["3"])
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
     assert parallel.environment(0, 64, [])["OPENBLAS_NUM_THREADS"] == "7"
 

@@ -7,12 +7,14 @@ A method's search for its rate is a program of its own, and so is each seed at t
 Each goes on where it stopped: the same command is given again until it says that all is done. The
 experiment that is named first has the first workers. They share what they compile; if one was
 killed as it wrote that, delete the folder `compiled`. Several programs share a GPU, since each
-leaves it idle while it evaluates, saves and decomposes; without a GPU they share the cores. Where
-NVIDIA's MPS runs (`nvidia-cuda-mps-control -d`) their kernels can overlap.
+leaves it idle while it evaluates, saves and decomposes, and have an equal part of its memory each;
+without a GPU they share the cores. Where NVIDIA's MPS runs (`nvidia-cuda-mps-control -d`) their
+kernels can overlap.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import pathlib
 import shlex
@@ -37,6 +39,8 @@ HERE = pathlib.Path(__file__).parent
 SHORTEST = 60.0
 #: Seconds that a program may take to end after its time is over; then it is killed.
 GRACE = 120.0
+#: Of a GPU's memory, what its programs allocate; the rest is CUDA's, for each of them.
+MEMORY = 0.9
 
 
 class Job(NamedTuple):
@@ -159,7 +163,10 @@ def environment(worker: int, workers: int, devices: Sequence[str]) -> dict[str, 
     found = {"OPENBLAS_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
     if devices:
         found["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
-        found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        # What grows as it needs to fails for want of what the others happen to hold just then.
+        if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & {*found}:
+            sharing = math.ceil(workers / len(devices))
+            found["XLA_CLIENT_MEM_FRACTION"] = f"{MEMORY / sharing:.3f}"
     return found
 
 
@@ -270,7 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("commands", nargs="+", help='an experiment, train, and its flags: "pretrain train"')
-    add("--workers", type=int, default=3, help="programs that share a GPU, or the cores")
+    add("--workers", type=int, default=3,
+        help="programs that share a GPU, or the cores; fewer if one lacks memory")  # fmt: skip
     add("--minutes", type=float, default=1e6, help="after these, save and end")
     add("--out", type=pathlib.Path, default=pathlib.Path("results", "parallel"),
         help="a directory for the runs that are under way, and logs")  # fmt: skip
