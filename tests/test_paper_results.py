@@ -249,6 +249,8 @@ def test_each_seed_is_a_dot_hollow_where_it_chose_the_rate(tmp_path):
     ("name", "head", "told", "unit"),
     [
         ("uuid_pairs", "% at 300|.1f", "2,000 UUID pairs: characters right after 300 steps", "%"),
+        ("uuid_pairs", "ms a step|.1f", "the same: milliseconds of a step of 16,000 tokens", ""),
+        ("uuid_pairs", "GB|.1f", "the same: gigabytes of that step", ""),
         ("mathematics", "test loss|.4f", "GSM8K: loss of the test answers", ""),
         ("mathematics", "right, %|.1f", "GSM8K: of 1,319 problems right", "%"),
     ],
@@ -259,8 +261,9 @@ def test_the_readme_of_the_library_tells_the_same(name, head, told, unit):
     sizes, cells = "| |", f"| {told} |"
     for method in ("sharing 8", "LoRA 8", "all parameters"):
         runs = results.best(method)
-        mean, seeds = spread(map(number, runs), form).split(" ", 1)
-        cells += f" {mean}{unit} {seeds} |"
+        timed = (results.times[method] | run for run in runs)
+        mean, *seeds = spread(map(number, timed), form).split(" ", 1)
+        cells += f" {' '.join([mean + unit, *seeds])} |"
         sizes += f" {method}, {runs[0]['trained'] / 1e6:.1f}M |"
     lines = (ROOT / "README.md").read_text().splitlines()
     assert cells in lines
