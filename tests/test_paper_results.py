@@ -27,14 +27,14 @@ def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
     losses = {1: 3.0, 2: 2.0, 4: 1.0, 8: None}
     results = Results(tmp_path / "runs.json", {"seed": 0})
     done = []
-    while (todo := results.next_of("signs", [1, 2], [0, 1, 2])) is not None:
+    while (todo := results.next_of("signs", 1, [0, 1, 2])) is not None:
         rate, seed = todo
         cost = losses[rate] and losses[rate] + seed
         results.add({"method": "signs", "rate": rate, "seed": seed, "cost": cost})
         done.append(todo)
     assert done == [(1, 0), (2, 0), (4, 0), (8, 0), (4, 1), (4, 2)]
     results.add({"method": "signs", "rate": 4, "seed": 3, "cost": None})  # and one that diverged
-    assert results.next_of("signs", [16, 32], [0, 1, 2]) is None  # found, wherever it began
+    assert results.next_of("signs", 16, [0, 1, 2]) is None  # found, wherever it began
     assert [run["cost"] for run in Results.open(results.path).best("signs")] == [2.0, 3.0]
     assert "| 2, 1 diverged | 1: 3, 2: 2, **4: 1**, 8: diverged |" in table(results, {})
     assert json.loads(results.path.read_text())["setting"] == {"seed": 0}
@@ -57,18 +57,18 @@ def test_two_programs_write_one_file_and_steps_are_timed(tmp_path):
 
 def test_where_nothing_is_finite_smaller_rates_are_tried_and_then_it_is_said(tmp_path):
     results = Results(tmp_path / "runs.json", {"seed": 0})
-    for rate in 0.5 ** np.arange(12.0):
-        assert results.next_of("LoRA", [1], [0, 1]) == (rate, 0)
+    for rate in 0.5 ** np.arange(13.0):
+        assert results.next_of("LoRA", 1, [0, 1]) == (rate, 0)
         results.add({"method": "LoRA", "rate": rate, "seed": 0, "cost": None})
-    with pytest.raises(ValueError, match=r"LoRA diverged at every rate from 0\.000488281 on"):
-        results.next_of("LoRA", [1], [0, 1])
+    with pytest.raises(ValueError, match=r"LoRA diverged at every rate from 0\.000244141 on"):
+        results.next_of("LoRA", 1, [0, 1])
     assert not results.methods
     ends = Results(tmp_path / "ties.json", {"seed": 0})
     done = []
-    while (todo := ends.next_of("MoRA", [1, 2, 4], [0, 1])) is not None:
+    while (todo := ends.next_of("MoRA", 2, [0, 1])) is not None:
         ends.add({"method": "MoRA", "rate": todo[0], "seed": todo[1], "cost": 0.0})
         done.append(todo)
-    assert done == [(1, 0), (2, 0), (4, 0), (2, 1)]
+    assert done == [(2, 0), (4, 0), (1, 0), (2, 1)]
     assert [run["seed"] for run in ends.best("MoRA")] == [1]
 
 
@@ -95,10 +95,10 @@ def test_a_run_that_diverges_is_told_and_seeds_differ_in_length(tmp_path, monkey
 
 def test_searches_begin_where_the_scale_says(tmp_path, monkeypatch):
     begun = []
-    monkeypatch.setattr(Results, "next_of", lambda self, method, rates, seeds: begun.append(rates))
+    monkeypatch.setattr(Results, "next_of", lambda self, method, start, seeds: begun.append(start))
     flags = {"methods": "sharing 8", "pairs": 4, "characters": 2, "steps": 1, "rate_scale": 8}
     trained(uuid_pairs, uuid_pairs.METHODS, tmp_path, **flags)
-    assert begun == [[1.6e-2, 3.2e-2, 6.4e-2]]
+    assert begun == [3.2e-2]
 
 
 def test_losses_are_told_beside_those_of_merges_that_change_no_groups(tmp_path):
@@ -146,7 +146,7 @@ def test_the_commands_of_the_readme_go_on_with_the_results(experiment, flags):
     assert made | unknown == there.setting | unknown
     if experiment in (pretrain, biomedicine):  # whose tables are whole
         for method in there.methods:
-            assert there.next_of(method, [1e-9], args.seeds) is None, method
+            assert there.next_of(method, 1e-9, args.seeds) is None, method
     methods = {**recipes.RECIPES, **recipes.FINETUNING, **uuid_pairs.METHODS}
     assert {repr(methods[run["method"]]) == run["recipe"] for run in there.runs} == {True}
 

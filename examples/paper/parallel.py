@@ -122,7 +122,7 @@ def _jobs_of_method(
         own = ["--methods", method, "--seeds", *map(str, seeds), "--out", str(folder)]
         line = [sys.executable, str(HERE / f"{name}.py"), *arguments, *own]
         try:
-            done = bool(results.of(method)) and results.next_of(method, (), seeds) is None
+            done = bool(results.of(method)) and results.next_of(method, 0.0, seeds) is None
         except ValueError:  # it diverged at every rate, say: its own program tells that
             done = False
         return Job(title, line, folder, turn, done)

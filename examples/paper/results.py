@@ -81,26 +81,22 @@ class Results:
             if run["method"] == method and all(run[k] == v for k, v in wanted.items())
         ]
 
-    def next_of(
-        self, method: str, rates: Sequence[float], seeds: Sequence[int]
-    ) -> tuple[float, int] | None:
+    def next_of(self, method: str, start: float, seeds: Sequence[int]) -> tuple[float, int] | None:
         """(learning rate, seed) of the run to do next, or None where all is done.
 
-        The first seed finds the rate: the best of `rates`, and beyond them, by factors of two, as
-        long as the best lies at an end. Where it lies between others that were tried, wherever
-        their search began, no more are. The other seeds then have that rate.
+        The first seed finds the rate: from `start`, or from what was tried, by factors of two, as
+        long as the best lies at an end. The other seeds then have that rate.
 
         Raises:
           ValueError: at every rate, however small, training diverged.
         """
         first, *others = seeds
         costs = {run["rate"]: run["cost"] for run in self.of(method, seed=first)}
+        if not costs:
+            return start, first
         best = chosen(costs)
-        inside = best is not None and min(costs) < best < max(costs)
-        if not inside and (left := [rate for rate in rates if rate not in costs]):
-            return left[0], first
         if best is None:
-            if len(costs) > len(rates) + 10:
+            if len(costs) > 12:
                 raise ValueError(f"{method} diverged at every rate from {min(costs):g} on.")
             return min(costs) / 2, first
         if best == max(costs):

@@ -66,7 +66,7 @@ def parser_of(file: str, methods: Mapping[str, Recipe], does: str) -> argparse.A
     add("--rewarm", type=int, default=25, help="steps of the climb after a merge")
     add("--clip", type=float, default=1.0, help="norm that gradients are clipped to")
     add("--rate-scale", type=float, default=1.0, help="multiplies where searches for rates "
-        "begin; the same when going on")  # fmt: skip
+        "begin")  # fmt: skip
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="the first chooses the rate")
     add("--dtype", default="bfloat16", help="of the training; parameters are float32")
     add("--minutes", type=float, default=1e9, help="after these, save and end")
@@ -134,10 +134,10 @@ def _train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) 
     for method in args.methods:
         recipe = methods[method]
         plan, training, steps_of = prepare(args, task, recipe)
-        rates = [args.rate_scale * recipe.rate * factor for factor in (0.5, 1, 2)]
+        start = args.rate_scale * recipe.rate
         if other := {x["recipe"] for x in results.of(method)} - {repr(recipe)}:
             raise ValueError(f"{args.json}: {method} was {other.pop()}, and is {recipe}.")
-        while (todo := results.next_of(method, rates, args.seeds)) is not None:
+        while (todo := results.next_of(method, start, args.seeds)) is not None:
             rate, seed = todo
             folder = args.out.absolute() / f"{method} {rate:g} {seed}".replace(" ", "_")
             trial = Trial(method, rate, seed, setting, folder)
