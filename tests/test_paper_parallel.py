@@ -128,6 +128,10 @@ def test_workers_have_a_gpu_and_a_share_of_the_cores(monkeypatch):
     assert fraction not in alone
     monkeypatch.setenv(OLD_FRACTION, ".2")  # jaxlib refuses both
     assert fraction not in parallel.environment(0, 6, ["3"])
+    monkeypatch.delenv(OLD_FRACTION)
+    assert parallel.environment(0, 7, ["3", "5"])[fraction] == "0.225"
+    monkeypatch.setenv(fraction, ".1")
+    assert parallel.environment(0, 6, ["3"])[fraction] == ".1"
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
     assert parallel.environment(0, 64, [])["OPENBLAS_NUM_THREADS"] == "7"
 

@@ -20,10 +20,10 @@ import uuid_pairs
 from differences import matrix, paired
 from figures import draw_dots, ranked
 from paper_runs import ROOT, flags_of, trained
-from results import COST, Results, spread, table
+from results import COST, Results, note, spread, table
 
 
-def test_the_rate_is_the_best_of_a_grid_that_grows_at_its_ends(tmp_path):
+def test_the_search_for_a_rate_follows_the_best_until_it_lies_inside(tmp_path):
     losses = {1: 3.0, 2: 2.0, 4: 1.0, 8: None}
     results = Results(tmp_path / "runs.json", {"seed": 0})
     done = []
@@ -53,6 +53,16 @@ def test_two_programs_write_one_file_and_steps_are_timed(tmp_path):
     assert found["milliseconds"] == pytest.approx(np.median(found["stretches"]), abs=1e-3)
     cells = f"| LoRA 8 | 7 | {found['milliseconds']:.1f} | 0.0 | the first | **1: 1** |"
     assert cells in table(timed, COST)
+
+
+def test_a_search_goes_down_from_where_it_begins_and_from_what_diverged(tmp_path):
+    losses = {1: 2.0, 2: 3.0, 0.5: 1.0, 0.25: 4.0}, {1: None, 0.5: 2.0, 0.25: 1.0, 0.125: 3.0}
+    for method, costs in zip(("MoRA", "LoRA"), losses, strict=True):
+        results, done = Results(tmp_path / f"{method}.json", {"seed": 0}), list[float]()
+        while (todo := results.next_of(method, 1, [0])) is not None:
+            done.append(todo[0])
+            results.add({"method": method, "rate": todo[0], "seed": 0, "cost": costs[todo[0]]})
+        assert done == [*costs]
 
 
 def test_where_nothing_is_finite_smaller_rates_are_tried_and_then_it_is_said(tmp_path):
@@ -122,15 +132,17 @@ def test_losses_are_told_beside_those_of_merges_that_change_no_groups(tmp_path):
         (uuid_pairs, []),
         (mathematics, ["--data", "x/gsm8k_train.jsonl", "--test", "x/gsm8k_test.jsonl"]),
         (pretrain, []),
-        (biomedicine, None),
-        (pretrain, None),
+        (biomedicine, ["--medquad", "x/medquad.jsonl.xz", "--pubmedqa", "x/pubmedqa.jsonl"]),
+        (biomedicine, "biomedicine_mini"),
+        (pretrain, "pretrain_mini"),
+        (pretrain, "pretrain_60m"),
     ],
 )
 def test_the_commands_of_the_readme_go_on_with_the_results(experiment, flags):
-    if flags is None:  # of the miniature, whose command the README has
+    if isinstance(flags, str):  # the README has the whole command
         name = pathlib.Path(experiment.__file__).stem
-        told = report.README.read_text().split("```sh\n")
-        (command,) = (part.split("```")[0] for part in told if f"{name}_mini.json" in part)
+        told = [part.split("```")[0] for part in report.README.read_text().split("```sh\n")[1:]]
+        (command,) = (part for part in told if f"{flags}.json" in part)
         words = shlex.split(command.replace("\\\n", " "))
         if words[1] == "examples/paper/parallel.py":
             (job, *_) = parallel.jobs_of(words[4:], pathlib.Path())
@@ -144,7 +156,7 @@ def test_the_commands_of_the_readme_go_on_with_the_results(experiment, flags):
     there = Results.open(ROOT / args.json)
     unknown = {"rows": None, "base": None}  # what files and models that are not here make
     assert made | unknown == there.setting | unknown
-    if experiment in (pretrain, biomedicine):  # whose tables are whole
+    if note(there) == "3 seeds":  # the table is whole
         for method in there.methods:
             assert there.next_of(method, 1e-9, args.seeds) is None, method
     methods = {**recipes.RECIPES, **recipes.FINETUNING, **uuid_pairs.METHODS}

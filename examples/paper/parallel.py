@@ -7,7 +7,7 @@ A method's search for its rate is a program of its own, and so is each seed at t
 Each goes on where it stopped: the same command is given again until it says that all is done. The
 experiment that is named first has the first workers. They share what they compile; if one was
 killed as it wrote that, delete the folder `compiled`. Several programs share a GPU, since each
-leaves it idle while it evaluates, saves and decomposes, and have an equal part of its memory each;
+leaves it idle while it evaluates, saves and decomposes, each with an equal part of its memory;
 without a GPU they share the cores. Where NVIDIA's MPS runs (`nvidia-cuda-mps-control -d`) their
 kernels can overlap.
 """
@@ -122,7 +122,7 @@ def _jobs_of_method(
         own = ["--methods", method, "--seeds", *map(str, seeds), "--out", str(folder)]
         line = [sys.executable, str(HERE / f"{name}.py"), *arguments, *own]
         try:
-            done = bool(results.of(method)) and results.next_of(method, 0.0, seeds) is None
+            done = results.next_of(method, 0.0, seeds) is None
         except ValueError:  # it diverged at every rate, say: its own program tells that
             done = False
         return Job(title, line, folder, turn, done)

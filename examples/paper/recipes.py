@@ -37,7 +37,7 @@ class Recipe:
     Attributes:
       scheme: of the adapters; None: every parameter is trained, without adapters.
       rank: LoRA's, whose number of parameters the adapters have; None: what the flags say.
-      rate: the learning rate in the middle of the first three that are tried.
+      rate: the learning rate that the search for it begins with.
       cycle: as in `MoRAConfig`.
       merges: whether adapters are merged and restarted on the way.
       random: whether features are put into random groups, other ones after each merge.
