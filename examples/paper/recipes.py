@@ -99,6 +99,7 @@ def adapters(rank: int, rate: float, lora_rate: float) -> dict[str, Recipe]:
 FINETUNING = {
     "all parameters": Recipe(None, rate=1e-4),
     **adapters(8, 5e-4, 2e-3),
+    "contiguous sharing 8": Recipe(scheme_from_mora_type(2), 8, 5e-4),
     "ReLoRA 8": Recipe(LowRank(), 8, 4e-3, merges=True),
     "ReMoRA 8": Recipe(Sharing(), 8, 5e-4, merges=True),
     "DoRA 8": Recipe(LowRank(), 8, 2e-3, dora=True),
