@@ -121,7 +121,7 @@ def test_problems_are_answered_at_chosen_rates_alone(tmp_path, monkeypatch):
     assert (tmp_path / "drawn.png").exists()
 
 
-def test_biomedicine_holds_diseases_out_and_counts_the_likeliest_answers(tmp_path, monkeypatch):
+def test_biomedicine_holds_diseases_out_and_counts_likeliest_answers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         Results, "next_of", lambda self, *_: [(2e-2, 0), (2e-2, 1), None][len(self.runs)]
     )
@@ -141,6 +141,7 @@ def test_biomedicine_holds_diseases_out_and_counts_the_likeliest_answers(tmp_pat
         merge_every=3, warmup=1, medquad=tmp_path / "quad", pubmedqa=tmp_path / "pub",
     )  # fmt: skip
     task, base = biomedicine.make_task(args), biomedicine.base_models.load("tiny")
+    assert "of the questions' answers 0.0% yes, 0.0% no, 100.0% maybe" in capsys.readouterr().out
     held = [name for name in names if biomedicine.share(name.lower()) <= 0.05]
     assert 3 < len(held) < 20
     text = base.tokenizer.decode(np.ravel(task.rows(0).tokens).tolist())

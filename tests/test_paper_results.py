@@ -1,8 +1,11 @@
 """What is to be run next, what a table tells of it, and that the README's are those of the JSON."""
 
 import json
+import os
 import pathlib
 import shlex
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -53,6 +56,22 @@ def test_two_programs_write_one_file_and_steps_are_timed(tmp_path):
     assert found["milliseconds"] == pytest.approx(np.median(found["stretches"]), abs=1e-3)
     cells = f"| LoRA 8 | 7 | {found['milliseconds']:.1f} | 0.0 | the first | **1: 1** |"
     assert cells in table(timed, COST)
+
+
+def test_steps_that_are_timed_are_compiled_anew(tmp_path):
+    flags = {"pairs": 4, "characters": 2, "steps": 1, "batch": 4, "methods": "LoRA 8"}
+    flags |= {"warmup": 0, "minutes": 0}
+    for mode in ("time", "train"):
+        compiled = tmp_path / mode
+        command = [
+            sys.executable,
+            uuid_pairs.__file__,
+            mode,
+            *flags_of(tmp_path / "timed", **flags),
+        ]
+        variables = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+        subprocess.run(command, env=variables, check=True, timeout=300)
+        assert compiled.exists() == (mode == "train")
 
 
 def test_a_search_goes_down_from_where_it_begins_and_from_what_diverged(tmp_path):
@@ -156,7 +175,9 @@ def test_the_commands_of_the_readme_go_on_with_the_results(experiment, flags):
     there = Results.open(ROOT / args.json)
     unknown = {"rows": None, "base": None}  # what files and models that are not here make
     assert made | unknown == there.setting | unknown
-    if note(there) == "3 seeds":  # the table is whole
+    whole = note(there) == "3 seeds"
+    assert whole == (args.json.stem not in {"mathematics", "biomedicine", "pretrain_60m"})
+    if whole:
         for method in there.methods:
             assert there.next_of(method, 1e-9, args.seeds) is None, method
     methods = {**recipes.RECIPES, **recipes.FINETUNING, **uuid_pairs.METHODS}

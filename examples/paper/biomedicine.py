@@ -150,6 +150,10 @@ def make_task(args: argparse.Namespace) -> Task:
     )
     choices = _choices(asked, encode, args.length)
     wanted = np.array([CHOICES.index(" " + row["answer"]) for row in asked])
+    if asked:
+        shares = np.bincount(wanted, minlength=len(CHOICES)) / len(asked)
+        told = (f"{part:.1%}{choice}" for choice, part in zip(CHOICES, shares, strict=True))
+        print(f"of the questions' answers {', '.join(told)}")
 
     def examine(model: Llama, params: Any) -> Measures:
         if not asked:

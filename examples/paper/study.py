@@ -156,7 +156,10 @@ def _train(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) 
 
 
 def time_steps(args: argparse.Namespace, task: Task, methods: Mapping[str, Recipe]) -> Results:
-    """Times each method's step: the median of five stretches of ten, after two to warm up."""
+    """Times each method's step: the median of five stretches of ten, after two to warm up.
+
+    As a program it compiles every step anew, on the device that it has to itself.
+    """
     results = Results.open(args.json, settings(args, task))
     rows = task.rows(args.seeds[0])
     index = jnp.arange(args.batch) % len(rows.tokens)
@@ -194,7 +197,10 @@ def main(
     draw: Callable[[Results, pathlib.Path], None],
 ) -> None:
     """Trains, times, or draws what was trained."""
-    if not getattr(jax.config, "jax_compilation_cache_dir", None):
+    if args.mode == "time":
+        # A compiler tries kernels out: what was compiled on a busy device may have worse ones.
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif not getattr(jax.config, "jax_compilation_cache_dir", None):
         # Started again, a program need not compile again.
         jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
     if args.mode == "train":
