@@ -161,7 +161,7 @@ def draw(results: Results, path: pathlib.Path) -> None:
     size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(random_params, model, 0)))
     tokens = setting["batch"] * setting["length"]
     figure.suptitle(
-        f"{size / 1e6:.2g} million parameters, rank {setting['rank']}, {setting['steps']:,} steps "
+        f"{size / 1e6:.3g} million parameters, rank {setting['rank']}, {setting['steps']:,} steps "
         f"of {tokens:,} tokens, a merge every {setting['merge_every']}; {note(results)}",
         fontsize=9,
     )

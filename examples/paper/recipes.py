@@ -39,7 +39,8 @@ class Recipe:
       rank: LoRA's, whose number of parameters the adapters have; None: what the flags say.
       rate: the learning rate that the search for it begins with.
       cycle: as in `MoRAConfig`.
-      merges: whether adapters are merged and restarted on the way.
+      merges: whether adapters are merged and restarted on the way; a number: whenever the others
+        have been so many times.
       random: whether features are put into random groups, other ones after each merge.
       dora: as in `MoRAConfig`.
       schemes: as in `MoRAConfig`.
@@ -49,7 +50,7 @@ class Recipe:
     rank: int | None = None
     rate: float = dataclasses.field(default=4e-3, repr=False)  # no result depends on it
     cycle: Any = None
-    merges: bool = False
+    merges: bool | int = False
     random: bool = False
     dora: bool = False
     schemes: Any = ()
@@ -70,6 +71,8 @@ RECIPES = {
     "four groupings": Recipe(Sharing(), cycle="groupings", merges=True),
     "shifts": Recipe(Sharing(), cycle="shifts", merges=True),
     "signs": Recipe(Sharing(), cycle="signs", merges=True),
+    "signs every 2nd": Recipe(Sharing(), cycle="signs", merges=2),
+    "signs every 4th": Recipe(Sharing(), cycle="signs", merges=4),
     "staggered MoRA": Recipe(Sharing(), schemes=STAGGERED),
     "staggered shifts": Recipe(Sharing(), cycle="shifts", merges=True, schemes=STAGGERED),
     "random groups": Recipe(Sharing(), merges=True, random=True),

@@ -177,12 +177,18 @@ def make_optimizer(clip: float, plan: mora_jax.Plan | None) -> Any:
     return optax.chain(optax.clip_by_global_norm(clip), optimizer)
 
 
+def merges_of(args: argparse.Namespace, recipe: Recipe) -> tuple[int, ...]:
+    """After which steps the recipe merges."""
+    if not recipe.merges:
+        return ()
+    return mora_jax.merge_steps(args.steps, args.merge_every * int(recipe.merges))
+
+
 def make_rates(args: argparse.Namespace, recipe: Recipe, rate: float) -> np.ndarray:
     """The rate of every step, [steps]: cosine to a tenth, and jagged where the recipe merges."""
-    merges = mora_jax.merge_steps(args.steps, args.merge_every) if recipe.merges else ()
     schedule: Any = mora_jax.jagged_cosine_schedule(
-        rate, args.steps, merges, warmup_steps=args.warmup, rewarm_steps=args.rewarm,
-        end_value=rate / 10,
+        rate, args.steps, merges_of(args, recipe), warmup_steps=args.warmup,
+        rewarm_steps=args.rewarm, end_value=rate / 10,
     )  # fmt: skip
     # At once: a schedule asked at every step would wait for the device each time.
     return np.asarray(jax.vmap(schedule)(jnp.arange(args.steps)), np.float32)

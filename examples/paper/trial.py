@@ -23,7 +23,7 @@ from llama import Llama
 from recipes import Groups, draw_groups, inverse, permuted
 from train_checkpoints import Checkpoints
 from train_state import TrainState
-from training import CompiledSteps, Rows, Training, all_finite, make_rates, parted
+from training import CompiledSteps, Rows, Training, all_finite, make_rates, merges_of, parted
 
 #: What an evaluation found, by name; with the step it was made at.
 Measures = dict[str, float]
@@ -114,7 +114,7 @@ def run(
     rows = jax.tree.map(jnp.asarray, rows)
     initial, plan = task.start(seed), start
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    merges = mora_jax.merge_steps(args.steps, args.merge_every) if recipe.merges else ()
+    merges = merges_of(args, recipe)
     rates = make_rates(args, recipe, trial.rate)
     stops = {*args.evaluate_at, *merges, args.steps}
 
@@ -128,8 +128,8 @@ def run(
     name |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     of_run = {key: name[key] for key in ("method", "rate", "seed", "recipe")}
     # Of a base that stays as it was, no checkpoint need hold a copy.
-    with Checkpoints(epath.Path(trial.folder), run=trial.settings | of_run,
-                     keeps_base=recipe.merges, keep=1, say=tqdm.tqdm.write) as saved:  # fmt: skip
+    with Checkpoints(epath.Path(trial.folder), run=trial.settings | of_run, keep=1,
+                     keeps_base=bool(recipe.merges), say=tqdm.tqdm.write) as saved:  # fmt: skip
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         if (restored := saved.restore(jax.eval_shape(lambda: state), places)) is not None:
             first, found, plan = restored
