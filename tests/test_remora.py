@@ -108,6 +108,35 @@ def test_the_models_output_does_not_change(inputs, scheme):
         jax.random.key(0), inputs)["params"]}, inputs)).max() > 1e-2  # fmt: skip
 
 
+@pytest.mark.parametrize("scheme", FAMILIES[:-1], ids=str)  # LowRank is drawn anew
+def test_of_what_has_no_memory_a_merge_changes_nothing(inputs, scheme):
+    """Gradient descent with the groups it had: a training that merges ends where one without does."""
+    make_tx = lambda plan, _: mora_jax.freeze_base(optax.sgd(0.3), plan)
+    base, model, plan, params, tx, state = trained(inputs, make_tx, scheme=scheme, steps=3)
+
+    @jax.jit
+    def step(params, state):
+        gradients = jax.grad(lambda p: jnp.square(model.apply({"params": p}, inputs) - 1.0).mean())(
+            params
+        )
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def end_of(params, state):
+        for _ in range(3):
+            params, state = step(params, state)
+        return flatten(mora_jax.merge(params, plan))
+
+    straight = end_of(params, state)
+    params, state, after, report = mora_jax.merge_and_reset(params, state, plan, donate=False)
+    assert (after, report.moments) == (plan, 0)
+    merged = end_of(params, state)
+    start = flatten(mora_jax.merge(params, plan))
+    for path, kernel in straight.items():
+        np.testing.assert_allclose(merged[path], kernel, rtol=1e-5, atol=1e-6, err_msg=path)
+    assert any(np.abs(straight[path] - kernel).max() > 1e-3 for path, kernel in start.items())
+
+
 def test_plain_masked_loop_restarts_too(inputs):
     def make(plan, params):
         return optax.masked(optax.adam(1e-2), mora_jax.trainable_mask(params, plan))

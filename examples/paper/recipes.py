@@ -39,8 +39,8 @@ class Recipe:
       rank: LoRA's, whose number of parameters the adapters have; None: what the flags say.
       rate: the learning rate that the search for it begins with.
       cycle: as in `MoRAConfig`.
-      merges: whether adapters are merged and restarted on the way; a number: whenever the others
-        have been so many times.
+      merges: whether adapters are merged and restarted on the way; a number n: at every n-th of
+        the times at which the others are.
       random: whether features are put into random groups, other ones after each merge.
       dora: as in `MoRAConfig`.
       schemes: as in `MoRAConfig`.
