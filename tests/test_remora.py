@@ -110,9 +110,9 @@ def test_the_models_output_does_not_change(inputs, scheme):
 
 @pytest.mark.parametrize("scheme", FAMILIES[:-1], ids=str)  # LowRank is drawn anew
 def test_of_what_has_no_memory_a_merge_changes_nothing(inputs, scheme):
-    """Gradient descent with the groups it had: a training that merges ends where one without does."""
+    """Gradient descent with the same groups: a training that merges ends where another does."""
     make_tx = lambda plan, _: mora_jax.freeze_base(optax.sgd(0.3), plan)
-    base, model, plan, params, tx, state = trained(inputs, make_tx, scheme=scheme, steps=3)
+    _, model, plan, params, tx, state = trained(inputs, make_tx, scheme=scheme, steps=3)
 
     @jax.jit
     def step(params, state):
