@@ -154,6 +154,7 @@ def test_losses_are_told_beside_those_of_merges_that_change_no_groups(tmp_path):
         (biomedicine, ["--medquad", "x/medquad.jsonl.xz", "--pubmedqa", "x/pubmedqa.jsonl"]),
         (biomedicine, "biomedicine_mini"),
         (pretrain, "pretrain_mini"),
+        (pretrain, "pretrain_mini_16"),
         (pretrain, "pretrain_60m"),
         (pretrain, "pretrain_150m"),
     ],
