@@ -96,10 +96,10 @@ def merge_and_reset(
       reset: "zero", or `Prune(0.99)` to keep the largest hundredth of each moment, as ReLoRA does.
         The step counts restart in both (ReLoRA's code lets them run on): nearly all moments are
         empty then, and with an old count Adam would take them for full ones; its first step would
-        be three times too long. What is kept is in turn taken for more than it is, the second
-        moment most: there Adam's steps are a sixth to a third as long in the first hundred, half
-        as long after three hundred (b2 = 0.999). Where the cycle changes the grouping, an entry of
-        the matrix stands for other pairs of features than the moments that are kept of it.
+        be three times too long. What is kept is in turn taken for more than it is: there Adam's
+        t-th step is sqrt(1 - b2^t) / (1 - b1^t) times as long, 0.15 to 0.32 in the first hundred.
+        Where the cycle changes the grouping, an entry of the matrix stands for other pairs of
+        features than the moments that are kept of it.
 
     Returns:
       (params, opt_state, plan, report).

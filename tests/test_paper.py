@@ -186,6 +186,19 @@ def test_the_authors_two_and_four_groupings_go_round():
         assert len(set(plans)) == length
 
 
+def test_recipes_merge_each_time_or_more_rarely():
+    args = pretrain.parse_args(["train", "--steps", "90", "--merge-every", "10", "--rewarm", "2"])
+    wanted = {
+        "MoRA": (), "signs": (10, 20, 30, 40, 50, 60, 70, 80),
+        "signs every 2nd": (20, 40, 60, 80), "signs every 4th": (40, 80),
+    }  # fmt: skip
+    args.warmup = 3
+    for name, merges in wanted.items():
+        assert training.merges_of(args, recipes.RECIPES[name]) == merges
+        rates = training.make_rates(args, recipes.RECIPES[name], 1.0)
+        assert tuple(np.flatnonzero(rates[1:] < 0.7 * rates[:-1]) + 1) == merges  # to climb again
+
+
 def test_a_small_model_is_pretrained_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(python_model, "STEPS", 12)
