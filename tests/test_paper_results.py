@@ -155,6 +155,9 @@ def test_losses_are_told_beside_those_of_merges_that_change_no_groups(tmp_path):
         (biomedicine, "biomedicine_mini"),
         (pretrain, "pretrain_mini"),
         (pretrain, "pretrain_mini_16"),
+        (pretrain, "pretrain_mini_steps_450"),
+        (pretrain, "pretrain_mini_steps_1800"),
+        (pretrain, "pretrain_mini_steps_3600"),
         (pretrain, "pretrain_60m"),
         (pretrain, "pretrain_150m"),
     ],
@@ -196,17 +199,19 @@ def test_the_tables_are_those_of_the_results(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no '<!-- pretrain_new"):
         report.with_tables(written)
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    names = "pretrain_new", "mathematics_search"
+    names = "pretrain_new", "mathematics_search", "merging"
     marks = [f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in names]
-    report.README.write_text("".join(marks))
+    report.README.write_text("".join([*marks, "![](pretrain_new.png) ![](merging.png)"]))
     search = json.loads((report.HERE / "pretrain_new.json").read_text())
     fields = {"method": "LoRA 8", "rate": 1, "seed": 0, "cost": 2.0, "trained": 7, "curve": [{}]}
     fields |= {"device": "cpu", "jax": "0"}
     search |= {"setting": {"seed": 0}, "times": {}, "runs": [fields]}
     (tmp_path / "mathematics_search.json").write_text(json.dumps(search))
     report.main()
-    assert {path.name for path in tmp_path.glob("*.png")} == {"pretrain_new.png"}
-    first, search = report.README.read_text().split("<!-- end of pretrain_new -->")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"pretrain_new.png", "merging.png"}
+    text, gained = report.README.read_text().split("<!-- merging -->")
+    first, search = text.split("<!-- end of pretrain_new -->")
+    assert "| 0.461 | 0.35 | 4 | 150 | 5 | 1.6044 | -0.0364 (0.0057) | -2.3% |" in gained
     assert "| LoRA 8 | 2.0000 | 7 | the first | **1: 2** |" in search
     assert "| cycled rotation | +0.1077 (0.0062) |  |" in first  # as the README's miniature has it
     assert "<details>" not in search

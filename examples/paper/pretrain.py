@@ -15,7 +15,7 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
@@ -96,6 +96,12 @@ def random_params(base_model: Llama, seed: jax.Array) -> Any:
     return base_model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
 
 
+def parameters_of(setting: Mapping[str, Any]) -> int:
+    """How many a setting's model has."""
+    model = model_of_bytes(setting["model"], setting["dtype"])
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(random_params, model, 0)))
+
+
 def make_task(args: argparse.Namespace) -> Task:
     """Bytes of text, cut into windows of which some are held out."""
     if args.libraries:
@@ -157,11 +163,9 @@ def draw(results: Results, path: pathlib.Path) -> None:
     right.axvline(0, color="gray", linestyle=":", linewidth=1)
     right.set_xlabel(f"held-out loss minus that of {reference(results)}, each seed")
     setting = results.setting
-    model = model_of_bytes(setting["model"], setting["dtype"])
-    size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(random_params, model, 0)))
     tokens = setting["batch"] * setting["length"]
     figure.suptitle(
-        f"{size / 1e6:.3g} million parameters, rank {setting['rank']}, {setting['steps']:,} steps "
+        f"{parameters_of(setting) / 1e6:.3g} million parameters, rank {setting['rank']}, {setting['steps']:,} steps "
         f"of {tokens:,} tokens, a merge every {setting['merge_every']}; {note(results)}",
         fontsize=9,
     )

@@ -3,11 +3,12 @@
     python3 examples/paper/report.py
     python3 examples/paper/report.py --differences mathematics "held-out loss"    # prints those
 
-A JSON is named for its experiment, with more behind that where there are several. One that holds a
-search for rates and no more has a table, and no figure.
+A JSON is named for its experiment, with more behind that where there are several. All have a table;
+a figure is drawn where README.md shows one.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -18,6 +19,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import biomedicine
 import mathematics
+import merging
 import pretrain
 import uuid_pairs
 from differences import matrix
@@ -39,6 +41,11 @@ def found() -> Iterator[tuple[str, Any, Results]]:
                 yield path.stem, experiment, Results.open(path)
 
 
+def gains() -> list[merging.Gain]:
+    """What merging gained, of all results that tell it."""
+    return [g for _, by, results in found() if by is pretrain for g in merging.gains_of(results)]
+
+
 def with_tables(text: str) -> str:
     """A text with the tables of today, and the differences below them, between its marks.
 
@@ -46,17 +53,26 @@ def with_tables(text: str) -> str:
       ValueError: results have no place in it.
     """
     for name, experiment, results in found():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        if begin not in text or end not in text:
-            raise ValueError(f"{README} has no {begin!r} and {end!r} for the table of {name}.json.")
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
         columns = experiment.columns(results)
         machines = sorted({f"{run['device']}, JAX {run['jax']}" for run in results.runs})
         told = f"*{', '.join([note(results), *machines])}.*"
-        parts = filter(None, [table(results, columns), told, folded(matrix(results, columns))])
-        text = "\n\n".join([before + begin.rstrip(), *parts, end + after])
-    return text
+        parts = table(results, columns), told, folded(matrix(results, columns))
+        text = between_marks(text, name, *parts)
+    return between_marks(text, "merging", merging.table(every)) if (every := gains()) else text
+
+
+def between_marks(text: str, name: str, *parts: str) -> str:
+    """A text with these parts, those that are not empty, between the marks of a name.
+
+    Raises:
+      ValueError: it has no such marks.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"{README} has no {begin!r} and {end!r} for the table of {name}.")
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return "\n\n".join([before + begin.rstrip(), *filter(None, parts), end + after])
 
 
 def folded(text: str) -> str:
@@ -89,12 +105,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     if args.differences:
         print(differences(*args.differences))
         return
-    for name, experiment, results in found():
-        if all(run["seed"] == results.setting["seed"] for run in results.runs):
-            continue
-        experiment.draw(results, HERE / f"{name}.png")
+    text = with_tables(README.read_text())
+    draw = {name: functools.partial(by.draw, results) for name, by, results in found()}
+    draw["merging"] = functools.partial(merging.draw, gains())
+    for name in [name for name in draw if f"({name}.png)" in text]:
+        draw[name](HERE / f"{name}.png")
         print(f"{name}.png")
-    README.write_text(with_tables(README.read_text()))
+    README.write_text(text)
     print(README.name)
 
 
