@@ -165,8 +165,9 @@ def draw(results: Results, path: pathlib.Path) -> None:
     setting = results.setting
     tokens = setting["batch"] * setting["length"]
     figure.suptitle(
-        f"{parameters_of(setting) / 1e6:.3g} million parameters, rank {setting['rank']}, {setting['steps']:,} steps "
-        f"of {tokens:,} tokens, a merge every {setting['merge_every']}; {note(results)}",
+        f"{parameters_of(setting) / 1e6:.3g} million parameters, rank {setting['rank']}, "
+        f"{setting['steps']:,} steps of {tokens:,} tokens, a merge every "
+        f"{setting['merge_every']}; {note(results)}",
         fontsize=9,
     )
     figure.savefig(path, dpi=120)
