@@ -159,6 +159,7 @@ def test_losses_are_told_beside_those_of_merges_that_change_no_groups(tmp_path):
         (pretrain, "pretrain_mini_steps_1800"),
         (pretrain, "pretrain_mini_steps_3600"),
         (pretrain, "pretrain_mini_32_steps_450"),
+        (pretrain, "pretrain_mini_32_steps_1800"),
         (pretrain, "pretrain_short"),
         (pretrain, "pretrain_60m"),
         (pretrain, "pretrain_150m"),

@@ -4,6 +4,7 @@
 is never merged is compared to ReMoRA by `"signs"`, each at its own rate, within a seed.
 """
 
+import itertools
 import os
 import pathlib
 import sys
@@ -30,7 +31,7 @@ class Gain(NamedTuple):
     Attributes:
       parameters: of the model.
       width: of M, as a part of a square layer's.
-      seen: bytes that were trained on, for each parameter of the model.
+      seen: bytes that were trained on, for each parameter of the model; repeated ones count again.
       interval: steps from one merge to the next.
       merges: how many there were.
       loss: of MoRA, a byte's, a mean over seeds.
@@ -61,16 +62,16 @@ def gains_of(results: Results) -> list[Gain]:
         }
         for method in ("MoRA", *MERGED)
     }
-    plain, width = told.pop("MoRA"), PRESETS[setting["model"]].features
+    plain, features = told.pop("MoRA"), PRESETS[setting["model"]].features
+    parameters = parameters_of(setting)
     for method, losses in told.items():
         if losses.keys() != plain.keys() or len(plain) < 2:
             continue
         change, error = paired(losses, plain)
         interval = setting["merge_every"] * int(RECIPES[method].merges)
-        parameters = parameters_of(setting)
         gain = Gain(
             parameters=parameters,
-            width=mora_jax.square_rank(width, width, setting["rank"], Sharing()) / width,
+            width=mora_jax.square_rank(features, features, setting["rank"], Sharing()) / features,
             seen=setting["steps"] * setting["batch"] * setting["length"] / parameters,
             interval=interval,
             merges=len(mora_jax.merge_steps(setting["steps"], interval)),
@@ -86,8 +87,8 @@ def gains_of(results: Results) -> list[Gain]:
 def table(gains: Sequence[Gain]) -> str:
     """In Markdown, the largest models first, then the widest M, then the longest runs."""
     lines = [
-        "| parameters, millions | M, of a layer's width | bytes a parameter | steps between merges "
-        "| merges | MoRA's loss | by merging | of the loss |",
+        "| parameters, millions | M, of a square layer's width | bytes read for each parameter "
+        "| steps between merges | merges | MoRA's loss | by merging | of the loss |",
         "| --- " * 8 + "|",
     ]
     for gain in sorted(gains, reverse=True):
@@ -106,42 +107,47 @@ def table(gains: Sequence[Gain]) -> str:
     return "\n".join(lines)
 
 
-def width_of(gain: Gain) -> float:
-    """M's width, of a layer's, without what rounding M's side to a whole number adds."""
+def rounded_width(gain: Gain) -> float:
+    """M's width, of a square layer's, in twentieths: M's side is a whole number."""
     return round(20 * gain.width) / 20
 
 
 def draw(gains: Sequence[Gain], path: pathlib.Path) -> None:
-    """What merging adds, of the loss, by the bytes that the model has seen for each parameter.
+    """What merging adds, of the loss, by the bytes that the model has read for each parameter.
 
-    A color for each size of model, a mark for each width of M; beside each, how many merges.
+    A color for each size of model, a mark for each width of M; beside each, how many merges. Of one
+    size and width, runs with as many merges are joined.
     """
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     sizes = sorted({gain.parameters for gain in gains})
-    widths = sorted({width_of(gain) for gain in gains})
-    for size in sizes:
-        for width, mark in zip(widths, "osD^v<>", strict=False):
-            some = [g for g in gains if g.parameters == size and width_of(g) == width]
-            if not some:
-                continue
-            color = f"C{sizes.index(size)}"
-            changes = [100 * gain.change / gain.loss for gain in some]
-            errors = [100 * gain.error / gain.loss for gain in some]
-            seen = [gain.seen for gain in some]
-            name = f"{size / 1e6:.3g} million, M {width:.2f} of a layer's width"
-            axes.errorbar(seen, changes, errors, fmt=mark, color=color, capsize=2, label=name)
-            for gain, x, y in zip(some, seen, changes, strict=True):
-                text = f"{gain.merges}"
-                axes.annotate(text, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+    marks = dict(zip(sorted({*map(rounded_width, gains)}), itertools.cycle("osD^v"), strict=False))
+    kinds = sorted({(gain.parameters, rounded_width(gain)) for gain in gains})
+    for size, width in kinds:
+        some = [g for g in gains if (g.parameters, rounded_width(g)) == (size, width)]
+        aside = (6, 3) if marks[width] == "o" else (-8, 5)
+        color, form = f"C{sizes.index(size)}", f"-{marks[width]}"
+        name = f"{size / 1e6:.3g} million, M {width:.2f} of a square layer's width"
+        for merges in sorted({gain.merges for gain in some}):
+            line = sorted((g for g in some if g.merges == merges), key=lambda gain: gain.seen)
+            changes = [100 * gain.change / gain.loss for gain in line]
+            errors = [100 * gain.error / gain.loss for gain in line]
+            seen = [gain.seen for gain in line]
+            axes.errorbar(
+                seen, changes, errors, fmt=form, color=color, lw=0.8, capsize=2, label=name
+            )
+            name = "_"  # once in the legend
+            for x, y in zip(seen, changes, strict=True):
+                axes.annotate(f"{merges}", (x, y), aside, textcoords="offset points", fontsize=8)
     axes.axhline(0, color="gray", linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("bytes trained on, for each parameter of the model")
-    axes.set_ylabel("loss of ReMoRA minus MoRA's, % of it")
+    axes.set_xlabel("bytes read for each parameter of the model")
+    axes.set_ylabel("change of the loss, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title("By merging (beside each mark: how often); standard errors of seeds", fontsize=9)
+    axes.set_title("What merging changes (beside each mark: how many merges); standard errors of "
+                   "seeds", fontsize=9)  # fmt: skip
     figure.savefig(path, dpi=120)
     plt.close(figure)

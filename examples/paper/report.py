@@ -58,7 +58,7 @@ def with_tables(text: str) -> str:
         told = f"*{', '.join([note(results), *machines])}.*"
         parts = table(results, columns), told, folded(matrix(results, columns))
         text = between_marks(text, name, *parts)
-    return between_marks(text, "merging", merging.table(every)) if (every := gains()) else text
+    return between_marks(text, "merging", merging.table(gains()))
 
 
 def between_marks(text: str, name: str, *parts: str) -> str:
