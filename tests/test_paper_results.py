@@ -155,6 +155,7 @@ def test_losses_are_told_beside_those_of_merges_that_change_no_groups(tmp_path):
         (biomedicine, "biomedicine_mini"),
         (pretrain, "pretrain_mini"),
         (pretrain, "pretrain_mini_16"),
+        (pretrain, "pretrain_mini_32"),
         (pretrain, "pretrain_mini_steps_450"),
         (pretrain, "pretrain_mini_steps_1800"),
         (pretrain, "pretrain_mini_steps_3600"),
