@@ -100,8 +100,8 @@ def table(gains: Sequence[Gain]) -> str:
             f"{gain.interval}",
             f"{gain.merges}",
             f"{gain.loss:.4f}",
-            f"{gain.change:+.4f} ({gain.error:.4f}){few}",
-            f"{gain.change / gain.loss:+.1%}",
+            f"{gain.change:+z.4f} ({gain.error:.4f}){few}",
+            f"{gain.change / gain.loss:+z.1%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
