@@ -40,9 +40,9 @@ SCRIPTS = {
 EXTRAS = {"test": "test"} | dict.fromkeys(SCRIPTS, "examples")
 
 #: On a CPU XLA takes its buffers from malloc at every step, and glibc returns them to the kernel.
-#: In pages of 2 MB instead of 4 KB that costs the kernel half as much, and `memorize` takes a sixth
-#: less time. What is no glibc, an older one than 2.35, or a kernel that has no such pages, ignores
-#: it; a value of the user's stands.
+#: In pages of 2 MB instead of 4 KB that costs the kernel half as much, and `memorize` takes a tenth
+#: less time. What is no glibc, or an older one than 2.35, does not know the word; a value of the
+#: user's stands.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
