@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mora_jax import _features as features
-from mora_jax._mesh import MeshAxes, feature_axes, may_be_sharded, platform, shards_of
+from mora_jax._arrays import blockwise as features
+from mora_jax._arrays.mesh import MeshAxes, feature_axes, may_be_sharded, platform, shards_of
 from mora_jax._schemes import Decoupling, Rotation
 
 

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._checksums import all_finite, checksums
+from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.checksums import all_finite, checksums
+from mora_jax._arrays.paths import is_adapter, listing
 from mora_jax._plan import Plan
-from mora_jax._tree import is_adapter, listing
-from mora_jax._variables import value_of
 
 T = TypeVar("T")
 

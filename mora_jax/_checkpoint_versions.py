@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mora_jax._tree import listing
+from mora_jax._arrays.paths import listing
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
+from mora_jax._arrays.mesh import UNKNOWN, Spread
+from mora_jax._arrays.paths import join_path, listing
 from mora_jax._cycles import Cycle, check_cycle
 from mora_jax._layout import KernelAxes
-from mora_jax._mesh import UNKNOWN, Spread
 from mora_jax._placement import Placement
 from mora_jax._schemes import Scheme, adapter_shapes, as_scheme, check_multiple, check_rank
-from mora_jax._tree import join_path, listing
 
 Pattern = str | Callable[[str], bool]
 

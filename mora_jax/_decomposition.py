@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._mesh import on_host
+from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.mesh import on_host
 from mora_jax._operators import compress, decompress, delta_kernel, lora_scale
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._schemes import LowRank, Sharing, Truncation
-from mora_jax._variables import value_of
 
 
 class Core(NamedTuple):

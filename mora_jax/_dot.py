@@ -25,12 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax._dot_call import Call
-from mora_jax._dot_gradient import adapted_product
-from mora_jax._examples import Examples
-from mora_jax._layout import DotDimensionNumbers
-from mora_jax._magnitude import apart, column_scale
-from mora_jax._mesh import (
+from mora_jax._arrays.mesh import (
     UNKNOWN,
     Spread,
     axes_of,
@@ -40,6 +35,11 @@ from mora_jax._mesh import (
     vary_alike,
     whole,
 )
+from mora_jax._dot_call import Call
+from mora_jax._dot_gradient import adapted_product
+from mora_jax._examples import Examples
+from mora_jax._layout import DotDimensionNumbers
+from mora_jax._magnitude import apart, column_scale
 from mora_jax._operators import Adapter, check_adapter
 from mora_jax._placement import Placement
 from mora_jax._schemes import LowRank, Scheme

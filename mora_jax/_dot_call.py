@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mora_jax._arrays.blockwise import wide_dtype
+from mora_jax._arrays.mesh import Spread, shards_of, spread_is
 from mora_jax._examples import delta_by_example
-from mora_jax._features import wide_dtype
 from mora_jax._layout import KernelAxes, add_delta, kernel_axes
 from mora_jax._magnitude import scaled
-from mora_jax._mesh import Spread, shards_of, spread_is
 from mora_jax._operators import delta
 from mora_jax._placement import Parts, Placement, best_places
 from mora_jax._schemes import Scheme

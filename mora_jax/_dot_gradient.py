@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax._mesh import may_be_sharded, spread_is
+from mora_jax._arrays.mesh import may_be_sharded, spread_is
 from mora_jax._operators import adapter_gradient, delta_transpose, to_compressed
 
 

@@ -6,8 +6,8 @@ from collections.abc import Hashable
 
 import optax
 
+from mora_jax._arrays.paths import flatten, listing, rebuild
 from mora_jax._plan import Plan
-from mora_jax._tree import flatten, listing, rebuild
 
 
 def freeze_base(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-from mora_jax._features import wide_dtype
+from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._operators import Adapter, delta_kernel
 from mora_jax._schemes import Scheme
 

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from mora_jax._arrays.boxes import box_like
+from mora_jax._arrays.paths import ADAPTER, join_path
 from mora_jax._config import LayerConfig, MoRAConfig
 from mora_jax._dot import dropout, mora_dot_general
 from mora_jax._examples import Examples, bank_size, holds_bank, unfold
 from mora_jax._initialize import initialize
 from mora_jax._layout import KernelAxes, einsum_axes, kernel_axes
 from mora_jax._rewrite import trace
-from mora_jax._tree import ADAPTER, join_path
-from mora_jax._variables import box_like
 from mora_jax._views import Adapted
 
 #: The layers that "all-linear" means: those that take a `dot_general_cls`, and einsums.

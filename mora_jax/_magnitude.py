@@ -30,9 +30,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax._features import wide_dtype
+from mora_jax._arrays.blockwise import wide_dtype
+from mora_jax._arrays.mesh import may_be_sharded
 from mora_jax._layout import KernelAxes
-from mora_jax._mesh import may_be_sharded
 from mora_jax._operators import Adapter
 from mora_jax._schemes import MAGNITUDE, Scheme
 

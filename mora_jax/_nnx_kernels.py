@@ -12,10 +12,10 @@ from typing import Any
 
 from flax import nnx
 
+from mora_jax._arrays.paths import escape, join_path
 from mora_jax._config import LayerConfig, MoRAConfig
 from mora_jax._layout import KernelAxes, einsum_axes
 from mora_jax._plan import AdapterSpec, Plan
-from mora_jax._tree import escape, join_path
 
 
 @dataclasses.dataclass(frozen=True)

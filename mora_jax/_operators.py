@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax import _features as features
+from mora_jax._arrays import blockwise as features
+from mora_jax._arrays.mesh import feature_axes
 from mora_jax._blocks import BlockGrid, block_matrices, block_matrices_transpose
 from mora_jax._groups import Groups
-from mora_jax._mesh import feature_axes
 from mora_jax._schemes import (
     Decoupling,
     LowRank,

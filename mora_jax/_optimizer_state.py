@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._tree import escape, listing
+from mora_jax._arrays.paths import escape, listing
 
 KeyPath = tuple[Any, ...]
 

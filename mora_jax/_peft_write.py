@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from mora_jax._arrays.paths import listing
 from mora_jax._new_directory import new_directory
 from mora_jax._peft_config import (
     CONFIG,
@@ -20,7 +21,6 @@ from mora_jax._peft_config import (
     pattern_of,
 )
 from mora_jax._schemes import LowRank, Scheme
-from mora_jax._tree import listing
 
 _KNOWN = {str(scheme) for scheme in MORA_TYPES}
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, NamedTuple
 
+from mora_jax._arrays.mesh import platform
 from mora_jax._blocks import BlockGrid
-from mora_jax._mesh import platform
 from mora_jax._schemes import Decoupling, LowRank, Rotation, Scheme, Sharing
 
 #: Where a delta is; and what one may ask for.

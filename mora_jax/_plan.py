@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mora_jax._arrays.paths import adapter_path, is_adapter, join_path
 from mora_jax._config import LayerConfig
 from mora_jax._cycles import next_scheme
 from mora_jax._layout import KernelAxes
@@ -29,7 +30,6 @@ from mora_jax._schemes import (
     square_rank,
 )
 from mora_jax._table import table
-from mora_jax._tree import adapter_path, is_adapter, join_path
 
 _FORMAT = 1
 

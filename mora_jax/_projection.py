@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mora_jax._arrays.boxes import box_like, value_of
+from mora_jax._arrays.mesh import beside, sharding_of
+from mora_jax._arrays.paths import flatten, is_adapter, rebuild
 from mora_jax._decomposition import cores, layer_names
 from mora_jax._merge import check_finite
-from mora_jax._mesh import beside, sharding_of
 from mora_jax._params import Params, check_adapted, refuse_dora
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._schemes import LowRank, check_rank
 from mora_jax._table import table
-from mora_jax._tree import flatten, is_adapter, rebuild
-from mora_jax._variables import box_like, value_of
 
 
 class Projected(NamedTuple):

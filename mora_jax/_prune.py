@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax._mesh import explicit_mesh
-from mora_jax._rounding import as_bits
-from mora_jax._tree import checksum
+from mora_jax._arrays.mesh import explicit_mesh
+from mora_jax._arrays.paths import checksum
+from mora_jax._arrays.rounding import as_bits
 
 By = Literal["magnitude", "random"]
 

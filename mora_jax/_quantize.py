@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import qwix
 from jax import lax
 
-from mora_jax._features import wide_dtype
+from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._magnitude import kernel_delta
 from mora_jax._merge_loss import MergeLoss
 from mora_jax._plan import AdapterSpec

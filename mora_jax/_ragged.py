@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax._features import summable
+from mora_jax._arrays.blockwise import summable
 from mora_jax._operators import Adapter, compress, decompress, lora_scale
 from mora_jax._schemes import LowRank, Scheme
 

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._arrays.blockwise import wide_dtype
+from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.mesh import on_host
+from mora_jax._arrays.paths import flatten, join_path
 from mora_jax._decomposition import cores, layer_names
-from mora_jax._features import wide_dtype
 from mora_jax._merge import check_finite
-from mora_jax._mesh import on_host
 from mora_jax._params import Params, check_adapted, refuse_dora
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._table import table
-from mora_jax._tree import flatten, join_path
-from mora_jax._variables import value_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

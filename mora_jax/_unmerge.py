@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._features import wide_dtype
+from mora_jax._arrays.blockwise import wide_dtype
+from mora_jax._arrays.boxes import value_of, with_value
+from mora_jax._arrays.mesh import Places, places_of, put
+from mora_jax._arrays.paths import flatten, is_adapter, rebuild
+from mora_jax._arrays.rounding import Rounding, check_rounding, neighbour, rounded
 from mora_jax._layers import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merge import check_merge
 from mora_jax._merge_loss import as_numbers
-from mora_jax._mesh import Places, places_of, put
 from mora_jax._params import Params, check_base, join, refuse_dora
 from mora_jax._plan import AdapterSpec, Plan
-from mora_jax._rounding import Rounding, check_rounding, neighbour, rounded
-from mora_jax._tree import flatten, is_adapter, rebuild
-from mora_jax._variables import value_of, with_value
 
 #: Steps from round(W' - D) at which a kernel's number is looked for, the likeliest first: after
 #: rounding to the nearest, and after stochastic rounding, which goes twice as far.

@@ -29,6 +29,10 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from mora_jax._arrays.boxes import box_like, value_of, with_value
+from mora_jax._arrays.checksums import checksums
+from mora_jax._arrays.mesh import beside, sharding_of
+from mora_jax._arrays.paths import flatten, listing, rebuild, unflatten
 from mora_jax._checkpoint_record import (
     Record,
     check_finite,
@@ -48,12 +52,8 @@ from mora_jax._checkpoint_versions import (
     new_version,
     versions_of,
 )
-from mora_jax._checksums import checksums
-from mora_jax._mesh import beside, sharding_of
 from mora_jax._params import Params, check_unadapted, split
 from mora_jax._plan import Plan
-from mora_jax._tree import flatten, listing, rebuild, unflatten
-from mora_jax._variables import box_like, value_of, with_value
 
 
 @dataclasses.dataclass(frozen=True)

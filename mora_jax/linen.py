@@ -26,6 +26,7 @@ from flax import linen as nn
 from flax.core import freeze
 from jax import lax
 
+from mora_jax._arrays.paths import ADAPTER, IDS, join_path
 from mora_jax._config import LayerConfig
 from mora_jax._linen_layers import (
     IDS_OF_EXAMPLES,
@@ -38,7 +39,6 @@ from mora_jax._linen_layers import (
 )
 from mora_jax._placement import Placement
 from mora_jax._schemes import Scheme, as_scheme
-from mora_jax._tree import ADAPTER, IDS, join_path
 
 #: The number of the trace that a plan is being made by; 0 where none is.
 TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)

@@ -21,6 +21,9 @@ import jax
 from flax import nnx
 
 from mora_jax import _merge, _remora, _unmerge
+from mora_jax._arrays.boxes import AdapterIds, AlsoTrained, MoRAParam
+from mora_jax._arrays.paths import IDS, checksum, flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._arrays.rounding import Rounding
 from mora_jax._config import MoRAConfig, check_matches
 from mora_jax._examples import check_ids
 from mora_jax._initialize import draws_numbers
@@ -29,9 +32,6 @@ from mora_jax._nnx_layers import AdaptedLayer, MoRA, MoRALinear, adapted_class, 
 from mora_jax._plan import Plan
 from mora_jax._prune import Reset
 from mora_jax._remora import ResetReport
-from mora_jax._rounding import Rounding
-from mora_jax._tree import IDS, checksum, flatten, is_adapter, join_path, listing, unflatten
-from mora_jax._variables import AdapterIds, AlsoTrained, MoRAParam
 
 __all__ = [
     "AdapterIds",

@@ -29,6 +29,8 @@ import jax
 import qwix
 from jax.core import Tracer
 
+from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.paths import flatten, is_adapter, join_path, listing, unflatten
 from mora_jax._merge import check_finite, why_unmergeable
 from mora_jax._merge_loss import MergeLoss
 from mora_jax._params import Params, check_adapted, check_base
@@ -44,8 +46,6 @@ from mora_jax._quantize import (
 )
 from mora_jax._rewrite import trace
 from mora_jax._spectrum import dense
-from mora_jax._tree import flatten, is_adapter, join_path, listing, unflatten
-from mora_jax._variables import value_of
 
 P = ParamSpec("P")
 T = TypeVar("T")

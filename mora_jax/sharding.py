@@ -20,12 +20,12 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._mesh import UNKNOWN, Spread, axes_of, beside, split_over
+from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.mesh import UNKNOWN, Spread, axes_of, beside, split_over
+from mora_jax._arrays.paths import flatten, join_path, rebuild
 from mora_jax._optimizer_state import parameter_path
 from mora_jax._params import check_paths
 from mora_jax._plan import AdapterSpec, Plan
-from mora_jax._tree import flatten, join_path, rebuild
-from mora_jax._variables import value_of
 
 
 def param_shardings(

@@ -16,8 +16,8 @@ from orbax.checkpoint import v1 as ocp
 import mora_jax
 from conftest import Network, Small, adapted_network, assert_same_bits, perturb
 from mora_jax import checkpoint
+from mora_jax._arrays.checksums import checksums
 from mora_jax._checkpoint_record import digest_of
-from mora_jax._checksums import checksums
 
 
 @pytest.mark.parametrize("scheme", ["sharing", "rotation", "low_rank"])

@@ -24,8 +24,8 @@ from conftest import (
 from merged import assert_as_merged
 from mora_jax import checkpoint, peft, quantized
 from mora_jax import nnx as mora_nnx
+from mora_jax._arrays.paths import flatten
 from mora_jax._magnitude import kernel_delta
-from mora_jax._tree import flatten
 
 LOW_RANK = mora_jax.LowRank(alpha=3.0)
 REFERENCES = {
@@ -39,7 +39,7 @@ DIMS = (((1,), (0,)), ((), ()))
 def drawn(tree):
     """Trained adapters: random numbers in what `attach` made."""
     leaves = {path: leaf for path, leaf in flatten(tree).items() if "mora" in path.split("/")}
-    return mora_jax._tree.rebuild(flatten(tree) | perturb(leaves), tree)
+    return mora_jax._arrays.paths.rebuild(flatten(tree) | perturb(leaves), tree)
 
 
 @pytest.mark.parametrize("placement", ["kernel", "activation"])

@@ -13,9 +13,9 @@ import mora_jax
 from conftest import GOLDEN, assert_same_bits
 from llama_hf import load_hf
 from mora_jax import export, peft
+from mora_jax._arrays.paths import flatten, unflatten
 from mora_jax._config import LayerConfig
 from mora_jax._safetensors import read_header
-from mora_jax._tree import flatten, unflatten
 
 FOLDER = GOLDEN / "llama_type1"
 CONFIG = json.loads((FOLDER / "base" / "config.json").read_text())

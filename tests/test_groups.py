@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mora_jax
-from mora_jax import _blocks, _groups, _mesh, compress
+from mora_jax import _blocks, _groups, compress
+from mora_jax._arrays import mesh as _mesh
+from mora_jax._arrays.mesh import may_be_sharded
 from mora_jax._blocks import BlockGrid
 from mora_jax._groups import Groups
-from mora_jax._mesh import may_be_sharded
 
 SIDES = [
     {"grouping": "contiguous"},

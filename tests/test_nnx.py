@@ -245,7 +245,7 @@ def test_also_train_is_trained_with_the_adapters():
         model, mora_jax.freeze_base(optax.adam(1e-2), plan), wrt=mora_nnx.MoRAParam
     )
     train(model, optimizer, 2)
-    after, before = (mora_jax._tree.flatten(numbers(m)) for m in (model, base))
+    after, before = (mora_jax._arrays.paths.flatten(numbers(m)) for m in (model, base))
     changed = {path for path, leaf in before.items() if (leaf != after[path]).any()}
     assert changed == {"blocks/0/up/kernel", "conv/kernel"}
     y = run(model)

@@ -12,7 +12,7 @@ import pytest
 import mora_jax
 from conftest import FAMILIES, Network, Small, adapted_network, assert_same_bits
 from mora_jax import _remora
-from mora_jax._tree import flatten
+from mora_jax._arrays.paths import flatten
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),

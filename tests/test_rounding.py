@@ -13,8 +13,8 @@ from flax import nnx
 import mora_jax
 from conftest import Small, adapted_network, assert_same_bits, perturb
 from mora_jax import _remora
+from mora_jax._arrays.rounding import random_bits, rounded
 from mora_jax._layers import layer_key
-from mora_jax._rounding import random_bits, rounded
 
 KEY = jax.random.key(7)
 BF16 = "bfloat16"

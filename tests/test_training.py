@@ -76,7 +76,7 @@ def test_half_a_mask_leaves_adapted_kernels_alone(inputs):
     tx = optax.masked(optax.adam(1e-2), mora_jax.trainable_mask(params, plan))
     after, _, _ = whole_tree_step(model, tx, inputs)(params, tx.init(params))
     for path in plan.kernel_paths():
-        assert_same_bits(*(mora_jax._tree.flatten(tree)[path] for tree in (after, params)))
+        assert_same_bits(*(mora_jax._arrays.paths.flatten(tree)[path] for tree in (after, params)))
     # What has no adapter is not protected: the other half of the mask is needed for that.
     assert (after["norm"]["bias"] != params["norm"]["bias"]).any()
 
@@ -121,8 +121,8 @@ def test_also_train_is_trained_with_a_state_of_its_own(inputs):
     after, state, _ = whole_tree_step(model, tx, inputs)(params, tx.init(params))
     changed = {
         path
-        for path, leaf in mora_jax._tree.flatten(after).items()
-        if (leaf != mora_jax._tree.flatten(params)[path]).any()
+        for path, leaf in mora_jax._arrays.paths.flatten(after).items()
+        if (leaf != mora_jax._arrays.paths.flatten(params)[path]).any()
     }
     assert changed == {"norm/bias", "norm/scale", "embed/kernel", *plan.adapter_leaves()}
     groups = {name: jax.tree.leaves(inner) for name, inner in state.inner_states.items()}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mora_jax._rounding import as_bits
+from mora_jax._arrays.rounding import as_bits
 
 
 def checksums(values: Mapping[str, Any]) -> dict[str, int]:

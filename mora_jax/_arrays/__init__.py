@@ -1,0 +1,1 @@
+"""Arrays and trees of them: dtypes, meshes, boxes, paths; nothing here knows of adapters."""
