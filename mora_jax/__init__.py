@@ -13,14 +13,13 @@ from mora_jax._function import as_params
 from mora_jax._layout import KernelAxes
 from mora_jax._merge import merge, merge_losses
 from mora_jax._merge_loss import MergeLoss, MergeWarning
-from mora_jax._operators import compress, decompress, delta, delta_kernel
 from mora_jax._params import attach, join, split, trainable_mask
 from mora_jax._plan import AdapterSpec, Plan
 from mora_jax._projection import Projected, ProjectionReport, project_to_lora
 from mora_jax._prune import Prune
 from mora_jax._remora import ResetReport, ResetResult, merge_and_reset
 from mora_jax._schedules import jagged_cosine_schedule, merge_steps
-from mora_jax._schemes import (
+from mora_jax._schemes.base import (
     Decoupling,
     LowRank,
     Rotation,
@@ -31,6 +30,7 @@ from mora_jax._schemes import (
     scheme_from_mora_type,
     square_rank,
 )
+from mora_jax._schemes.operators import compress, decompress, delta, delta_kernel
 from mora_jax._spectrum import Spectrum, SpectrumReport, spectrum
 from mora_jax._unmerge import unmerge, unmerge_losses
 from mora_jax._version import __version__

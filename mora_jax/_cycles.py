@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mora_jax._schemes import Scheme, Sharing, scheme_from_mora_type
+from mora_jax._schemes.base import Scheme, Sharing, scheme_from_mora_type
 
 Cycle = str | tuple[Scheme, ...] | None
 

@@ -40,9 +40,9 @@ from mora_jax._dot_gradient import adapted_product
 from mora_jax._examples import Examples
 from mora_jax._layout import DotDimensionNumbers
 from mora_jax._magnitude import apart, column_scale
-from mora_jax._operators import Adapter, check_adapter
 from mora_jax._placement import Placement
-from mora_jax._schemes import LowRank, Scheme
+from mora_jax._schemes.base import LowRank, Scheme
+from mora_jax._schemes.operators import Adapter, check_adapter
 
 
 def mora_dot_general(

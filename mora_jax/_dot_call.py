@@ -20,9 +20,9 @@ from mora_jax._arrays.mesh import Spread, shards_of, spread_is
 from mora_jax._examples import delta_by_example
 from mora_jax._layout import KernelAxes, add_delta, kernel_axes
 from mora_jax._magnitude import scaled
-from mora_jax._operators import delta
 from mora_jax._placement import Parts, Placement, best_places
-from mora_jax._schemes import Scheme
+from mora_jax._schemes.base import Scheme
+from mora_jax._schemes.operators import delta
 
 
 @dataclasses.dataclass(frozen=True)

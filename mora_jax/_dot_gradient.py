@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mora_jax._arrays.mesh import may_be_sharded, spread_is
-from mora_jax._operators import adapter_gradient, delta_transpose, to_compressed
+from mora_jax._schemes.operators import adapter_gradient, delta_transpose, to_compressed
 
 
 def _value(lhs, rhs, adapter, scale, call):

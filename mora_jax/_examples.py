@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mora_jax._operators import Adapter, delta
-from mora_jax._schemes import Scheme
+from mora_jax._schemes.base import Scheme
+from mora_jax._schemes.operators import Adapter, delta
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mora_jax._schemes import MAGNITUDE, LowRank, Scheme
+from mora_jax._schemes.base import MAGNITUDE, LowRank, Scheme
 
 
 def initialize(key, shape, dtype, *, name: str, fan_in: int) -> jax.Array:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import jax
 
 from mora_jax._arrays.blockwise import wide_dtype
-from mora_jax._operators import Adapter, delta_kernel
-from mora_jax._schemes import Scheme
+from mora_jax._schemes.base import Scheme
+from mora_jax._schemes.operators import Adapter, delta_kernel
 
 DotDimensionNumbers = tuple[
     tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]

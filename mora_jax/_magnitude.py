@@ -33,8 +33,8 @@ from jax import lax
 from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.mesh import may_be_sharded
 from mora_jax._layout import KernelAxes
-from mora_jax._operators import Adapter
-from mora_jax._schemes import MAGNITUDE, Scheme
+from mora_jax._schemes.base import MAGNITUDE, Scheme
+from mora_jax._schemes.operators import Adapter
 
 T = TypeVar("T")
 

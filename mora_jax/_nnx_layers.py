@@ -29,7 +29,7 @@ from mora_jax._layout import KernelAxes
 from mora_jax._placement import Placement
 from mora_jax._plan import AdapterSpec
 from mora_jax._rewrite import trace
-from mora_jax._schemes import Scheme, as_scheme
+from mora_jax._schemes.base import Scheme, as_scheme
 from mora_jax._views import Adapted
 
 

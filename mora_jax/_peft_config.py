@@ -20,7 +20,7 @@ from typing import Any
 
 import regex
 
-from mora_jax._schemes import LowRank, Scheme, check_rank, scheme_from_mora_type
+from mora_jax._schemes.base import LowRank, Scheme, check_rank, scheme_from_mora_type
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 

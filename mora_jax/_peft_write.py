@@ -20,7 +20,7 @@ from mora_jax._peft_config import (
     ends_as,
     pattern_of,
 )
-from mora_jax._schemes import LowRank, Scheme
+from mora_jax._schemes.base import LowRank, Scheme
 
 _KNOWN = {str(scheme) for scheme in MORA_TYPES}
 

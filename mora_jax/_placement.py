@@ -13,8 +13,8 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 from mora_jax._arrays.mesh import platform
-from mora_jax._blocks import BlockGrid
-from mora_jax._schemes import Decoupling, LowRank, Rotation, Scheme, Sharing
+from mora_jax._schemes.base import Decoupling, LowRank, Rotation, Scheme, Sharing
+from mora_jax._schemes.block_grid import BlockGrid
 
 #: Where a delta is; and what one may ask for.
 Place = Literal["kernel", "activation"]

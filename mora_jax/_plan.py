@@ -21,14 +21,14 @@ from mora_jax._arrays.paths import adapter_path, is_adapter, join_path
 from mora_jax._config import LayerConfig
 from mora_jax._cycles import next_scheme
 from mora_jax._layout import KernelAxes
-from mora_jax._operators import Adapter
-from mora_jax._schemes import (
+from mora_jax._schemes.base import (
     Scheme,
     Sharing,
     Truncation,
     scheme_from_dict,
     square_rank,
 )
+from mora_jax._schemes.operators import Adapter
 from mora_jax._table import table
 
 _FORMAT = 1

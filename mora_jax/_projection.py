@@ -23,7 +23,7 @@ from mora_jax._decomposition import cores, layer_names
 from mora_jax._merge import check_finite
 from mora_jax._params import Params, check_adapted, refuse_dora
 from mora_jax._plan import AdapterSpec, Plan
-from mora_jax._schemes import LowRank, check_rank
+from mora_jax._schemes.base import LowRank, check_rank
 from mora_jax._table import table
 
 

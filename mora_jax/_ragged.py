@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from mora_jax._arrays.blockwise import summable
-from mora_jax._operators import Adapter, compress, decompress, lora_scale
-from mora_jax._schemes import LowRank, Scheme
+from mora_jax._schemes.base import LowRank, Scheme
+from mora_jax._schemes.operators import Adapter, compress, decompress, lora_scale
 
 
 def ragged_delta(

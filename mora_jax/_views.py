@@ -14,9 +14,9 @@ from mora_jax._dot import dropout, mora_dot_general
 from mora_jax._examples import Examples
 from mora_jax._layout import KernelAxes, add_delta
 from mora_jax._magnitude import apart, column_scale, kernel_delta, scaled
-from mora_jax._operators import Adapter, delta_transpose
 from mora_jax._ragged import ragged_delta
 from mora_jax._rewrite import View
+from mora_jax._schemes.operators import Adapter, delta_transpose
 
 
 @dataclasses.dataclass(frozen=True)

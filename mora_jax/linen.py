@@ -38,7 +38,7 @@ from mora_jax._linen_layers import (
     uses_mora,
 )
 from mora_jax._placement import Placement
-from mora_jax._schemes import Scheme, as_scheme
+from mora_jax._schemes.base import Scheme, as_scheme
 
 #: The number of the trace that a plan is being made by; 0 where none is.
 TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)

@@ -33,7 +33,7 @@ from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, tensor_name
 from mora_jax._peft_read import check_modules, read
 from mora_jax._peft_write import config_for, write
 from mora_jax._plan import AdapterSpec, Plan
-from mora_jax._schemes import LowRank, Sharing, square_rank
+from mora_jax._schemes.base import LowRank, Sharing, square_rank
 from mora_jax._torch_names import Name, torch_kernels
 from mora_jax._torch_tensors import LLAMA
 

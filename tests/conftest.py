@@ -92,7 +92,7 @@ def golden_operators():
 def random_adapter(in_features, out_features, rank, scheme, seed=0, dtype="float32", batch=()):
     """An adapter of normal random numbers."""
     rng = np.random.default_rng(seed)
-    shapes = mora_jax._schemes.adapter_shapes(in_features, out_features, rank, scheme)
+    shapes = mora_jax._schemes.base.adapter_shapes(in_features, out_features, rank, scheme)
     return {
         name: jnp.asarray(rng.standard_normal((*batch, *shape)), dtype)
         for name, shape in shapes.items()

@@ -57,7 +57,7 @@ def measure(mesh, in_features, out_features, rank, scheme, layout, check):
     kernel = array(in_features, out_features)
     adapter = {}
     if scheme is not None:
-        shapes = mora_jax._schemes.adapter_shapes(in_features, out_features, rank, scheme)
+        shapes = mora_jax._schemes.base.adapter_shapes(in_features, out_features, rank, scheme)
         adapter = {name: array(*shape) for name, shape in shapes.items()}
 
     def product(x, kernel, adapter):

@@ -22,9 +22,9 @@ import mora_jax.sharding
 from eight_devices import collectives
 from mora_jax import export
 from mora_jax._arrays.mesh import Spread, spread_is
-from mora_jax._blocks import BlockGrid
 from mora_jax._config import LayerConfig
-from mora_jax._groups import Groups
+from mora_jax._schemes.block_grid import BlockGrid
+from mora_jax._schemes.groups import Groups
 
 #: data x fsdp x tensor.
 MESHES = {"8x1": (1, 8, 1), "1x8": (1, 1, 8), "4x2": (4, 1, 2), "2x2x2": (2, 2, 2)}

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mora_jax
-from mora_jax import _blocks, _groups, compress
+from mora_jax import compress
 from mora_jax._arrays import mesh as _mesh
 from mora_jax._arrays.mesh import may_be_sharded
-from mora_jax._blocks import BlockGrid
-from mora_jax._groups import Groups
+from mora_jax._schemes import block_grid as _blocks
+from mora_jax._schemes import groups as _groups
+from mora_jax._schemes.block_grid import BlockGrid
+from mora_jax._schemes.groups import Groups
 
 SIDES = [
     {"grouping": "contiguous"},

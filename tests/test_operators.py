@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import mora_jax
 import reference
 from conftest import ALL_SCHEMES, SCHEMES, golden_operators, random_adapter
-from mora_jax._operators import adapter_gradient, to_compressed
+from mora_jax._schemes.operators import adapter_gradient, to_compressed
 
 
 def described(scheme):

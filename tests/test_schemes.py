@@ -13,7 +13,7 @@ import mora_jax
 import reference
 from conftest import ALL_SCHEMES, random_adapter
 from mora_jax._cycles import check_cycle, next_scheme
-from mora_jax._schemes import as_scheme
+from mora_jax._schemes.base import as_scheme
 
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from mora_jax._arrays import blockwise as features
 from mora_jax._arrays.mesh import MeshAxes, feature_axes, may_be_sharded, platform, shards_of
-from mora_jax._schemes import Decoupling, Rotation
+from mora_jax._schemes.base import Decoupling, Rotation
 
 
 @dataclasses.dataclass(frozen=True)

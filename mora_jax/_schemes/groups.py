@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from mora_jax._arrays.blockwise import add_blocks, blocks_of, expand, fold, tile, wide_dtype, widen
 from mora_jax._arrays.mesh import MeshAxes, may_be_sharded, platform, shards_of
-from mora_jax._schemes import Grouping
+from mora_jax._schemes.base import Grouping
 
 
 @dataclasses.dataclass(frozen=True)

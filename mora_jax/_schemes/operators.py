@@ -22,9 +22,7 @@ import jax.numpy as jnp
 
 from mora_jax._arrays import blockwise as features
 from mora_jax._arrays.mesh import feature_axes
-from mora_jax._blocks import BlockGrid, block_matrices, block_matrices_transpose
-from mora_jax._groups import Groups
-from mora_jax._schemes import (
+from mora_jax._schemes.base import (
     Decoupling,
     LowRank,
     Rotation,
@@ -33,6 +31,8 @@ from mora_jax._schemes import (
     Truncation,
     adapter_shapes,
 )
+from mora_jax._schemes.block_grid import BlockGrid, block_matrices, block_matrices_transpose
+from mora_jax._schemes.groups import Groups
 
 Adapter = Mapping[str, jax.Array]
 

@@ -1,0 +1,1 @@
+"""Schemes: the maps between a layer's features and its square matrix."""
