@@ -20,10 +20,10 @@ from jax import lax
 from mora_jax._arrays.boxes import box_like
 from mora_jax._arrays.paths import ADAPTER, join_path
 from mora_jax._config import LayerConfig, MoRAConfig
-from mora_jax._dot import dropout, mora_dot_general
-from mora_jax._examples import Examples, bank_size, holds_bank, unfold
 from mora_jax._initialize import initialize
-from mora_jax._layout import KernelAxes, einsum_axes, kernel_axes
+from mora_jax._product.axes import KernelAxes, einsum_axes, kernel_axes
+from mora_jax._product.dot import dropout, mora_dot_general
+from mora_jax._product.per_example import Examples, bank_size, holds_bank, unfold
 from mora_jax._rewrite import trace
 from mora_jax._views import Adapted
 

@@ -16,9 +16,9 @@ from flax import linen as nn
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.paths import ADAPTER, flatten, is_adapter, join_path, listing
 from mora_jax._config import LayerConfig, MoRAConfig, check_matches
-from mora_jax._layout import KernelAxes, kernel_axes
 from mora_jax._linen_layers import Leaves, MoRA, is_adaptable
 from mora_jax._plan import AdapterSpec, Plan
+from mora_jax._product.axes import KernelAxes, kernel_axes
 from mora_jax.linen import TRACE, AdaptedModule, mark_scope
 
 #: The axes of a probe have sizes from here on; no model stacks as many layers.

@@ -14,8 +14,8 @@ from flax import nnx
 
 from mora_jax._arrays.paths import escape, join_path
 from mora_jax._config import LayerConfig, MoRAConfig
-from mora_jax._layout import KernelAxes, einsum_axes
 from mora_jax._plan import AdapterSpec, Plan
+from mora_jax._product.axes import KernelAxes, einsum_axes
 
 
 @dataclasses.dataclass(frozen=True)

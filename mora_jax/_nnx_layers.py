@@ -22,12 +22,12 @@ from mora_jax._arrays.boxes import MoRAParam, box_like, value_of
 from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import ADAPTER, IDS
 from mora_jax._config import LayerConfig
-from mora_jax._dot import dropout, mora_dot_general
-from mora_jax._examples import Examples, bank_size, holds_bank, unfold
 from mora_jax._initialize import draws_numbers, initialize
-from mora_jax._layout import KernelAxes
-from mora_jax._placement import Placement
 from mora_jax._plan import AdapterSpec
+from mora_jax._product.axes import KernelAxes
+from mora_jax._product.cost import Placement
+from mora_jax._product.dot import dropout, mora_dot_general
+from mora_jax._product.per_example import Examples, bank_size, holds_bank, unfold
 from mora_jax._rewrite import trace
 from mora_jax._schemes.base import Scheme, as_scheme
 from mora_jax._views import Adapted

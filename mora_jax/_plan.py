@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from mora_jax._arrays.paths import adapter_path, is_adapter, join_path
 from mora_jax._config import LayerConfig
 from mora_jax._cycles import next_scheme
-from mora_jax._layout import KernelAxes
+from mora_jax._product.axes import KernelAxes
 from mora_jax._schemes.base import (
     Scheme,
     Sharing,

@@ -19,9 +19,9 @@ import qwix
 from jax import lax
 
 from mora_jax._arrays.blockwise import wide_dtype
-from mora_jax._magnitude import kernel_delta
 from mora_jax._merge_loss import MergeLoss
 from mora_jax._plan import AdapterSpec
+from mora_jax._product.dora import kernel_delta
 from mora_jax._rewrite import View
 
 #: The largest number, in units of the scale, that qwix rounds to a level and does not clip.

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from mora_jax._layout import KernelAxes
+from mora_jax._product.axes import KernelAxes
 
 _FIELD = re.compile(r"(\*|\{\w+\})")
 

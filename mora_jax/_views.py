@@ -10,11 +10,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._config import LayerConfig
-from mora_jax._dot import dropout, mora_dot_general
-from mora_jax._examples import Examples
-from mora_jax._layout import KernelAxes, add_delta
-from mora_jax._magnitude import apart, column_scale, kernel_delta, scaled
-from mora_jax._ragged import ragged_delta
+from mora_jax._product.axes import KernelAxes, add_delta
+from mora_jax._product.dora import apart, column_scale, kernel_delta, scaled
+from mora_jax._product.dot import dropout, mora_dot_general
+from mora_jax._product.experts import ragged_delta
+from mora_jax._product.per_example import Examples
 from mora_jax._rewrite import View
 from mora_jax._schemes.operators import Adapter, delta_transpose
 

@@ -37,7 +37,7 @@ from mora_jax._linen_layers import (
     kernel_name,
     uses_mora,
 )
-from mora_jax._placement import Placement
+from mora_jax._product.cost import Placement
 from mora_jax._schemes.base import Scheme, as_scheme
 
 #: The number of the trace that a plan is being made by; 0 where none is.

@@ -25,7 +25,7 @@ from merged import assert_as_merged
 from mora_jax import checkpoint, peft, quantized
 from mora_jax import nnx as mora_nnx
 from mora_jax._arrays.paths import flatten
-from mora_jax._magnitude import kernel_delta
+from mora_jax._product.dora import kernel_delta
 
 LOW_RANK = mora_jax.LowRank(alpha=3.0)
 REFERENCES = {

@@ -8,7 +8,7 @@ import pytest
 
 import mora_jax
 from conftest import ALL_SCHEMES, FAMILIES, random_adapter
-from mora_jax import _dot_call
+from mora_jax._product import call as _dot_call
 
 MATMUL = (((1,), (0,)), ((), ()))
 

@@ -11,7 +11,7 @@ import pytest
 
 import mora_jax
 from merged import assert_as_merged, schemes_and_placements
-from mora_jax._layout import KernelAxes
+from mora_jax._product.axes import KernelAxes
 
 IDS = jnp.array([[1, 2, 3]])
 

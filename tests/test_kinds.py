@@ -9,7 +9,7 @@ from flax import nnx
 
 import mora_jax
 from conftest import perturb
-from mora_jax._layout import KernelAxes
+from mora_jax._product.axes import KernelAxes
 
 X = jax.random.normal(jax.random.key(0), (3, 16, 8))
 IDS = jnp.array([[1, 2, 3], [4, 5, 6]])

@@ -12,7 +12,7 @@ from flax import nnx
 
 import mora_jax
 from mora_jax import nnx as mora_nnx
-from mora_jax._layout import KernelAxes
+from mora_jax._product.axes import KernelAxes
 
 IDS = jnp.array([[1, 2, 3], [4, 5, 6]])
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 import mora_jax
 from mora_jax import nnx as mora_nnx
-from mora_jax._layout import KernelAxes
+from mora_jax._product.axes import KernelAxes
 
 
 def draw(model):

@@ -5,7 +5,7 @@ import pytest
 
 import mora_jax
 from conftest import SCHEMES
-from mora_jax._placement import Parts, best_places
+from mora_jax._product.cost import Parts, best_places
 
 
 def places(rows, in_features, out_features, scheme, machine, rank=8):

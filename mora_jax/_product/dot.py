@@ -35,12 +35,12 @@ from mora_jax._arrays.mesh import (
     vary_alike,
     whole,
 )
-from mora_jax._dot_call import Call
-from mora_jax._dot_gradient import adapted_product
-from mora_jax._examples import Examples
-from mora_jax._layout import DotDimensionNumbers
-from mora_jax._magnitude import apart, column_scale
-from mora_jax._placement import Placement
+from mora_jax._product.axes import DotDimensionNumbers
+from mora_jax._product.call import Call
+from mora_jax._product.cost import Placement
+from mora_jax._product.dora import apart, column_scale
+from mora_jax._product.gradient import adapted_product
+from mora_jax._product.per_example import Examples
 from mora_jax._schemes.base import LowRank, Scheme
 from mora_jax._schemes.operators import Adapter, check_adapter
 

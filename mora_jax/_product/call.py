@@ -17,10 +17,10 @@ from jax import lax
 
 from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.mesh import Spread, shards_of, spread_is
-from mora_jax._examples import delta_by_example
-from mora_jax._layout import KernelAxes, add_delta, kernel_axes
-from mora_jax._magnitude import scaled
-from mora_jax._placement import Parts, Placement, best_places
+from mora_jax._product.axes import KernelAxes, add_delta, kernel_axes
+from mora_jax._product.cost import Parts, Placement, best_places
+from mora_jax._product.dora import scaled
+from mora_jax._product.per_example import delta_by_example
 from mora_jax._schemes.base import Scheme
 from mora_jax._schemes.operators import delta
 

@@ -32,7 +32,7 @@ from jax import lax
 
 from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.mesh import may_be_sharded
-from mora_jax._layout import KernelAxes
+from mora_jax._product.axes import KernelAxes
 from mora_jax._schemes.base import MAGNITUDE, Scheme
 from mora_jax._schemes.operators import Adapter
 

@@ -1,0 +1,1 @@
+"""The adapted product, `x @ (W + delta)`: placements, gradient rule, cost model, DoRA."""
