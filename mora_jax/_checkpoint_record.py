@@ -20,7 +20,7 @@ import numpy as np
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.checksums import all_finite, checksums
 from mora_jax._arrays.paths import is_adapter, listing
-from mora_jax._plan import Plan
+from mora_jax._plans.plan import Plan
 
 T = TypeVar("T")
 

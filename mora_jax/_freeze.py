@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import optax
 
 from mora_jax._arrays.paths import flatten, listing, rebuild
-from mora_jax._plan import Plan
+from mora_jax._plans.plan import Plan
 
 
 def freeze_base(

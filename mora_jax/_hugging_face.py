@@ -17,10 +17,10 @@ from flax import linen as nn
 
 from mora_jax import _function
 from mora_jax._arrays.paths import ADAPTER, IDS, checksum
-from mora_jax._config import MoRAConfig
 from mora_jax._function import AdaptedFunction
 from mora_jax._params import attach
-from mora_jax._plan import Plan
+from mora_jax._plans.config import MoRAConfig
+from mora_jax._plans.plan import Plan
 
 
 def is_pretrained_model(model: Any) -> bool:

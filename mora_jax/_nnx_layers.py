@@ -21,9 +21,9 @@ from jax import lax
 from mora_jax._arrays.boxes import MoRAParam, box_like, value_of
 from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import ADAPTER, IDS
-from mora_jax._config import LayerConfig
-from mora_jax._initialize import draws_numbers, initialize
-from mora_jax._plan import AdapterSpec
+from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.initialize import draws_numbers, initialize
+from mora_jax._plans.plan import AdapterSpec
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._product.dot import dropout, mora_dot_general

@@ -20,7 +20,7 @@ from jax import lax
 
 from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._merge_loss import MergeLoss
-from mora_jax._plan import AdapterSpec
+from mora_jax._plans.plan import AdapterSpec
 from mora_jax._product.dora import kernel_delta
 from mora_jax._rewrite import View
 

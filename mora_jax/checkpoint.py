@@ -53,7 +53,7 @@ from mora_jax._checkpoint_versions import (
     versions_of,
 )
 from mora_jax._params import Params, check_unadapted, split
-from mora_jax._plan import Plan
+from mora_jax._plans.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,6 @@ from flax.core import freeze
 from jax import lax
 
 from mora_jax._arrays.paths import ADAPTER, IDS, join_path
-from mora_jax._config import LayerConfig
 from mora_jax._linen_layers import (
     IDS_OF_EXAMPLES,
     OTHERS,
@@ -37,6 +36,7 @@ from mora_jax._linen_layers import (
     kernel_name,
     uses_mora,
 )
+from mora_jax._plans.config import LayerConfig
 from mora_jax._product.cost import Placement
 from mora_jax._schemes.base import Scheme, as_scheme
 

@@ -25,7 +25,7 @@ from mora_jax._arrays.mesh import UNKNOWN, Spread, axes_of, beside, split_over
 from mora_jax._arrays.paths import flatten, join_path, rebuild
 from mora_jax._optimizer_state import parameter_path
 from mora_jax._params import check_paths
-from mora_jax._plan import AdapterSpec, Plan
+from mora_jax._plans.plan import AdapterSpec, Plan
 
 
 def param_shardings(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import mora_jax
 import reference
 from conftest import ALL_SCHEMES, random_adapter
-from mora_jax._cycles import check_cycle, next_scheme
+from mora_jax._plans.cycles import check_cycle, next_scheme
 from mora_jax._schemes.base import as_scheme
 
 

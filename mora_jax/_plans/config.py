@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mora_jax._arrays.mesh import UNKNOWN, Spread
 from mora_jax._arrays.paths import join_path, listing
-from mora_jax._cycles import Cycle, check_cycle
+from mora_jax._plans.cycles import Cycle, check_cycle
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._schemes.base import Scheme, adapter_shapes, as_scheme, check_multiple, check_rank

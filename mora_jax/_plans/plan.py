@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._arrays.paths import adapter_path, is_adapter, join_path
-from mora_jax._config import LayerConfig
-from mora_jax._cycles import next_scheme
+from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.cycles import next_scheme
+from mora_jax._plans.table import table
 from mora_jax._product.axes import KernelAxes
 from mora_jax._schemes.base import (
     Scheme,
@@ -29,7 +30,6 @@ from mora_jax._schemes.base import (
     square_rank,
 )
 from mora_jax._schemes.operators import Adapter
-from mora_jax._table import table
 
 _FORMAT = 1
 

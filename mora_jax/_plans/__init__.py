@@ -1,0 +1,1 @@
+"""Plans: which layers are adapted and how, as static data."""
