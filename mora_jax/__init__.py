@@ -5,12 +5,12 @@ Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", ar
 
 from mora_jax._adapt import adapt, plan
 from mora_jax._allocate import Allocation, LayerScore, allocate
-from mora_jax._bank import AdapterBank, stack_adapters
-from mora_jax._freeze import freeze_base
 from mora_jax._function import as_params
 from mora_jax._merge import merge, merge_losses
 from mora_jax._merge_loss import MergeLoss, MergeWarning
-from mora_jax._params import attach, join, split, trainable_mask
+from mora_jax._params.attach import attach, join, split, trainable_mask
+from mora_jax._params.bank import AdapterBank, stack_adapters
+from mora_jax._params.freeze import freeze_base
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes

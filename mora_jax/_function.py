@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.paths import checksum, flatten, is_adapter, join_path, listing, rebuild
-from mora_jax._params import bank_size, check_adapted
+from mora_jax._params.attach import bank_size, check_adapted
 from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes

@@ -18,7 +18,7 @@ from flax import linen as nn
 from mora_jax import _function
 from mora_jax._arrays.paths import ADAPTER, IDS, checksum
 from mora_jax._function import AdaptedFunction
-from mora_jax._params import attach
+from mora_jax._params.attach import attach
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
 

@@ -19,7 +19,7 @@ from mora_jax._arrays.rounding import Rounding, check_rounding
 from mora_jax._merge import check_merge, merge_losses, merged_kernels
 from mora_jax._merge_loss import MergeLoss, warn_of_losses
 from mora_jax._optimizer_state import AdapterState, find_adapter_state
-from mora_jax._params import Params, new_adapters
+from mora_jax._params.attach import Params, new_adapters
 from mora_jax._plans.plan import Plan
 from mora_jax._prune import Prune, Reset, check_reset, pruned
 

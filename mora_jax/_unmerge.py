@@ -22,7 +22,7 @@ from mora_jax._arrays.rounding import Rounding, check_rounding, neighbour, round
 from mora_jax._layers import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merge import check_merge
 from mora_jax._merge_loss import as_numbers
-from mora_jax._params import Params, check_base, join, refuse_dora
+from mora_jax._params.attach import Params, check_base, join, refuse_dora
 from mora_jax._plans.plan import AdapterSpec, Plan
 
 #: Steps from round(W' - D) at which a kernel's number is looked for, the likeliest first: after

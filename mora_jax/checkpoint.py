@@ -52,7 +52,7 @@ from mora_jax._checkpoint_versions import (
     new_version,
     versions_of,
 )
-from mora_jax._params import Params, check_unadapted, split
+from mora_jax._params.attach import Params, check_unadapted, split
 from mora_jax._plans.plan import Plan
 
 

@@ -32,7 +32,7 @@ from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
 from mora_jax._merge import check_finite, check_mergeable
 from mora_jax._new_directory import check_new, new_directory
 from mora_jax._one_tensor import merged_tensor
-from mora_jax._params import Params, check_adapted
+from mora_jax._params.attach import Params, check_adapted
 from mora_jax._plans.plan import Plan
 from mora_jax._projection import ProjectionReport, project_to_lora
 from mora_jax._safetensors import Shapes, read_header, shards, size_of, write_tensors

@@ -27,7 +27,7 @@ from mora_jax._arrays.boxes import box_like, value_of
 from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import flatten, listing, rebuild
 from mora_jax._new_directory import check_new
-from mora_jax._params import Params, check_adapted, check_unadapted, refuse_dora
+from mora_jax._params.attach import Params, check_adapted, check_unadapted, refuse_dora
 from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, tensor_name
 from mora_jax._peft_read import check_modules, read
 from mora_jax._peft_write import config_for, write

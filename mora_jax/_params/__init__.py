@@ -1,0 +1,1 @@
+"""Adapters in trees of parameters: attach, split, join, freeze, banks."""
