@@ -6,8 +6,12 @@ Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", ar
 from mora_jax._adapt import adapt, plan
 from mora_jax._allocate import Allocation, LayerScore, allocate
 from mora_jax._function import as_params
-from mora_jax._merge import merge, merge_losses
-from mora_jax._merge_loss import MergeLoss, MergeWarning
+from mora_jax._merging.losses import MergeLoss, MergeWarning
+from mora_jax._merging.merge import merge, merge_losses
+from mora_jax._merging.prune import Prune
+from mora_jax._merging.remora import ResetReport, ResetResult, merge_and_reset
+from mora_jax._merging.schedules import jagged_cosine_schedule, merge_steps
+from mora_jax._merging.unmerge import unmerge, unmerge_losses
 from mora_jax._params.attach import attach, join, split, trainable_mask
 from mora_jax._params.bank import AdapterBank, stack_adapters
 from mora_jax._params.freeze import freeze_base
@@ -16,9 +20,6 @@ from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.dot import mora_dot_general
 from mora_jax._projection import Projected, ProjectionReport, project_to_lora
-from mora_jax._prune import Prune
-from mora_jax._remora import ResetReport, ResetResult, merge_and_reset
-from mora_jax._schedules import jagged_cosine_schedule, merge_steps
 from mora_jax._schemes.base import (
     Decoupling,
     LowRank,
@@ -32,7 +33,6 @@ from mora_jax._schemes.base import (
 )
 from mora_jax._schemes.operators import compress, decompress, delta, delta_kernel
 from mora_jax._spectrum import Spectrum, SpectrumReport, spectrum
-from mora_jax._unmerge import unmerge, unmerge_losses
 from mora_jax._version import __version__
 from mora_jax.linen import MoRADense
 

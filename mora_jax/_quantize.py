@@ -19,7 +19,7 @@ import qwix
 from jax import lax
 
 from mora_jax._arrays.blockwise import wide_dtype
-from mora_jax._merge_loss import MergeLoss
+from mora_jax._merging.losses import MergeLoss
 from mora_jax._plans.plan import AdapterSpec
 from mora_jax._product.dora import kernel_delta
 from mora_jax._rewrite import View

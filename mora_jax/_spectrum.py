@@ -17,7 +17,7 @@ from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.mesh import on_host
 from mora_jax._arrays.paths import flatten, join_path
 from mora_jax._decomposition import cores, layer_names
-from mora_jax._merge import check_finite
+from mora_jax._merging.merge import check_finite
 from mora_jax._params.attach import Params, check_adapted, refuse_dora
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._plans.table import table

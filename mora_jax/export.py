@@ -29,7 +29,7 @@ from mora_jax import peft
 from mora_jax._arrays.boxes import value_of, with_value
 from mora_jax._arrays.mesh import on_host
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
-from mora_jax._merge import check_finite, check_mergeable
+from mora_jax._merging.merge import check_finite, check_mergeable
 from mora_jax._new_directory import check_new, new_directory
 from mora_jax._one_tensor import merged_tensor
 from mora_jax._params.attach import Params, check_adapted

@@ -20,18 +20,20 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from mora_jax import _merge, _remora, _unmerge
 from mora_jax._arrays.boxes import AdapterIds, AlsoTrained, MoRAParam
 from mora_jax._arrays.paths import IDS, checksum, flatten, is_adapter, join_path, listing, unflatten
 from mora_jax._arrays.rounding import Rounding
+from mora_jax._merging import merge as _merge
+from mora_jax._merging import remora as _remora
+from mora_jax._merging import unmerge as _unmerge
+from mora_jax._merging.prune import Reset
+from mora_jax._merging.remora import ResetReport
 from mora_jax._nnx_kernels import Kernel, kernels, path_of
 from mora_jax._nnx_layers import AdaptedLayer, MoRA, MoRALinear, adapted_class, fresh
 from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.initialize import draws_numbers
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import check_ids
-from mora_jax._prune import Reset
-from mora_jax._remora import ResetReport
 
 __all__ = [
     "AdapterIds",

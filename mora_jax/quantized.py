@@ -31,8 +31,8 @@ from jax.core import Tracer
 
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.paths import flatten, is_adapter, join_path, listing, unflatten
-from mora_jax._merge import check_finite, why_unmergeable
-from mora_jax._merge_loss import MergeLoss
+from mora_jax._merging.losses import MergeLoss
+from mora_jax._merging.merge import check_finite, why_unmergeable
 from mora_jax._params.attach import Params, check_adapted, check_base
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._quantize import (

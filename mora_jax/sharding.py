@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.mesh import UNKNOWN, Spread, axes_of, beside, split_over
 from mora_jax._arrays.paths import flatten, join_path, rebuild
-from mora_jax._optimizer_state import parameter_path
+from mora_jax._merging.optimizer_state import parameter_path
 from mora_jax._params.attach import check_paths
 from mora_jax._plans.plan import AdapterSpec, Plan
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 import mora_jax
 from conftest import FAMILIES, adapted_network, assert_same_bits, perturb
-from mora_jax import _remora
+from mora_jax._merging import remora as _remora
 
 
 def trained(inputs, **config):

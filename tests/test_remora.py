@@ -11,8 +11,8 @@ import pytest
 
 import mora_jax
 from conftest import FAMILIES, Network, Small, adapted_network, assert_same_bits
-from mora_jax import _remora
 from mora_jax._arrays.paths import flatten
+from mora_jax._merging import remora as _remora
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-2),

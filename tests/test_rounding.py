@@ -12,9 +12,9 @@ from flax import nnx
 
 import mora_jax
 from conftest import Small, adapted_network, assert_same_bits, perturb
-from mora_jax import _remora
 from mora_jax._arrays.rounding import random_bits, rounded
-from mora_jax._layers import layer_key
+from mora_jax._merging import remora as _remora
+from mora_jax._merging.layer_by_layer import layer_key
 
 KEY = jax.random.key(7)
 BF16 = "bfloat16"

@@ -16,7 +16,8 @@ from layers import LLAMA_3_8B, TINY
 import mora_jax
 from llama import Llama
 from llama_mesh import BATCH_AXES, param_shardings
-from mora_jax import _remora, sharding
+from mora_jax import sharding
+from mora_jax._merging import remora as _remora
 
 Shape = jax.ShapeDtypeStruct
 

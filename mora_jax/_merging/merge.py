@@ -15,8 +15,8 @@ from mora_jax._arrays.checksums import all_finite
 from mora_jax._arrays.mesh import Places, places_of, put
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
 from mora_jax._arrays.rounding import Rounding, check_rounding, is_narrow, rounded
-from mora_jax._layers import adapter_of, change_kernels, layer_key, sum_kernel
-from mora_jax._merge_loss import MergeLoss, as_numbers, loss_of_sums, loss_sums, warn_of_losses
+from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
+from mora_jax._merging.losses import MergeLoss, as_numbers, loss_of_sums, loss_sums, warn_of_losses
 from mora_jax._params.attach import Params, check_adapted
 from mora_jax._plans.plan import AdapterSpec, Plan
 

@@ -19,9 +19,9 @@ from mora_jax._arrays.boxes import value_of, with_value
 from mora_jax._arrays.mesh import Places, places_of, put
 from mora_jax._arrays.paths import flatten, is_adapter, rebuild
 from mora_jax._arrays.rounding import Rounding, check_rounding, neighbour, rounded
-from mora_jax._layers import adapter_of, change_kernels, layer_key, sum_kernel
-from mora_jax._merge import check_merge
-from mora_jax._merge_loss import as_numbers
+from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
+from mora_jax._merging.losses import as_numbers
+from mora_jax._merging.merge import check_merge
 from mora_jax._params.attach import Params, check_base, join, refuse_dora
 from mora_jax._plans.plan import AdapterSpec, Plan
 
