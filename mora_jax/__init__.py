@@ -4,7 +4,9 @@ Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", ar
 """
 
 from mora_jax._adapt import adapt, plan
-from mora_jax._allocate import Allocation, LayerScore, allocate
+from mora_jax._analysis.allocate import Allocation, LayerScore, allocate
+from mora_jax._analysis.projection import Projected, ProjectionReport, project_to_lora
+from mora_jax._analysis.spectrum import Spectrum, SpectrumReport, spectrum
 from mora_jax._function import as_params
 from mora_jax._merging.losses import MergeLoss, MergeWarning
 from mora_jax._merging.merge import merge, merge_losses
@@ -19,7 +21,6 @@ from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.dot import mora_dot_general
-from mora_jax._projection import Projected, ProjectionReport, project_to_lora
 from mora_jax._schemes.base import (
     Decoupling,
     LowRank,
@@ -32,7 +33,6 @@ from mora_jax._schemes.base import (
     square_rank,
 )
 from mora_jax._schemes.operators import compress, decompress, delta, delta_kernel
-from mora_jax._spectrum import Spectrum, SpectrumReport, spectrum
 from mora_jax._version import __version__
 from mora_jax.linen import MoRADense
 

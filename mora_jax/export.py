@@ -26,6 +26,7 @@ from typing import Any
 import jax
 
 from mora_jax import peft
+from mora_jax._analysis.projection import ProjectionReport, project_to_lora
 from mora_jax._arrays.boxes import value_of, with_value
 from mora_jax._arrays.mesh import on_host
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
@@ -34,7 +35,6 @@ from mora_jax._new_directory import check_new, new_directory
 from mora_jax._one_tensor import merged_tensor
 from mora_jax._params.attach import Params, check_adapted
 from mora_jax._plans.plan import Plan
-from mora_jax._projection import ProjectionReport, project_to_lora
 from mora_jax._safetensors import Shapes, read_header, shards, size_of, write_tensors
 from mora_jax._torch_names import Name, torch_kernels
 from mora_jax._torch_tensors import LLAMA, Kept, torch_tensors

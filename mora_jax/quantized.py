@@ -29,6 +29,7 @@ import jax
 import qwix
 from jax.core import Tracer
 
+from mora_jax._analysis.spectrum import dense
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.paths import flatten, is_adapter, join_path, listing, unflatten
 from mora_jax._merging.losses import MergeLoss
@@ -45,7 +46,6 @@ from mora_jax._quantize import (
     quantize_kernel,
 )
 from mora_jax._rewrite import trace
-from mora_jax._spectrum import dense
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -16,7 +16,7 @@ import mora_jax
 from conftest import GOLDEN, Block, adapted_network
 from llama import Llama
 from llama_hf import load_hf
-from mora_jax._allocate import gradient_moments
+from mora_jax._analysis.allocate import gradient_moments
 
 
 class Stack(nn.Module):

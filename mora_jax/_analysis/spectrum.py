@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._analysis.singular_values import cores, layer_names
 from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.mesh import on_host
 from mora_jax._arrays.paths import flatten, join_path
-from mora_jax._decomposition import cores, layer_names
 from mora_jax._merging.merge import check_finite
 from mora_jax._params.attach import Params, check_adapted, refuse_dora
 from mora_jax._plans.plan import AdapterSpec, Plan

@@ -1,0 +1,1 @@
+"""What adapters have learned, and where they would learn most."""
