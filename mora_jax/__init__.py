@@ -7,7 +7,6 @@ from mora_jax._adapt import adapt, plan
 from mora_jax._analysis.allocate import Allocation, LayerScore, allocate
 from mora_jax._analysis.projection import Projected, ProjectionReport, project_to_lora
 from mora_jax._analysis.spectrum import Spectrum, SpectrumReport, spectrum
-from mora_jax._function import as_params
 from mora_jax._merging.losses import MergeLoss, MergeWarning
 from mora_jax._merging.merge import merge, merge_losses
 from mora_jax._merging.prune import Prune
@@ -33,6 +32,7 @@ from mora_jax._schemes.base import (
     square_rank,
 )
 from mora_jax._schemes.operators import compress, decompress, delta, delta_kernel
+from mora_jax._tracing.function import as_params
 from mora_jax._version import __version__
 from mora_jax.linen import MoRADense
 

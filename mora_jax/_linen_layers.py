@@ -24,8 +24,8 @@ from mora_jax._plans.initialize import initialize
 from mora_jax._product.axes import KernelAxes, einsum_axes, kernel_axes
 from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.per_example import Examples, bank_size, holds_bank, unfold
-from mora_jax._rewrite import trace
-from mora_jax._views import Adapted
+from mora_jax._tracing.interpreter import trace
+from mora_jax._tracing.kernel_views import Adapted
 
 #: The layers that "all-linear" means: those that take a `dot_general_cls`, and einsums.
 LINEAR = (nn.Dense, nn.DenseGeneral, nn.Einsum)

@@ -28,9 +28,9 @@ from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.per_example import Examples, bank_size, holds_bank, unfold
-from mora_jax._rewrite import trace
 from mora_jax._schemes.base import Scheme, as_scheme
-from mora_jax._views import Adapted
+from mora_jax._tracing.interpreter import trace
+from mora_jax._tracing.kernel_views import Adapted
 
 
 class MoRA(nnx.Module):

@@ -22,7 +22,7 @@ from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._merging.losses import MergeLoss
 from mora_jax._plans.plan import AdapterSpec
 from mora_jax._product.dora import kernel_delta
-from mora_jax._rewrite import View
+from mora_jax._tracing.interpreter import View
 
 #: The largest number, in units of the scale, that qwix rounds to a level and does not clip.
 BOUNDS = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}

@@ -45,7 +45,7 @@ from mora_jax._quantize import (
     qtype_of,
     quantize_kernel,
 )
-from mora_jax._rewrite import trace
+from mora_jax._tracing.interpreter import trace
 
 P = ParamSpec("P")
 T = TypeVar("T")

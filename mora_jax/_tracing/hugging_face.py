@@ -15,12 +15,12 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mora_jax import _function
 from mora_jax._arrays.paths import ADAPTER, IDS, checksum
-from mora_jax._function import AdaptedFunction
 from mora_jax._params.attach import attach
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
+from mora_jax._tracing import function as _function
+from mora_jax._tracing.function import AdaptedFunction
 
 
 def is_pretrained_model(model: Any) -> bool:

@@ -15,8 +15,8 @@ from mora_jax._product.dora import apart, column_scale, kernel_delta, scaled
 from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.experts import ragged_delta
 from mora_jax._product.per_example import Examples
-from mora_jax._rewrite import View
 from mora_jax._schemes.operators import Adapter, delta_transpose
+from mora_jax._tracing.interpreter import View
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.per_example import Examples, unfold
-from mora_jax._rewrite import Traced, trace
-from mora_jax._views import Adapted, Recorded
+from mora_jax._tracing.interpreter import Traced, trace
+from mora_jax._tracing.kernel_views import Adapted, Recorded
 
 
 def as_params(tree: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:

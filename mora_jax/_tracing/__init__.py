@@ -1,0 +1,1 @@
+"""Adapters in functions that no hook reaches: traced, and run again."""
