@@ -22,7 +22,7 @@ from mora_jax._arrays.paths import join_path
 from mora_jax._merging.merge import merged_kernels
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes
-from mora_jax._torch_tensors import TorchTensor
+from mora_jax._torch.tensors import TorchTensor
 
 
 def merged_tensor(tensor: TorchTensor, leaves: Mapping[str, Any], plan: Plan) -> np.ndarray:

@@ -13,7 +13,7 @@ import safetensors
 
 from mora_jax._arrays.paths import listing
 from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, read_config, tensor_name
-from mora_jax._torch_names import TorchKernel
+from mora_jax._torch.names import TorchKernel
 
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}

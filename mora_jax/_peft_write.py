@@ -11,7 +11,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mora_jax._arrays.paths import listing
-from mora_jax._new_directory import new_directory
 from mora_jax._peft_config import (
     CONFIG,
     MORA_TYPES,
@@ -21,6 +20,7 @@ from mora_jax._peft_config import (
     pattern_of,
 )
 from mora_jax._schemes.base import LowRank, Scheme
+from mora_jax._torch.directories import new_directory
 
 _KNOWN = {str(scheme) for scheme in MORA_TYPES}
 

@@ -15,7 +15,7 @@ from llama_hf import load_hf
 from mora_jax import export, peft
 from mora_jax._arrays.paths import flatten, unflatten
 from mora_jax._plans.config import LayerConfig
-from mora_jax._safetensors import read_header
+from mora_jax._torch.safetensors_writer import read_header
 
 FOLDER = GOLDEN / "llama_type1"
 CONFIG = json.loads((FOLDER / "base" / "config.json").read_text())

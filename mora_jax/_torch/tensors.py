@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from mora_jax._product.axes import KernelAxes
-from mora_jax._torch_names import LLAMA_KERNELS, Name, TorchKernel, torch_kernels
+from mora_jax._torch.names import LLAMA_KERNELS, Name, TorchKernel, torch_kernels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""PyTorch's names, tensors and files."""
