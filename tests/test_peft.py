@@ -267,7 +267,7 @@ def test_what_else_is_not_saved(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr("mora_jax._peft_write.save_file", fail)
+    monkeypatch.setattr("mora_jax.peft._save.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         peft.save_adapters(tmp_path / "adapter", params, plan)
     assert os.listdir(tmp_path) == ["there"]

@@ -27,15 +27,15 @@ from mora_jax._arrays.boxes import box_like, value_of
 from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import flatten, listing, rebuild
 from mora_jax._params.attach import Params, check_adapted, check_unadapted, refuse_dora
-from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, tensor_name
-from mora_jax._peft_read import check_modules, read
-from mora_jax._peft_write import config_for, write
 from mora_jax._plans.config import LayerConfig
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._schemes.base import LowRank, Sharing, square_rank
 from mora_jax._torch.directories import check_new
 from mora_jax._torch.names import Name, torch_kernels
 from mora_jax._torch.tensors import LLAMA
+from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, tensor_name
+from mora_jax.peft._read import check_modules, read
+from mora_jax.peft._save import config_for, write
 
 __all__ = ["LLAMA", "Name", "load_adapters", "save_adapters"]
 

@@ -12,8 +12,8 @@ import numpy as np
 import safetensors
 
 from mora_jax._arrays.paths import listing
-from mora_jax._peft_config import CONFIG, TENSORS, PeftConfig, read_config, tensor_name
 from mora_jax._torch.names import TorchKernel
+from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, read_config, tensor_name
 
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}

@@ -11,7 +11,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mora_jax._arrays.paths import listing
-from mora_jax._peft_config import (
+from mora_jax._schemes.base import LowRank, Scheme
+from mora_jax._torch.directories import new_directory
+from mora_jax.peft._config import (
     CONFIG,
     MORA_TYPES,
     TENSORS,
@@ -19,8 +21,6 @@ from mora_jax._peft_config import (
     ends_as,
     pattern_of,
 )
-from mora_jax._schemes.base import LowRank, Scheme
-from mora_jax._torch.directories import new_directory
 
 _KNOWN = {str(scheme) for scheme in MORA_TYPES}
 

@@ -1,0 +1,15 @@
+"""Adapters in the format of PEFT and of the authors' fork of it: safetensors and a JSON config.
+
+A directory of two files, as `PeftModel.save_pretrained` writes it:
+
+    adapter_config.json           use_mora, mora_type, r, rank_pattern, target_modules, ...
+    adapter_model.safetensors     base_model.model.<module>.lora_A.weight and .lora_B.weight
+
+An optional module: it needs `pip install 'mora_jax[peft]'`.
+"""
+
+from mora_jax._torch.names import Name
+from mora_jax._torch.tensors import LLAMA
+from mora_jax.peft._load import load_adapters, save_adapters
+
+__all__ = ["LLAMA", "Name", "load_adapters", "save_adapters"]
