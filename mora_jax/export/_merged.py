@@ -31,13 +31,13 @@ from mora_jax._arrays.boxes import value_of, with_value
 from mora_jax._arrays.mesh import on_host
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
 from mora_jax._merging.merge import check_finite, check_mergeable
-from mora_jax._one_tensor import merged_tensor
 from mora_jax._params.attach import Params, check_adapted
 from mora_jax._plans.plan import Plan
 from mora_jax._torch.directories import check_new, new_directory
 from mora_jax._torch.names import Name, torch_kernels
 from mora_jax._torch.safetensors_writer import Shapes, read_header, shards, size_of, write_tensors
 from mora_jax._torch.tensors import LLAMA, Kept, torch_tensors
+from mora_jax.export._merged_tensor import merged_tensor
 
 __all__ = ["LLAMA", "Kept", "Name", "save_lora", "save_merged"]
 
