@@ -17,7 +17,7 @@ import mora_jax
 from conftest import Network, Small, adapted_network, assert_same_bits, perturb
 from mora_jax import checkpoint
 from mora_jax._arrays.checksums import checksums
-from mora_jax._checkpoint_record import digest_of
+from mora_jax.checkpoint._record import digest_of
 
 
 @pytest.mark.parametrize("scheme", ["sharing", "rotation", "low_rank"])

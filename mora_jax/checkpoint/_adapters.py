@@ -33,7 +33,9 @@ from mora_jax._arrays.boxes import box_like, value_of, with_value
 from mora_jax._arrays.checksums import checksums
 from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import flatten, listing, rebuild, unflatten
-from mora_jax._checkpoint_record import (
+from mora_jax._params.attach import Params, check_unadapted, split
+from mora_jax._plans.plan import Plan
+from mora_jax.checkpoint._record import (
     Record,
     check_finite,
     check_fits,
@@ -44,7 +46,7 @@ from mora_jax._checkpoint_record import (
     shape_of,
     to_custom,
 )
-from mora_jax._checkpoint_versions import (
+from mora_jax.checkpoint._versions import (
     check_room,
     find_saved,
     is_checkpoint,
@@ -52,8 +54,6 @@ from mora_jax._checkpoint_versions import (
     new_version,
     versions_of,
 )
-from mora_jax._params.attach import Params, check_unadapted, split
-from mora_jax._plans.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
