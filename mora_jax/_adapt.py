@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 from flax import nnx as flax_nnx
 
-from mora_jax import _linen_plan, linen, nnx
+from mora_jax import linen, nnx
 from mora_jax._arrays.paths import listing
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
@@ -18,6 +18,7 @@ from mora_jax._tracing import function as _function
 from mora_jax._tracing import hugging_face as _hugging_face
 from mora_jax._tracing.function import AdaptedFunction
 from mora_jax._tracing.hugging_face import is_pretrained_model
+from mora_jax.linen import _plan as _linen_plan
 
 
 @overload

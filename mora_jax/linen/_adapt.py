@@ -27,7 +27,10 @@ from flax.core import freeze
 from jax import lax
 
 from mora_jax._arrays.paths import ADAPTER, IDS, join_path
-from mora_jax._linen_layers import (
+from mora_jax._plans.config import LayerConfig
+from mora_jax._product.cost import Placement
+from mora_jax._schemes.base import Scheme, as_scheme
+from mora_jax.linen._layers import (
     IDS_OF_EXAMPLES,
     OTHERS,
     MoRA,
@@ -36,9 +39,6 @@ from mora_jax._linen_layers import (
     kernel_name,
     uses_mora,
 )
-from mora_jax._plans.config import LayerConfig
-from mora_jax._product.cost import Placement
-from mora_jax._schemes.base import Scheme, as_scheme
 
 #: The number of the trace that a plan is being made by; 0 where none is.
 TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)
