@@ -28,12 +28,12 @@ from mora_jax._merging import remora as _remora
 from mora_jax._merging import unmerge as _unmerge
 from mora_jax._merging.prune import Reset
 from mora_jax._merging.remora import ResetReport
-from mora_jax._nnx_kernels import Kernel, kernels, path_of
-from mora_jax._nnx_layers import AdaptedLayer, MoRA, MoRALinear, adapted_class, fresh
 from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.initialize import draws_numbers
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import check_ids
+from mora_jax.nnx._kernels import Kernel, kernels, path_of
+from mora_jax.nnx._layers import AdaptedLayer, MoRA, MoRALinear, adapted_class, fresh
 
 __all__ = [
     "AdapterIds",
