@@ -36,7 +36,8 @@ from mora_jax._merging.losses import MergeLoss
 from mora_jax._merging.merge import check_finite, why_unmergeable
 from mora_jax._params.attach import Params, check_adapted, check_base
 from mora_jax._plans.plan import AdapterSpec, Plan
-from mora_jax._quantize import (
+from mora_jax._tracing.interpreter import trace
+from mora_jax.quantized._kernels import (
     BOUNDS,
     Quantized,
     dequantize_kernel,
@@ -45,7 +46,6 @@ from mora_jax._quantize import (
     qtype_of,
     quantize_kernel,
 )
-from mora_jax._tracing.interpreter import trace
 
 P = ParamSpec("P")
 T = TypeVar("T")
