@@ -20,18 +20,19 @@ from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.dot import mora_dot_general
-from mora_jax._schemes.base import (
-    Decoupling,
-    LowRank,
-    Rotation,
-    Scheme,
-    Sharing,
-    Truncation,
-    scheme_from_dict,
-    scheme_from_mora_type,
+from mora_jax._schemes.base import Leaf, Scheme, Work
+from mora_jax._schemes.blocks import Decoupling, Rotation
+from mora_jax._schemes.groups import Sharing
+from mora_jax._schemes.low_rank import LowRank
+from mora_jax._schemes.operators import (
+    compress,
+    decompress,
+    delta,
+    delta_kernel,
     square_rank,
 )
-from mora_jax._schemes.operators import compress, decompress, delta, delta_kernel
+from mora_jax._schemes.registry import register_scheme, scheme_from_dict, scheme_from_mora_type
+from mora_jax._schemes.truncation import Truncation
 from mora_jax._tracing.function import as_params
 from mora_jax._version import __version__
 from mora_jax.linen._adapt import MoRADense
@@ -43,6 +44,7 @@ __all__ = [
     "Decoupling",
     "KernelAxes",
     "LayerScore",
+    "Leaf",
     "LowRank",
     "MergeLoss",
     "MergeWarning",
@@ -60,6 +62,7 @@ __all__ = [
     "Spectrum",
     "SpectrumReport",
     "Truncation",
+    "Work",
     "__version__",
     "adapt",
     "allocate",
@@ -79,6 +82,7 @@ __all__ = [
     "mora_dot_general",
     "plan",
     "project_to_lora",
+    "register_scheme",
     "scheme_from_dict",
     "scheme_from_mora_type",
     "spectrum",

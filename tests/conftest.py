@@ -40,9 +40,9 @@ SCHEMES = [
     mora_jax.Sharing(signs=3),
     mora_jax.Sharing(shift=1, signs=2),
     mora_jax.Rotation(),
-    mora_jax.Rotation(cycle=True),
+    mora_jax.Rotation(wrap=True),
     mora_jax.Decoupling(),
-    mora_jax.Decoupling(cycle=True),
+    mora_jax.Decoupling(wrap=True),
     mora_jax.Truncation(),
 ]
 ALL_SCHEMES = [*SCHEMES, mora_jax.LowRank(alpha=3.0)]
@@ -92,10 +92,10 @@ def golden_operators():
 def random_adapter(in_features, out_features, rank, scheme, seed=0, dtype="float32", batch=()):
     """An adapter of normal random numbers."""
     rng = np.random.default_rng(seed)
-    shapes = mora_jax._schemes.base.adapter_shapes(in_features, out_features, rank, scheme)
+    leaves = scheme.leaves(in_features, out_features, scheme.size(in_features, out_features, rank))
     return {
-        name: jnp.asarray(rng.standard_normal((*batch, *shape)), dtype)
-        for name, shape in shapes.items()
+        name: jnp.asarray(rng.standard_normal((*batch, *leaf.shape)), dtype)
+        for name, leaf in leaves.items()
     }
 
 
@@ -169,7 +169,7 @@ def run_on_eight_devices(program):
 FAMILIES = [
     mora_jax.Sharing("contiguous", "stride"),
     mora_jax.Sharing(shift=1, signs=2),
-    mora_jax.Rotation(cycle=True),
+    mora_jax.Rotation(wrap=True),
     mora_jax.Truncation(),
     mora_jax.LowRank(alpha=3.0),
 ]

@@ -30,7 +30,7 @@ SCHEMES = {
     "shift": mora_jax.Sharing(shift=1, signs=2),
     "contiguous": mora_jax.Sharing("contiguous", "stride"),
     "rotation": mora_jax.Rotation(),
-    "cycled": mora_jax.Rotation(cycle=True),
+    "cycled": mora_jax.Rotation(wrap=True),
 }
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -57,8 +57,9 @@ def measure(mesh, in_features, out_features, rank, scheme, layout, check):
     kernel = array(in_features, out_features)
     adapter = {}
     if scheme is not None:
-        shapes = mora_jax._schemes.base.adapter_shapes(in_features, out_features, rank, scheme)
-        adapter = {name: array(*shape) for name, shape in shapes.items()}
+        size = scheme.size(in_features, out_features, rank)
+        leaves = scheme.leaves(in_features, out_features, size)
+        adapter = {name: array(*leaf.shape) for name, leaf in leaves.items()}
 
     def product(x, kernel, adapter):
         if scheme is None:
@@ -109,7 +110,7 @@ def main():
                 names = ("rotation",) if rank > 1 else ("sharing", "rotation")
             chosen = {name: SCHEMES[name] for name in names}
             for (name, scheme), place in itertools.product(chosen.items(), places):
-                _dot_call.best_places = lambda *_, backward=place: ("kernel", backward)
+                _dot_call.cheapest_placements = lambda *_, backward=place: ("kernel", backward)
                 check = place == "kernel"
                 counts = measure(mesh, in_features, out_features, rank, scheme, layout, check)
                 case = f"{in_features}x{out_features} {layout} {name}, backward in the {place}"

@@ -31,7 +31,7 @@ MESHES = {"8x1": (1, 8, 1), "1x8": (1, 1, 8), "4x2": (4, 1, 2), "2x2x2": (2, 2, 
 NAMES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 SPECS = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
-SCHEMES = {"sharing": mora_jax.Sharing(signs=1), "cycled": mora_jax.Rotation(cycle=True)}
+SCHEMES = {"sharing": mora_jax.Sharing(signs=1), "cycled": mora_jax.Rotation(wrap=True)}
 # R is 14, which divides nothing.
 WIDTH, HIDDEN = 64, 128
 #: I, O, R, cycle: wider and higher, blocks that divide a shard and that do not.

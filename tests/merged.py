@@ -12,7 +12,7 @@ schemes_and_placements = pytest.mark.parametrize(
     ("scheme", "placement"),
     [
         ("sharing", "kernel"),
-        (mora_jax.Rotation(cycle=True), "activation"),
+        (mora_jax.Rotation(wrap=True), "activation"),
         (mora_jax.LowRank(), "kernel"),
     ],
     ids=str,

@@ -21,7 +21,7 @@ LAYOUTS = {
 }
 CASES = [(scheme, "few rows") for scheme in FAMILIES[1:]]
 #: With more rows than features in a block, a rotation turns its matrices.
-CASES += [(mora_jax.Rotation(cycle=True), "many rows"), (FAMILIES[0], "experts")]
+CASES += [(mora_jax.Rotation(wrap=True), "many rows"), (FAMILIES[0], "experts")]
 
 
 def assert_close(found, wanted):
@@ -213,7 +213,7 @@ def function(params, x):
 def test_functions(examples):
     zeros = {"up": jnp.zeros((3, 2, 10, 6)), "down": jnp.zeros((3, 2, 6, 10))}
     base = perturb({"stack": zeros, "head": {"kernel": jnp.zeros((10, 10))}}, scale=0.3)
-    config = mora_jax.MoRAConfig(rank=1, scheme=mora_jax.Rotation(cycle=True), exclude="head")
+    config = mora_jax.MoRAConfig(rank=1, scheme=mora_jax.Rotation(wrap=True), exclude="head")
     forward = mora_jax.adapt(function, config)
     plan = mora_jax.plan(forward, base, examples)
     assert plan["stack/down"].kernel_axes.batch == (0, 1)

@@ -30,7 +30,7 @@ from mora_jax._product.dora import kernel_delta
 LOW_RANK = mora_jax.LowRank(alpha=3.0)
 REFERENCES = {
     mora_jax.Sharing("contiguous", "stride"): ("sharing", "contiguous", "stride", 0, 0),
-    mora_jax.Rotation(cycle=True): ("rotation", True),
+    mora_jax.Rotation(wrap=True): ("rotation", True),
     LOW_RANK: (),
 }
 DIMS = (((1,), (0,)), ((), ()))

@@ -159,7 +159,7 @@ def test_passes_split_at_will(scheme, forward, backward, float64, monkeypatch):
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x, kernel, adapter)
 
     plain = gradients("activation")
-    monkeypatch.setattr(_dot_call, "best_places", lambda *_: (forward, backward))
+    monkeypatch.setattr(_dot_call, "cheapest_placements", lambda *_: (forward, backward))
     chex.assert_trees_all_close(gradients("auto"), plain, rtol=1e-11, atol=1e-11)
 
 

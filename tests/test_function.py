@@ -257,7 +257,7 @@ def test_dropout_needs_a_key():
 
 
 @pytest.mark.parametrize(
-    "scheme", ["sharing", mora_jax.Rotation(cycle=True), mora_jax.LowRank(alpha=3.0)], ids=str
+    "scheme", ["sharing", mora_jax.Rotation(wrap=True), mora_jax.LowRank(alpha=3.0)], ids=str
 )
 def test_experts_in_ragged_groups(scheme):
     def function(params, x, sizes):

@@ -76,10 +76,10 @@ def test_tables_are_taken_where_nothing_is_known(monkeypatch):
         assert "slice" in text()
 
 
-@pytest.mark.parametrize("cycle", [False, True])
+@pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("sizes", [(12, 12), (10, 23), (23, 10), (3, 9), (9, 3), (40, 7)], ids=str)
-def test_blocks_stand_in_their_places(sizes, cycle):
-    grid = BlockGrid(*sizes, size=4, cycle=cycle)
+def test_blocks_stand_in_their_places(sizes, wrap):
+    grid = BlockGrid(*sizes, size=4, wrap=wrap)
     rng = np.random.default_rng(0)
     matrices = jnp.asarray(rng.standard_normal((grid.count, 4, 4)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((5, sizes[0])), jnp.float32)

@@ -134,7 +134,7 @@ def test_new_adapters_change_no_bit(placement, optimized):
     np.testing.assert_array_equal(run(model), run(base))
 
 
-@pytest.mark.parametrize("scheme", ["sharing", mora_jax.Rotation(cycle=True), mora_jax.LowRank()])
+@pytest.mark.parametrize("scheme", ["sharing", mora_jax.Rotation(wrap=True), mora_jax.LowRank()])
 def test_merging_gives_a_base_model_of_the_same_outputs(scheme):
     base, model, _ = adapted(targets=".*", scheme=scheme)
     y = run(draw(model))
@@ -290,7 +290,7 @@ def test_dropout_follows_train_and_eval(optimized):
 
 def test_two_models_in_threads_do_not_disturb_each_other():
     base = Model(nnx.Rngs(0))
-    schemes = ("sharing", mora_jax.Rotation(cycle=True))
+    schemes = ("sharing", mora_jax.Rotation(wrap=True))
     config = {"rank": 1, "kernels": KERNELS, "targets": ".*"}
     models = [
         draw(mora_jax.adapt(base, mora_jax.MoRAConfig(scheme=scheme, **config)))

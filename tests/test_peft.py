@@ -220,7 +220,7 @@ def test_names_that_cannot_be_are_refused(path, module, axes, message):
 @pytest.mark.parametrize(
     ("of_most", "of_up_proj", "message"),
     [
-        (mora_jax.Rotation(cycle=True), None, r"lacks Rotation\(cycle=True\) in layers 'layers/m"),
+        (mora_jax.Rotation(wrap=True), None, r"lacks Rotation\(wrap=True\) in layers 'layers/m"),
         (mora_jax.Decoupling(), None, r"lacks Decoupling\(\) in .*'layers/self_attn/q_proj'"),
         (mora_jax.Truncation(), None, r"lacks Truncation\(\)"),
         (Sharing(signs=1), None, r"lacks Sharing\(signs=1\)"),

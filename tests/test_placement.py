@@ -5,12 +5,12 @@ import pytest
 
 import mora_jax
 from conftest import SCHEMES
-from mora_jax._product.cost import Parts, best_places
+from mora_jax._product.cost import Splits, cheapest_placements
 
 
 def places(rows, in_features, out_features, scheme, machine, rank=8):
     size = mora_jax.square_rank(in_features, out_features, rank, scheme)
-    return best_places(rows, in_features, out_features, size, scheme, machine)
+    return cheapest_placements(rows, in_features, out_features, size, scheme, machine)
 
 
 @pytest.mark.parametrize("machine", ["cpu", "gpu", "tpu"])
@@ -46,10 +46,10 @@ def test_split_kernels_are_cheap_and_split_features_dear():
     # A layer of Llama-3-8B on a pod of TPUs, fsdp 16 x tensor 4, 1,024 rows a chip.
     size, sharing = 256, mora_jax.Sharing()
     shapes = (1024, 4096, 4096, size, sharing, "tpu")
-    assert best_places(*shapes) == ("activation", "activation")
-    assert best_places(*shapes, Parts(1, 4, 64)) == ("kernel", "kernel")
+    assert cheapest_placements(*shapes) == ("activation", "activation")
+    assert cheapest_placements(*shapes, Splits(1, 4, 64)) == ("kernel", "kernel")
     # Decoding a few tokens is another matter.
     few = (8, 4096, 4096, size, sharing, "gpu")
-    assert best_places(*few, Parts(1, 4, 4)) == ("kernel", "kernel")
+    assert cheapest_placements(*few, Splits(1, 4, 4)) == ("kernel", "kernel")
     wide = (8, 8192, 28672, 544, sharing, "gpu")
-    assert best_places(*wide, Parts(1, 4, 4)) == ("activation", "activation")
+    assert cheapest_placements(*wide, Splits(1, 4, 4)) == ("activation", "activation")

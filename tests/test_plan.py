@@ -55,7 +55,7 @@ def test_the_layout_of_every_kernel(inputs):
 
 
 def test_the_plan_is_static_and_travels_as_json(inputs):
-    cycle = (mora_jax.Rotation(cycle=True), mora_jax.Rotation())
+    cycle = (mora_jax.Rotation(wrap=True), mora_jax.Rotation())
     plan = planned(inputs, also_train=".*/bias", scheme=cycle[0], cycle=cycle)
     again = mora_jax.Plan.from_json(plan.to_json())
     assert again == plan

@@ -104,9 +104,7 @@ def test_long_sums_are_not_made_in_bfloat16(scheme):
             return (mora_jax.delta(x, adapter, 8192, scheme) * dy.astype(dtype)).sum()
 
         by_jax = jax.grad(total)(ones.astype(dtype))
-        by_rule = mora_jax._schemes.operators.delta_transpose(
-            dy.astype(dtype), adapter, 1024, scheme
-        )
+        by_rule = scheme.delta_transpose(dy.astype(dtype), adapter, 1024)
         return [np.asarray(g, "float32") for g in (by_jax, by_rule)]
 
     # 128 numbers added in bfloat16 would be off by more.

@@ -13,7 +13,7 @@ import mora_jax
 import reference
 from conftest import ALL_SCHEMES, random_adapter
 from mora_jax._plans.cycles import check_cycle, next_scheme
-from mora_jax._schemes.base import as_scheme
+from mora_jax._schemes.registry import as_scheme
 
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=str)
@@ -85,14 +85,14 @@ def test_ranks_are_positive_integers(rank):
         (lambda: mora_jax.scheme_from_dict({"kind": "spiral"}), "Unknown scheme 'spiral'"),
         (lambda: mora_jax.scheme_from_dict({"kind": "rotation", "x": 1}), "has no field"),
         (lambda: as_scheme("spiral", 8), "Unknown scheme 'spiral'; there are: auto, sharing"),
-        (lambda: mora_jax.Rotation(cycle="no"), "cycle must be a bool, got 'no'"),
+        (lambda: mora_jax.Rotation(wrap="no"), "wrap must be a bool, got 'no'"),
         (lambda: mora_jax.LowRank(alpha=0), "alpha must be a positive number, got 0"),
         (lambda: check_cycle(3), "must be a name, None or a tuple of schemes, got 3"),
         (lambda: mora_jax.compress(jnp.ones(8), 3, mora_jax.Rotation()), "must be even, got 3"),
         (lambda: check_cycle("spirals"), "Unknown cycle 'spirals'"),
         (lambda: check_cycle((mora_jax.Sharing(),) * 2), "names a scheme twice"),
         (lambda: next_scheme(mora_jax.Rotation(), "signs", 8, 8, 4), "needs Sharing"),
-        (lambda: next_scheme(mora_jax.Rotation(), "groupings", 8, 8, 4), "no element of the"),
+        (lambda: next_scheme(mora_jax.Rotation(), "groupings", 8, 8, 4), "needs Sharing, got Rot"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):

@@ -24,7 +24,8 @@ from mora_jax._merging.merge import check_finite
 from mora_jax._params.attach import Params, check_adapted, refuse_dora
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._plans.table import table
-from mora_jax._schemes.base import LowRank, check_rank
+from mora_jax._schemes.low_rank import LowRank
+from mora_jax._schemes.operators import check_rank
 
 
 class Projected(NamedTuple):

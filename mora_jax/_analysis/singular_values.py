@@ -12,14 +12,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.mesh import on_host
 from mora_jax._plans.plan import AdapterSpec, Plan
-from mora_jax._schemes.base import LowRank, Sharing, Truncation
-from mora_jax._schemes.operators import compress, decompress, delta_kernel, lora_scale
+from mora_jax._schemes.operators import delta_kernel
 
 
 class Core(NamedTuple):
@@ -85,27 +83,24 @@ _Sides = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def _sides(spec: AdapterSpec) -> _Sides | None:
-    """For schemes whose delta is one product C M D."""
-    if not isinstance(spec.scheme, Sharing | Truncation):
+    """Of schemes whose delta is one product C M D of fixed maps; None for others."""
+    maps = jax.jit(_maps, static_argnums=0)(spec)
+    if maps is None:
         return None
-    before, after = jax.jit(_maps, static_argnums=0)(spec)
-    return np.linalg.qr(np.asarray(before, np.float64)), np.linalg.qr(
-        np.asarray(after.T, np.float64)
-    )
+    before, after = (np.asarray(map, np.float64) for map in maps)
+    return np.linalg.qr(before), np.linalg.qr(after.T)
 
 
-def _maps(spec: AdapterSpec) -> tuple[jax.Array, jax.Array]:
+def _maps(spec: AdapterSpec) -> tuple[jax.Array, jax.Array] | None:
     """C [I, R] and D [R, O]."""
-    inputs, outputs = spec.features
-    before = compress(jnp.eye(inputs), spec.size, spec.scheme)
-    return before, decompress(jnp.eye(spec.size), outputs, spec.scheme)
+    return spec.scheme.maps(*spec.features, spec.size)
 
 
 def _core(spec: AdapterSpec, sides: _Sides | None, adapter: Mapping[str, Any]) -> Core:
     """The core of one adapter, of the adapter's size where its delta has one."""
-    if isinstance(spec.scheme, LowRank):
-        matrix = lora_scale(adapter, spec.scheme) * np.eye(spec.size)
-        sides = np.linalg.qr(adapter["a"]), np.linalg.qr(adapter["b"].T)
+    if (factors := spec.scheme.factors(adapter)) is not None:
+        first, matrix, second = factors
+        sides = np.linalg.qr(first), np.linalg.qr(second.T)
     elif sides is None:
         single = {name: leaf.astype(np.float32) for name, leaf in adapter.items()}
         return Core(np.asarray(_kernel(single, *spec.features, spec.scheme), np.float64), None)

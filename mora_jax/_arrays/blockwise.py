@@ -116,52 +116,6 @@ def fold(x: jax.Array, width: int, *, axis: int = -1) -> jax.Array:
     return sum(chunks[1:], chunks[0])
 
 
-def rotate(blocks: jax.Array) -> jax.Array:
-    """Rotates block i of [..., N, R] by the angles `i theta_j`, equations (9) to (11).
-
-    Feature j is paired with j + R/2 (the paper pairs neighbours), `theta_j = 10000^(-2 j / R)`,
-    and block 0 stays as it is. Angles are computed in float64 and applied in at least float32.
-    """
-    tables = _rotation(*blocks.shape[-2:])
-    first, second = jnp.split(blocks.astype(wide_dtype(blocks.dtype)), 2, axis=-1)
-    cos, sin = (expand(table, first) for table in tables)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(blocks.dtype)
-
-
-def rotate_rows(matrix: jax.Array, count: int) -> jax.Array:
-    """[R, C] -> [N, R, C]: the matrices for which `rotate(x)[i] @ matrix == x[i] @ rows[i]`."""
-    size = matrix.shape[0]
-    tables = _rotation(count, size)
-    first, second = (half.astype(wide_dtype(matrix.dtype))[None] for half in jnp.split(matrix, 2))
-    cos, sin = (expand(table[..., None], first) for table in tables)
-    rotated = [first * cos + second * sin, second * cos - first * sin]
-    return jnp.concatenate(rotated, axis=1).astype(matrix.dtype)
-
-
-def rotate_rows_transpose(rows: jax.Array) -> jax.Array:
-    """[N, R, C] -> [R, C]: the transpose of `rotate_rows`.
-
-    Written on whole rows, not on halves: tables of the same shape as there would be shared with the
-    forward's by the compiler, and then have a layout that suits only one of the two.
-    """
-    cos, sin = _rotation(*rows.shape[:2])
-    cos, sin = np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
-    wide = widen(rows)
-    turned = jnp.roll(wide, rows.shape[1] // 2, axis=1)
-    cos, sin = (expand(table[..., None], wide) for table in (cos, sin))
-    return (wide * cos + turned * sin).sum(0).astype(rows.dtype)
-
-
-def _rotation(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of `i theta_j`: [N, R/2] each."""
-    if size % 2:
-        raise ValueError(f"a rotation pairs features, so its size must be even, got {size}.")
-    theta = 10000.0 ** (-2.0 * np.arange(size // 2) / size)
-    angles = np.arange(count)[:, None] * theta
-    return np.cos(angles), np.sin(angles)
-
-
 def expand(table: np.ndarray, like: jax.Array) -> jax.Array:
     """A constant of the last axes, in the dtype and with the number of axes of `like`."""
     return jnp.asarray(table.reshape((1,) * (like.ndim - table.ndim) + table.shape), like.dtype)

@@ -83,7 +83,7 @@ def feature_axes() -> tuple[MeshAxes | None, MeshAxes | None]:
     return here(spread.inputs), here(spread.outputs)
 
 
-def whole(adapter: Mapping[str, Any], spread: Spread) -> dict[str, Any]:
+def gather_adapter(adapter: Mapping[str, Any], spread: Spread) -> dict[str, Any]:
     """An adapter's leaves [B..., N, M], gathered on every device if they are kept in parts.
 
     Said where a layer uses them, and not of a whole stack before its scan, it makes a device hold

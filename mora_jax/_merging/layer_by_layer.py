@@ -18,7 +18,7 @@ from mora_jax._arrays.paths import checksum
 from mora_jax._arrays.rounding import as_bits, is_narrow, random_bits
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.dora import kernel_delta
-from mora_jax._schemes.operators import Adapter
+from mora_jax._schemes.base import Adapter
 
 #: Of (kernel, its delta, random bits or None).
 OfLayer = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]

@@ -20,7 +20,6 @@ import jax
 from mora_jax._arrays.boxes import box_like, value_of
 from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import checksum, flatten, is_adapter, join_path, listing, rebuild
-from mora_jax._plans.initialize import draws_numbers, initialize
 from mora_jax._plans.plan import Plan
 from mora_jax._product import per_example as _examples
 
@@ -68,7 +67,7 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
 
 def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
     """Path -> new leaf, for every adapter of the plan."""
-    drawing = [path for path, spec in plan.items() if draws_numbers(spec.scheme)]
+    drawing = [path for path, spec in plan.items() if spec.draws]
     if drawing and key is None:
         raise ValueError(
             f"key is missing: {plan[drawing[0]].scheme} draws random numbers "
@@ -79,9 +78,7 @@ def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
         for name, leaf in plan.leaf_paths(path).items():
             # By the path's checksum, so that a layer's numbers do not depend on the others.
             own = None if key is None else jax.random.fold_in(key, checksum(leaf))
-            leaves[leaf] = initialize(
-                own, spec.shapes[name], spec.config.dtype, name=name, fan_in=spec.features[0]
-            )
+            leaves[leaf] = spec.leaves[name].start(own, spec.shapes[name], spec.config.dtype)
     return leaves
 
 

@@ -32,7 +32,6 @@ from mora_jax._arrays.mesh import Places, places_of, put, sharding_of
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
 from mora_jax._params.attach import Params, check_adapters, refuse_dora
 from mora_jax._plans.plan import Plan
-from mora_jax._schemes.base import LowRank
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,7 +163,7 @@ class AdapterBank:
           ValueError: for `LowRank`, whose delta is a product of two trained matrices: the sum of
             two such has another rank; for DoRA, which divides by a norm.
         """
-        if low := [path for path, spec in self.plan.items() if isinstance(spec.scheme, LowRank)]:
+        if low := [path for path, spec in self.plan.items() if not spec.scheme.is_linear]:
             raise ValueError(
                 f"not combined: LowRank's delta is a product of two trained matrices, and a sum of "
                 f"such products has another rank (layers {listing(low)}). Merge them instead, or "

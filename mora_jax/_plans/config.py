@@ -15,7 +15,10 @@ from mora_jax._arrays.paths import join_path, listing
 from mora_jax._plans.cycles import Cycle, check_cycle
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
-from mora_jax._schemes.base import Scheme, adapter_shapes, as_scheme, check_multiple, check_rank
+from mora_jax._product.dora import MAGNITUDE, magnitude_leaf
+from mora_jax._schemes.base import Leaf, Scheme
+from mora_jax._schemes.operators import check_multiple, check_rank, square_rank
+from mora_jax._schemes.registry import as_scheme
 
 Pattern = str | Callable[[str], bool]
 
@@ -65,11 +68,22 @@ class LayerConfig:
         if not isinstance(self.dora, bool):
             raise ValueError(f"dora must be a bool, got {self.dora!r}.")
 
+    def size(self, in_features: int, out_features: int) -> int:
+        """R: the side of the square matrix, or LoRA's rank."""
+        return square_rank(
+            in_features, out_features, self.rank, self.scheme, multiple=self.size_multiple
+        )
+
+    def leaves(self, in_features: int, out_features: int) -> dict[str, Leaf]:
+        """Name -> leaf, of one adapter; with DoRA the magnitude among them."""
+        size = self.size(in_features, out_features)
+        leaves = self.scheme.leaves(in_features, out_features, size)
+        return leaves | ({MAGNITUDE: magnitude_leaf(out_features)} if self.dora else {})
+
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
         """Names and shapes of one adapter's leaves."""
-        return adapter_shapes(
-            in_features, out_features, self.rank, self.scheme, self.size_multiple, dora=self.dora
-        )
+        leaves = self.leaves(in_features, out_features)
+        return {name: leaf.shape for name, leaf in leaves.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +95,7 @@ class MoRAConfig:
 
     Attributes:
       rank: the LoRA rank whose number of parameters each layer trains.
-      scheme: a `Scheme`, its name, or "auto": cycled rotation below rank 32, sharing above.
+      scheme: a `Scheme`, its name, or "auto": rotation that wraps below rank 32, sharing above.
       targets: the layers to adapt; "all-linear" takes every one there is, an output head too.
       exclude: layers to leave alone though `targets` matches them.
       ranks: pattern -> rank, for layers that differ; the first match counts.

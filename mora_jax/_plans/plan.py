@@ -22,14 +22,8 @@ from mora_jax._plans.config import LayerConfig
 from mora_jax._plans.cycles import next_scheme
 from mora_jax._plans.table import table
 from mora_jax._product.axes import KernelAxes
-from mora_jax._schemes.base import (
-    Scheme,
-    Sharing,
-    Truncation,
-    scheme_from_dict,
-    square_rank,
-)
-from mora_jax._schemes.operators import Adapter
+from mora_jax._schemes.base import Adapter, Leaf, Scheme
+from mora_jax._schemes.registry import scheme_from_dict
 
 _FORMAT = 1
 
@@ -70,18 +64,25 @@ class AdapterSpec:
     @property
     def size(self) -> int:
         """R: the side of the square matrix, or LoRA's rank."""
-        config = self.config
-        return square_rank(
-            *self.features, config.rank, config.scheme, multiple=config.size_multiple
-        )
+        return self.config.size(*self.features)
+
+    @property
+    def leaves(self) -> dict[str, Leaf]:
+        """Name -> leaf, without the batch axes."""
+        return self.config.leaves(*self.features)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a new adapter needs a PRNG key."""
+        return any(leaf.draws for leaf in self.leaves.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shapes of the adapter's leaves, batch axes in their places."""
         shapes = {}
-        for name, shape in self.config.shapes(*self.features).items():
-            rest = iter(shape)
-            ndim = len(shape) + len(self.batch)
+        for name, leaf in self.leaves.items():
+            rest = iter(leaf.shape)
+            ndim = len(leaf.shape) + len(self.batch)
             sizes = dict(zip(self.adapter_batch_axes, self.batch, strict=True))
             shapes[name] = tuple(sizes[a] if a in sizes else next(rest) for a in range(ndim))
         return shapes
@@ -105,14 +106,7 @@ class AdapterSpec:
     @property
     def dead_entries(self) -> int:
         """Entries of one matrix that cannot act, where R exceeds a side of the layer."""
-        if "matrix" not in self.shapes:
-            return 0
-        (inputs, outputs), size = self.features, self.size
-        # Circular padding feeds every row of the matrix; runs and truncation leave some without.
-        starved = isinstance(self.scheme, Truncation) or (
-            isinstance(self.scheme, Sharing) and self.scheme.input == "contiguous"
-        )
-        return size**2 - min(size, outputs) * (min(size, inputs) if starved else size)
+        return self.scheme.dead_entries(*self.features, self.size)
 
     def delta(self, adapter: Adapter) -> jax.Array:
         """The delta's kernel, laid out like the base kernel."""

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import jax
 
 from mora_jax._arrays.blockwise import wide_dtype
-from mora_jax._schemes.base import Scheme
-from mora_jax._schemes.operators import Adapter, delta_kernel
+from mora_jax._schemes.base import Adapter, Scheme
 
 DotDimensionNumbers = tuple[
     tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
@@ -38,10 +37,10 @@ class KernelAxes:
         )
 
     def delta(self, adapter: Adapter, shape: Sequence[int], scheme: Scheme) -> jax.Array:
-        """`delta_kernel` laid out like the kernel. Adapter leaves are [B..., rows, columns]."""
+        """The delta, laid out like the kernel; adapter leaves are [B..., rows, columns]."""
         batch, in_features, out_features = self.sizes(shape)
         kernel = functools.partial(
-            delta_kernel, in_features=in_features, out_features=out_features, scheme=scheme
+            scheme.delta_kernel, in_features=in_features, out_features=out_features
         )
         for _ in batch:
             kernel = jax.vmap(kernel)

@@ -13,8 +13,7 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 from mora_jax._arrays.mesh import platform
-from mora_jax._schemes.base import Decoupling, LowRank, Rotation, Scheme, Sharing
-from mora_jax._schemes.block_grid import BlockGrid
+from mora_jax._schemes.base import Scheme
 
 #: Where a delta is; and what one may ask for.
 Place = Literal["kernel", "activation"]
@@ -30,7 +29,7 @@ class Machine:
       launch: numbers moved while one more kernel is started.
       adding: passes over a result to which a delta is added. It is read and written, but for what
         compilers merge into the operation that follows.
-      tables: whether `Sharing` is spread by products with a table, R terms to a number.
+      tables: whether features are spread by products with a table (`Work.table_terms`).
       sending: numbers moved while one is summed over devices.
     """
 
@@ -51,7 +50,7 @@ MACHINES = {
 }
 
 
-class Parts(NamedTuple):
+class Splits(NamedTuple):
     """Over how many devices a layer's input features, its output features and its kernel are split.
 
     A kernel may lie in more parts than its features do: in FSDP it is gathered after the sum.
@@ -62,14 +61,14 @@ class Parts(NamedTuple):
     kernel: int = 1
 
 
-def best_places(
+def cheapest_placements(
     rows: int,
     in_features: int,
     out_features: int,
     size: int,
     scheme: Scheme,
     machine: str | None = None,
-    parts: Parts = Parts(),  # noqa: B008
+    splits: Splits = Splits(),  # noqa: B008
 ) -> tuple[Place, Place]:
     """The cheaper places of the delta in the forward pass and for the gradient of the inputs.
 
@@ -84,34 +83,29 @@ def best_places(
       size: R, or LoRA's rank.
       scheme: the scheme.
       machine: "gpu", "tpu" or "cpu"; by default that of the mesh in use, or where JAX runs.
-      parts: how the layer is split over devices.
+      splits: how the layer is split over devices.
 
     >>> from mora_jax import Sharing
-    >>> best_places(16384, 4096, 4096, 256, Sharing(), "gpu")
+    >>> cheapest_placements(16384, 4096, 4096, 256, Sharing(), "gpu")
     ('kernel', 'kernel')
-    >>> best_places(8, 4096, 4096, 256, Sharing(), "gpu")
+    >>> cheapest_placements(8, 4096, 4096, 256, Sharing(), "gpu")
     ('activation', 'activation')
     """
     costs = MACHINES.get(machine or platform(), MACHINES["gpu"])
-    if isinstance(scheme, LowRank):
-        # Its pair is thin: products with it cost a read of the inputs, and no sum is needed.
+    if scheme.prefers_activations:
         return "activation", "activation"
-    kernel = 2 * in_features * out_features
-    entries, moved = size * size, 0
-    if isinstance(scheme, Rotation | Decoupling):
-        grid = BlockGrid(in_features, out_features, size, scheme.cycle)
-        entries = grid.count * size * size
-        kernel += 4 * entries  # a matrix for each block, in float32, written and read
-        moved = 2 * rows * grid.side * size  # the blocks of the result, before they are added
-    spreading = size / costs.arithmetic if costs.tables and isinstance(scheme, Sharing) else 0
+    work = scheme.work(in_features, out_features, size)
+    spreading = work.table_terms / costs.arithmetic if costs.tables else 0
+    kernel = 2 * in_features * out_features + work.kernel_moves
     # Exact in float32, as the kernel's sum is, a product takes six passes.
     kernel += 6 * spreading * in_features * out_features
-    kernel /= parts.kernel
-    product = 2 * rows * entries / costs.arithmetic + moved + 2 * costs.launch
-    if parts.inputs * parts.outputs > 1:
+    kernel /= splits.kernel
+    moved = rows * work.row_moves
+    product = 2 * rows * work.entries / costs.arithmetic + moved + 2 * costs.launch
+    if splits.inputs * splits.outputs > 1:
         product += costs.sending * rows * size + 2 * costs.launch
 
     def place(added: float) -> Place:
         return "activation" if product + (costs.adding + spreading) * added < kernel else "kernel"
 
-    return place(rows * out_features / parts.outputs), place(rows * in_features / parts.inputs)
+    return place(rows * out_features / splits.outputs), place(rows * in_features / splits.inputs)

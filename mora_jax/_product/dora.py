@@ -11,7 +11,7 @@ the adapter's own. Equivalent to PEFT's `use_dora`, for every scheme. One depart
    anew after a merge, by ones alone. By Adam a step changes each magnitude by the same share, not
    by the same amount; a gradient of g is `||W||` times that of m. A column of zeros stays zero.
 
-In the model the magnitude goes into the sum of kernel and delta where there is one (`_dot_call.py`)
+In the model the magnitude goes into the sum of kernel and delta where there is one (`call.py`)
 and is rounded with it, as by a merge: a bfloat16 kernel feels no change below half a step between
 its numbers. Elsewhere it multiplies the product's outputs. A norm is one more pass over W, and the
 gradient of g one over the outputs, which are kept for it. Under remat they are made again, also
@@ -33,16 +33,23 @@ from jax import lax
 from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.mesh import may_be_sharded
 from mora_jax._product.axes import KernelAxes
-from mora_jax._schemes.base import MAGNITUDE, Scheme
-from mora_jax._schemes.operators import Adapter
+from mora_jax._schemes.base import Adapter, Leaf, Scheme, ones
 
 T = TypeVar("T")
 
+#: The leaf of DoRA among an adapter's leaves.
+MAGNITUDE = "magnitude"
 
-def apart(adapter: Mapping[str, T]) -> tuple[dict[str, T], T | None]:
+
+def split_magnitude(adapter: Mapping[str, T]) -> tuple[dict[str, T], T | None]:
     """The leaves that make the delta, and the magnitude g, None where there is no DoRA."""
     direction = dict(adapter)
     return direction, direction.pop(MAGNITUDE, None)
+
+
+def magnitude_leaf(out_features: int) -> Leaf:
+    """A new magnitude: ones, for it is relative to that of the base."""
+    return Leaf((1, out_features), ones)
 
 
 def column_scale(
@@ -61,7 +68,7 @@ def column_scale(
       Laid out like the kernel, its axes of inputs of size 1; float32 or better. Differentiable by
       the magnitude alone.
     """
-    direction, magnitude = apart(adapter)
+    direction, magnitude = split_magnitude(adapter)
     assert magnitude is not None
     held, wide = lax.stop_gradient((direction, after)), wide_dtype(kernel.dtype)
     if after is not None and not may_be_sharded():
@@ -94,7 +101,7 @@ def kernel_delta(
       axes: of the kernel.
       scheme: the scheme.
     """
-    direction, magnitude = apart(adapter)
+    direction, magnitude = split_magnitude(adapter)
     value = axes.delta(direction, kernel.shape, scheme)
     if magnitude is None:
         return value

@@ -30,19 +30,18 @@ from mora_jax._arrays.mesh import (
     Spread,
     axes_of,
     explicit_mesh,
+    gather_adapter,
     in_auto_axes,
     split_over,
     vary_alike,
-    whole,
 )
 from mora_jax._product.axes import DotDimensionNumbers
-from mora_jax._product.call import Call
+from mora_jax._product.call import AdaptedProduct
 from mora_jax._product.cost import Placement
-from mora_jax._product.dora import apart, column_scale
+from mora_jax._product.dora import column_scale, split_magnitude
 from mora_jax._product.gradient import adapted_product
-from mora_jax._product.per_example import Examples
-from mora_jax._schemes.base import LowRank, Scheme
-from mora_jax._schemes.operators import Adapter, check_adapter
+from mora_jax._product.per_example import ExampleIds
+from mora_jax._schemes.base import Adapter, Scheme
 
 
 def mora_dot_general(
@@ -76,8 +75,9 @@ def mora_dot_general(
       scheme: the scheme.
       placement: where the forward pass has the delta: "kernel", "activation", or "auto": the
         cheaper one by static shapes, the kernel for many rows, the activations for few and for
-        `LowRank`. The backward pass of "kernel" and "auto" takes the cheaper one. "activation" (and
-        "auto" of `LowRank`) is differentiated by JAX alone, in forward mode as well.
+        schemes that prefer them (`LowRank`). The backward pass of "kernel" and "auto" takes the
+        cheaper one. "activation" (and "auto" of such a scheme) is differentiated by JAX alone, in
+        forward mode as well.
       precision: as for `jax.lax.dot_general`, for the base product.
       preferred_element_type: as for `jax.lax.dot_general`, for the base product.
       adapter_lhs: inputs of the adapter alone, where they differ from `lhs` (dropout); the delta is
@@ -116,11 +116,38 @@ def mora_dot_general(
     product = dot_general
     if out_sharding is not None:
         product = functools.partial(dot_general, out_sharding=out_sharding)
-    options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    call = Call.of(
-        lhs, rhs, dimension_numbers, scheme, product,
-        frozen=frozen, spread=spread, keep_sums=keep_sums, **options,
-    )  # fmt: skip
+    call = AdaptedProduct.of(
+        lhs,
+        rhs,
+        dimension_numbers,
+        scheme,
+        product,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        frozen=frozen,
+        spread=spread,
+        keep_sums=keep_sums,
+        placement=placement,
+    )
+    _check(call, lhs, rhs, adapter, adapter_ids)
+    arrays = (lhs, rhs, dict(adapter), adapter_lhs, adapter_ids)
+    if (mesh := explicit_mesh(lhs, rhs)) is None:
+        return _adapted(call, *arrays)
+    # Its shardings are those of the base product, or what JAX says of that is raised.
+    result = jax.eval_shape(call.product, lhs, rhs)
+    spread = _spread_of_explicit_axes(call, lhs, rhs, result)
+    inner = dataclasses.replace(call, dot_general=dot_general, spread=spread)
+    return in_auto_axes(functools.partial(_adapted, inner), mesh, result.sharding, *arrays)
+
+
+def _check(
+    call: AdaptedProduct,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    adapter: Adapter,
+    adapter_ids: jax.Array | None,
+) -> None:
+    """Raises TypeError or ValueError unless the adapter fits the kernel, and the ids the inputs."""
     if not jnp.issubdtype(rhs.dtype, jnp.floating):
         raise TypeError(f"the kernel must be floating to take a delta, got {rhs.dtype}.")
     batch, in_features, out_features = call.axes.sizes(rhs.shape)
@@ -129,62 +156,60 @@ def mora_dot_general(
     if bad := {name: a.shape for name, a in adapter.items() if a.shape[:end] != batch}:
         raise ValueError(f"adapter leaves must lead with the batch axes {batch}, got {bad}.")
     if adapter_ids is not None:
-        Examples(adapter_ids, "").check(lhs.shape, dimension_numbers)
+        ExampleIds(adapter_ids, "").check(lhs.shape, call.dimension_numbers)
     one = {name: jax.ShapeDtypeStruct(a.shape[-2:], a.dtype) for name, a in adapter.items()}
-    direction, magnitude = apart(one)
-    check_adapter(direction, in_features, out_features, scheme)
-    if magnitude is not None:
-        if magnitude.shape != (1, out_features):
-            raise ValueError(
-                f"the magnitude must have shape {(1, out_features)}, got {magnitude.shape}."
-            )
-        if adapter_ids is not None:
-            raise ValueError(
-                "adapter_ids: DoRA takes the norm of a kernel and its delta, another pass over the "
-                "kernel for every example; select one adapter for all of them."
-            )
-    if (mesh := explicit_mesh(lhs, rhs)) is not None:
-        # Its shardings are those of the base product, or what JAX says of that is raised.
-        result = jax.eval_shape(call.product, lhs, rhs)
-        outputs = range(result.ndim - len(call.axes.outputs), result.ndim)
-        inputs = call.dimension_numbers[0][0]
-        names = jax.typeof(lhs).sharding.spec
-        rows = (axis for axis in call.lhs_free if names[axis] is not None)
-        spread = Spread(
-            split_over(names, inputs, lhs.shape),
-            split_over(result.sharding.spec, outputs, result.shape),
-            sum((split_over(names, [axis], lhs.shape) or () for axis in rows), ()),
-            axes_of(jax.typeof(rhs).sharding.spec, (*call.axes.inputs, *call.axes.outputs)),
+    direction, magnitude = split_magnitude(one)
+    call.scheme.check(direction, in_features, out_features)
+    if magnitude is not None and magnitude.shape != (1, out_features):
+        raise ValueError(
+            f"the magnitude must have shape {(1, out_features)}, got {magnitude.shape}."
         )
-        again = functools.partial(
-            mora_dot_general,
-            dimension_numbers=dimension_numbers,
-            scheme=scheme,
-            placement=placement,
-            frozen=frozen,
-            keep_sums=keep_sums,
-            spread=spread,
-            dot_general=dot_general,
-            **options,
+    if magnitude is not None and adapter_ids is not None:
+        raise ValueError(
+            "adapter_ids: DoRA takes the norm of a kernel and its delta, another pass over the "
+            "kernel for every example; select one adapter for all of them."
         )
 
-        def run(lhs, rhs, adapter, adapter_lhs, ids):
-            return again(lhs, rhs, adapter=adapter, adapter_lhs=adapter_lhs, adapter_ids=ids)
 
-        arrays = (lhs, rhs, dict(adapter), adapter_lhs, adapter_ids)
-        return in_auto_axes(run, mesh, result.sharding, *arrays)
-    direction, magnitude = apart(adapter)
-    direction = whole(direction, spread)
-    plain = placement == "activation" or (placement == "auto" and isinstance(scheme, LowRank))
+def _spread_of_explicit_axes(
+    call: AdaptedProduct, lhs: jax.Array, rhs: jax.Array, result: Any
+) -> Spread:
+    """How the layer lies on a mesh, where the arrays' types say it."""
+    outputs = range(result.ndim - len(call.axes.outputs), result.ndim)
+    inputs = call.dimension_numbers[0][0]
+    names = jax.typeof(lhs).sharding.spec
+    rows = (axis for axis in call.lhs_free if names[axis] is not None)
+    return Spread(
+        split_over(names, inputs, lhs.shape),
+        split_over(result.sharding.spec, outputs, result.shape),
+        sum((split_over(names, [axis], lhs.shape) or () for axis in rows), ()),
+        axes_of(jax.typeof(rhs).sharding.spec, (*call.axes.inputs, *call.axes.outputs)),
+    )
+
+
+def _adapted(
+    call: AdaptedProduct,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    adapter: Adapter,
+    adapter_lhs: jax.Array | None,
+    adapter_ids: jax.Array | None,
+) -> jax.Array:
+    """The product of arrays that have been checked."""
+    direction, magnitude = split_magnitude(adapter)
+    direction = gather_adapter(direction, call.spread)
     scale = None
     if magnitude is not None:
-        scale = column_scale(rhs, adapter, call.axes, scheme, after=lhs)
+        scale = column_scale(rhs, adapter, call.axes, call.scheme, after=lhs)
+    plain = call.placement == "activation" or (
+        call.placement == "auto" and call.scheme.prefers_activations
+    )
     if plain or adapter_lhs is not None or adapter_ids is not None:
         inputs = lhs if adapter_lhs is None else adapter_lhs
         y = call.in_activations(lhs, inputs, rhs, direction, adapter_ids)
         return call.scale_columns(y, scale)
     varied = vary_alike((lhs, rhs, direction, scale))
-    return adapted_product(*varied, dataclasses.replace(call, placement=placement))
+    return adapted_product(*varied, call)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax._arrays.blockwise import summable
-from mora_jax._schemes.base import LowRank, Scheme
-from mora_jax._schemes.operators import Adapter, compress, decompress, lora_scale
+from mora_jax._schemes.base import Adapter, Scheme
 
 
 def ragged_delta(
@@ -39,20 +37,18 @@ def ragged_delta(
            [2., 2.],
            [2., 2.]], dtype=float32)
     """
-    wide = summable(x)
-    if isinstance(scheme, LowRank):
-        hidden = lora_scale(adapter, scheme) * _product(wide, adapter["a"], group_sizes)
-        return _product(hidden.astype(wide.dtype), adapter["b"], group_sizes).astype(x.dtype)
-    size = adapter["matrix"].shape[-1]
-    z = compress(wide, size, scheme, out_features=out_features)
-    # A row of several blocks is as many rows of its group.
-    blocks = z.size // (len(x) * size) if len(x) else 1
-    y = _product(z.reshape(-1, size), adapter["matrix"], group_sizes * blocks)
-    return decompress(y.reshape(z.shape).astype(z.dtype), out_features, scheme).astype(x.dtype)
 
+    def multiply(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+        # A row of several blocks is as many rows of its group.
+        width = rows.shape[-1]
+        blocks = rows.size // (len(x) * width) if len(x) else 1
+        wide = jnp.promote_types(rows.dtype, jnp.float32)
+        y = lax.ragged_dot(
+            rows.reshape(-1, width),
+            matrices.astype(rows.dtype),
+            group_sizes * blocks,
+            preferred_element_type=wide,
+        )
+        return y.reshape(*rows.shape[:-1], matrices.shape[-1])
 
-def _product(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
-    return lax.ragged_dot(
-        rows, matrices.astype(rows.dtype), group_sizes, preferred_element_type=wide
-    )
+    return scheme.delta_by(multiply, x, adapter, out_features)

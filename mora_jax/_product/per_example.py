@@ -22,12 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mora_jax._schemes.base import Scheme
-from mora_jax._schemes.operators import Adapter, delta
+from mora_jax._schemes.base import Adapter, Scheme
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class ExampleIds:
     """Which adapter each example of a layer's inputs has.
 
     Attributes:
@@ -121,12 +120,14 @@ def delta_by_example(
         return jnp.where((ids == -1)[:, None, None], 0, chosen)
 
     chosen = {name: choose(leaf) for name, leaf in adapter.items()}
-    one = functools.partial(delta, out_features=out_features, scheme=scheme)
+    one = functools.partial(scheme.delta, out_features=out_features)
     y = jax.vmap(one)(x.reshape(len(ids), -1, x.shape[-1]), chosen)
     return y.reshape(-1, out_features)
 
 
-def unfold(leaves: Mapping[str, Any], rows: Mapping[str, int], path: str) -> dict[str, jax.Array]:
+def unstack_bank(
+    leaves: Mapping[str, Any], rows: Mapping[str, int], path: str
+) -> dict[str, jax.Array]:
     """The adapters of a bank apart: leaves [B..., A rows, columns] -> [B..., A, rows, columns].
 
     Args:

@@ -1,30 +1,102 @@
-"""Schemes: how a layer's features are compressed to the square matrix and decompressed from it.
+"""What a scheme must answer, and all that follows from it.
 
-A scheme is plain data, frozen, hashable and comparable, so that it can be a static argument of a
-jitted function and a line of JSON. What it means is written once, in `_operators.py`.
+    h = W0 x + f_decomp(M f_comp(x))        equation (2) of arXiv 2405.12130
 
-Shape letters: I input features, O output features, R the square size (the paper's r_hat).
+`compress` is f_comp and `decompress` is f_decomp: fixed linear maps. They define a scheme. The
+delta, its kernel and the gradient of the matrix follow from them, and are derived here. A scheme
+writes one of them out only where that is faster, and the tests hold it to the derived one, so that
+forward pass, merge and training agree.
+
+Shape letters: I input features, O output features, R the square size, N blocks of R features,
+T rows, P parts on different devices; `...` any leading axes. The matrix is a JAX kernel, `z @ M`;
+files of the authors' PyTorch code hold its transpose.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
-#: The leaf of DoRA among an adapter's leaves.
-MAGNITUDE = "magnitude"
+import jax
+import jax.numpy as jnp
 
-Grouping = Literal["stride", "contiguous"]
-_GROUPINGS = ("stride", "contiguous")
+from mora_jax._arrays.blockwise import summable, wide_dtype
+
+Adapter = Mapping[str, jax.Array]
+
+#: (key or None, shape, dtype) -> the numbers that a new leaf starts with.
+Start = Callable[..., jax.Array]
+
+
+def zeros(key: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A new leaf of zeros."""
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A new leaf of ones."""
+    del key
+    return jnp.ones(shape, dtype)
+
+
+class Leaf(NamedTuple):
+    """One array of an adapter.
+
+    Attributes:
+      shape: (rows, columns), without the axes of stacked layers and of experts.
+      start: makes a new one, of a shape that may have these axes too.
+      draws: whether `start` needs a PRNG key.
+    """
+
+    shape: tuple[int, int]
+    start: Start = zeros
+    draws: bool = False
+
+
+class Work(NamedTuple):
+    """What a delta costs, in numbers that are moved; see `mora_jax._product.cost`.
+
+    Attributes:
+      entries: numbers that each row is multiplied with.
+      kernel_moves: numbers moved to form the delta's kernel, beyond a pass over the kernel.
+      row_moves: numbers moved for each row of the inputs, beyond its features.
+      table_terms: terms of each number of the result, on machines that spread features by a product
+        with a table.
+    """
+
+    entries: int
+    kernel_moves: int = 0
+    row_moves: int = 0
+    table_terms: int = 0
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Scheme:
-    """What all schemes have in common; use one of its subclasses."""
+    """How a layer's features are compressed to the square matrix and decompressed from it.
 
+    A scheme is a frozen dataclass: hashable and comparable, a static argument of jitted functions
+    and a line of JSON. A new one defines `kind`, `compress` and `decompress`, and is registered
+    with `register_scheme`; everything else has a default. examples/custom_scheme.py is one.
+    """
+
+    #: The scheme's name, in JSON and wherever a scheme may be given by name.
     kind: ClassVar[str] = ""
+    #: Whether the delta is linear in the adapter, so that a sum of adapters is an adapter.
+    is_linear: ClassVar[bool] = True
+    #: Whether the delta is always cheaper in the activations than in the kernel.
+    prefers_activations: ClassVar[bool] = False
+    #: The square size is a multiple of this.
+    size_step: ClassVar[int] = 1
+    #: The named cycles that ReMoRA can walk through, see `successor`.
+    cycles: ClassVar[tuple[str, ...]] = ()
+    #: Fields that had another name in an earlier version: old -> new.
+    renamed_fields: ClassVar[Mapping[str, str]] = {}
+    #: The leaves that files of PEFT call `lora_A` and `lora_B`.
+    peft_leaves: ClassVar[tuple[str, str]] = ("matrix", "matrix")
 
     def __repr__(self) -> str:
         """The call that makes the scheme, defaults left out."""
@@ -37,253 +109,226 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description, read back by `scheme_from_dict`.
 
-        >>> Rotation(cycle=True).to_dict()
-        {'kind': 'rotation', 'cycle': True}
+        >>> from mora_jax import Rotation
+        >>> Rotation(wrap=True).to_dict()
+        {'kind': 'rotation', 'wrap': True}
         """
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
+    # The two maps that define a scheme.
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Sharing(Scheme):
-    """Features in one group share a row (or column) of the matrix: equations (6) and (7).
+    def compress(self, x: jax.Array, size: int, *, out_features: int | None = None) -> jax.Array:
+        """f_comp: [..., I] -> [..., R], or [..., N, R] in blocks; linear, keeps the dtype.
 
-    `"stride"` puts feature `j` in group `j mod R`; `"contiguous"` makes R runs of neighbours.
-    The four combinations are types 1 to 4 of the authors' code (`scheme_from_mora_type`).
+        Args:
+          x: the inputs.
+          size: R.
+          out_features: O, where the number of blocks depends on it.
+        """
+        raise TypeError(f"{self} has no fixed compression; use `delta`.")
 
-    ReMoRA changes the grouping at every merge. Two families go beyond the authors' four, both for
-    stride on both sides, both the identity at 0. With `b = j // R` the block of feature `j`:
+    def decompress(self, z: jax.Array, out_features: int) -> jax.Array:
+        """f_decomp: [..., R] or [..., N, R] -> [..., O]; linear, keeps the dtype."""
+        raise TypeError(f"{self} has no fixed decompression; use `delta`.")
 
-    - `shift=s` moves feature `j` to group `(j + s b) mod R`.
-    - `signs=t` multiplies feature `j` by the Walsh function `(-1) ** popcount(t & b)`. The first n
-      Walsh functions on n blocks are linearly independent for every n, so merges with
-      t = 0, 1, 2, ... add R to the rank each, up to full rank, at no cost but a sign.
+    # The adapter's arrays.
 
-    Args:
-      input: grouping of the input features.
-      output: grouping of the output features.
-      shift: the shift s, non-negative.
-      signs: the index t of the Walsh function, non-negative.
-    """
+    def size(self, in_features: int, out_features: int, rank: int, multiple: int = 1) -> int:
+        """R, the side of the square matrix; see `mora_jax.square_rank`."""
+        size, step = int(math.sqrt((in_features + out_features) * rank) + 0.5), self.size_step
+        size, multiple = max(size - size % step, step), math.lcm(multiple, step)
+        most = max(size, min(in_features, out_features)) // multiple
+        return min(max((size + multiple // 2) // multiple, 1), most) * multiple or size
 
-    kind: ClassVar[str] = "sharing"
-    input: Grouping = "stride"
-    output: Grouping = "stride"
-    shift: int = 0
-    signs: int = 0
+    def leaves(self, in_features: int, out_features: int, size: int) -> dict[str, Leaf]:
+        """Name -> leaf, of an adapter of this size beside a kernel of I x O."""
+        del in_features, out_features
+        return {"matrix": Leaf((size, size))}
 
-    def __post_init__(self):
-        for side, grouping in (("input", self.input), ("output", self.output)):
-            if grouping not in _GROUPINGS:
-                raise ValueError(f"Sharing: {side} must be one of {_GROUPINGS}, got {grouping!r}.")
-        for name in ("shift", "signs"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"Sharing: {name} must be a non-negative int, got {value!r}.")
-            if value and (self.input, self.output) != ("stride", "stride"):
-                raise ValueError(
-                    f"Sharing: {name}={value} moves whole blocks of R features, so it needs "
-                    f"'stride' on both sides, got {self.input!r} and {self.output!r}."
-                )
+    def size_of(self, adapter: Mapping[str, Any]) -> int:
+        """R of an adapter's leaves [..., rows, columns]."""
+        return adapter["matrix"].shape[-1]
 
+    def check(self, adapter: Mapping[str, Any], in_features: int, out_features: int) -> None:
+        """Raises ValueError unless the adapter has the names and shapes of this scheme.
 
-def _check_cycle_flag(scheme: Scheme, cycle: object) -> None:
-    if not isinstance(cycle, bool):
-        raise ValueError(f"{type(scheme).__name__}: cycle must be a bool, got {cycle!r}.")
+        Any square size is legal here; the plan says which one the rank asks for.
+        """
+        got = {name: tuple(value.shape) for name, value in adapter.items()}
+        try:
+            size = max(self.size_of(adapter), 1)
+        except (KeyError, IndexError):
+            size = self.size_step
+        leaves = self.leaves(in_features, out_features, size)
+        wanted = {name: leaf.shape for name, leaf in leaves.items()}
+        if got != wanted:
+            raise ValueError(
+                f"adapter of {self} on {in_features} -> {out_features} features must have shapes "
+                f"{wanted}, got {got}."
+            )
+        if size % self.size_step:
+            raise ValueError(
+                f"the size of the matrix of {self} is a multiple of {self.size_step}, got {got}."
+            )
 
+    # The delta, derived from the two maps.
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Rotation(Scheme):
-    """Blocks of R features share the matrix, block i rotated by the angles `i theta_j`: (9)-(11).
+    def delta(self, x: jax.Array, adapter: Adapter, out_features: int) -> jax.Array:
+        """`f_decomp(M f_comp(x))`: [..., I] -> [..., O], the dtype of `x`."""
+        return self.delta_by(product, x, adapter, out_features)
 
-    Type 6 of the authors' code, which writes as many output blocks as there are input blocks and
-    then cuts or tiles them to O. On a rectangular layer some inputs are then never updated, or
-    some outputs are copies. `cycle=True` mends it: with `n = max(n_in, n_out)` blocks, block i
-    reads input block `i mod n_in`, writes output block `i mod n_out`, and they sum where they
-    meet.
-    """
+    def delta_by(
+        self,
+        multiply: Callable[[jax.Array, jax.Array], jax.Array],
+        x: jax.Array,
+        adapter: Adapter,
+        out_features: int,
+    ) -> jax.Array:
+        """`delta` with another product of rows [..., K] and a leaf, such as one for each expert."""
+        matrix = adapter["matrix"]
+        z = self.compress(summable(x), matrix.shape[-1], out_features=out_features)
+        z = multiply(z, matrix).astype(z.dtype)
+        return self.decompress(z, out_features).astype(x.dtype)
 
-    kind: ClassVar[str] = "rotation"
-    cycle: bool = False
+    def delta_kernel(self, adapter: Adapter, in_features: int, out_features: int) -> jax.Array:
+        """The kernel of the delta, `C^T M D`: [I, O], the adapter's dtype; equation (3)."""
+        matrix = adapter["matrix"]
+        if self.blocks(in_features, out_features, matrix.shape[0]):
+            identity = jnp.eye(in_features, dtype=matrix.dtype)
+            return Scheme.delta(self, identity, adapter, out_features)
+        # No product is made: entries of M are put in their places.
+        rows = self.compress_transpose(matrix.T, in_features, out_features).T
+        return self.decompress(rows, out_features)
 
-    def __post_init__(self):
-        _check_cycle_flag(self, self.cycle)
+    def delta_transpose(self, dy: jax.Array, adapter: Adapter, in_features: int) -> jax.Array:
+        """What the adapter adds to the inputs' gradient, the transpose of `x -> delta(x)`.
 
+        [T, O] -> [T, I], the dtype of `dy`.
+        """
+        matrix, out_features = adapter["matrix"], dy.shape[-1]
+        dz = self.decompress_transpose(summable(dy), matrix.shape[0], in_features)
+        dz = product(dz, matrix.T).astype(dz.dtype)
+        return self.compress_transpose(dz, in_features, out_features).astype(dy.dtype)
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Decoupling(Scheme):
-    """Blocks of R features share the matrix, unrotated: equation (8). `cycle` as in `Rotation`."""
+    def compress_transpose(self, z: jax.Array, in_features: int, out_features: int) -> jax.Array:
+        """The transpose of `compress`: [..., R] or [..., N, R] -> [..., I]."""
+        blocks = self.blocks(in_features, out_features, z.shape[-1])
+        lead = z.shape[: z.ndim - 1 - len(blocks)]
+        inputs = jax.ShapeDtypeStruct((*lead, in_features), z.dtype)
+        compress = functools.partial(self.compress, size=z.shape[-1], out_features=out_features)
+        return jax.linear_transpose(compress, inputs)(z)[0]
 
-    kind: ClassVar[str] = "decoupling"
-    cycle: bool = False
+    def decompress_transpose(self, dy: jax.Array, size: int, in_features: int) -> jax.Array:
+        """The transpose of `decompress`: [..., O] -> [..., R] or [..., N, R]."""
+        blocks = self.blocks(in_features, dy.shape[-1], size)
+        outputs = jax.ShapeDtypeStruct((*dy.shape[:-1], *blocks, size), dy.dtype)
+        decompress = functools.partial(self.decompress, out_features=dy.shape[-1])
+        return jax.linear_transpose(decompress, outputs)(dy)[0]
 
-    def __post_init__(self):
-        _check_cycle_flag(self, self.cycle)
+    def blocks(self, in_features: int, out_features: int, size: int) -> tuple[int, ...]:
+        """(N,) where `compress` gives [..., N, R], else ()."""
+        return _blocks(self, in_features, out_features, size)
 
+    # The gradient by the adapter.
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Truncation(Scheme):
-    """The first R features in, the first R features out: equations (4) and (5)."""
+    def gradient_residual(self, x: jax.Array, adapter: Adapter, out_features: int) -> jax.Array:
+        """All of `x` that the adapter's gradient needs: [T, I] -> P parts that add up to f_comp(x).
 
-    kind: ClassVar[str] = "truncation"
+        [P, T, R] or [P, T, N, R], or `x` itself.
+        """
+        z = self.compress(summable(x), self.size_of(adapter), out_features=out_features)
+        return z[None]
 
+    def output_gradient_parts(self, dy: jax.Array, size: int, in_features: int) -> jax.Array:
+        """[T, O] -> P parts that add up to `decompress_transpose(dy)`."""
+        return self.decompress_transpose(dy, size, in_features)[None]
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class LowRank(Scheme):
-    """LoRA, the paper's baseline, through the same engine: `delta = (alpha / rank) x A B`.
+    def gradient(
+        self, z: jax.Array, dy: jax.Array, adapter: Adapter, in_features: int
+    ) -> dict[str, jax.Array]:
+        """Gradient of `sum(dy * delta)` by the adapter: the transpose of `M -> delta(x, M)`.
 
-    Args:
-      alpha: LoRA's scale; None stands for alpha = rank, a scale of one.
-    """
+        `dM = f_comp(x)^T D^T(dy)` with D^T the transpose of `decompress`: no product is larger than
+        the adapter's own, no `[I, O]` gradient is ever formed.
 
-    kind: ClassVar[str] = "low_rank"
-    alpha: float | None = None
+        Args:
+          z: `gradient_residual(x)`.
+          dy: [T, O].
+          adapter: the adapter.
+          in_features: I.
 
-    def __post_init__(self):
-        if self.alpha is not None and not (isinstance(self.alpha, int | float) and self.alpha > 0):
-            raise ValueError(f"LowRank: alpha must be a positive number, got {self.alpha!r}.")
-
-
-SCHEMES: dict[str, type[Scheme]] = {
-    cls.kind: cls for cls in (Sharing, Rotation, Decoupling, Truncation, LowRank)
-}
-
-_MORA_TYPES: dict[int, Scheme] = {
-    1: Sharing("stride", "stride"),
-    2: Sharing("contiguous", "contiguous"),
-    3: Sharing("contiguous", "stride"),
-    4: Sharing("stride", "contiguous"),
-    6: Rotation(),
-}
-
-
-def scheme_from_mora_type(mora_type: int) -> Scheme:
-    """The scheme of the authors' integer `mora_type`.
-
-    >>> scheme_from_mora_type(6)
-    Rotation()
-
-    Raises:
-      ValueError: for a number that has no scheme in the authors' code (5 among them).
-    """
-    if mora_type not in _MORA_TYPES:
-        raise ValueError(
-            f"mora_type {mora_type!r} is no scheme of the authors' code, which has "
-            f"1 to 4 (sharing) and 6 (rotation)."
+        Returns:
+          A dict like `adapter`, in its dtypes, accumulated in float32 or better.
+        """
+        dz = self.output_gradient_parts(summable(dy), z.shape[-1], in_features)
+        # Parts and rows are contracted at once, so that one sum over devices does for both: what is
+        # sent has the size of the matrix, not of the activations. Of two that have parts, one sums.
+        z = z.sum(0, keepdims=True) if len(z) > 1 and len(dz) > 1 else z
+        parts = max(len(z), len(dz))
+        z, dz = (jnp.broadcast_to(part, (parts, *part.shape[1:])) for part in (z, dz))
+        axes = tuple(range(z.ndim - 1))
+        gradient = jax.lax.dot_general(
+            z,
+            dz.astype(z.dtype),
+            ((axes, axes), ((), ())),
+            preferred_element_type=wide_dtype(z.dtype),
         )
-    return _MORA_TYPES[mora_type]
+        return {"matrix": gradient.astype(adapter["matrix"].dtype)}
+
+    # What plans and reports ask.
+
+    def work(self, in_features: int, out_features: int, size: int) -> Work:
+        """What the delta costs."""
+        del in_features, out_features
+        return Work(entries=size * size)
+
+    def dead_entries(self, in_features: int, out_features: int, size: int) -> int:
+        """Entries of one matrix that cannot act, where R exceeds a side of the layer."""
+        return size**2 - min(size, in_features) * min(size, out_features)
+
+    def maps(
+        self, in_features: int, out_features: int, size: int
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """(C [I, R], D [R, O]) of a delta kernel that is `C M D`; None where it is in blocks."""
+        if self.blocks(in_features, out_features, size):
+            return None
+        before = self.compress(jnp.eye(in_features), size, out_features=out_features)
+        return before, self.decompress(jnp.eye(size), out_features)
+
+    def factors(self, adapter: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:
+        """(A [I, R], K [R, R], B [R, O]) of a delta `A K B`, all of it trained; else None."""
+        del adapter
+        return None
+
+    def successor(self, cycle: str, in_features: int, out_features: int, size: int) -> Scheme:
+        """The scheme after a merge in ReMoRA.
+
+        Args:
+          cycle: one of `cycles`, or "auto", which leaves the choice to the scheme.
+          in_features: I.
+          out_features: O.
+          size: R.
+
+        Raises:
+          ValueError: if this scheme is not part of the cycle.
+        """
+        del cycle, in_features, out_features, size
+        return self
+
+    def lora_alpha(self, rank: int) -> float | None:
+        """LoRA's alpha, of schemes that are LoRA; None for all others."""
+        del rank
+        return None
 
 
-def scheme_from_dict(fields: Mapping[str, Any]) -> Scheme:
-    """The inverse of `Scheme.to_dict`.
-
-    >>> scheme_from_dict({"kind": "sharing", "input": "contiguous", "output": "stride"})
-    Sharing(input='contiguous')
-
-    Raises:
-      ValueError: for an unknown kind or an unknown field.
-    """
-    fields = dict(fields)
-    kind = fields.pop("kind", None)
-    if kind not in SCHEMES:
-        raise ValueError(f"Unknown scheme {kind!r}; there are: {', '.join(SCHEMES)}.")
-    known = {field.name for field in dataclasses.fields(SCHEMES[kind])}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"Scheme {kind!r} has no field {unknown}; it has: {sorted(known)}.")
-    return SCHEMES[kind](**fields)
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` in a's dtype, accumulated and returned in at least float32."""
+    wide = wide_dtype(a.dtype)
+    return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=wide)
 
 
-def as_scheme(scheme: Scheme | str, rank: int) -> Scheme:
-    """A scheme from itself, from its name, or from `"auto"`.
-
-    `"auto"` is cycled rotation below rank 32 and sharing from there on: the paper uses rotation
-    at rank 8 and sharing at 128 and 256, and each entry of the matrix acts on fewer pairs of
-    features as the rank grows. At rank 8, in layers 128 wide, cycled rotation ended 0.02 below
-    sharing, of a loss of 1.48; in a model of 135 million parameters 0.012, of 1.50 on medical
-    text, 0.0025, of 0.615 on GSM8K's test, and 0.0003 on other problems, and it memorised later
-    (examples/paper/README.md).
-
-    >>> as_scheme("auto", rank=8), as_scheme("truncation", rank=8)
-    (Rotation(cycle=True), Truncation())
-    """
-    if isinstance(scheme, Scheme):
-        return scheme
-    if scheme == "auto":
-        return Rotation(cycle=True) if rank < 32 else Sharing()
-    if scheme not in SCHEMES:
-        raise ValueError(f"Unknown scheme {scheme!r}; there are: auto, {', '.join(SCHEMES)}.")
-    return SCHEMES[scheme]()
-
-
-def check_rank(rank: int) -> int:
-    """Returns `rank`, or raises ValueError unless it is a positive integer."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a positive integer, got {rank!r}.")
-    return rank
-
-
-def check_multiple(multiple: int) -> int:
-    """Returns `multiple`, or raises ValueError unless it is a positive integer."""
-    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"size_multiple must be a positive integer, got {multiple!r}.")
-    return multiple
-
-
-def square_rank(
-    in_features: int, out_features: int, rank: int, scheme: Scheme, *, multiple: int = 1
-) -> int:
-    """The side R of the square matrix with as many entries as LoRA has at `rank`.
-
-    `R = int(sqrt((I + O) rank) + 0.5)`, made even by subtraction for `Rotation`, as in the
-    authors' code (the paper rounds down). For `LowRank` it is `rank` itself.
-
-    With a `multiple`, R becomes the nearest one (of those that are even, for `Rotation`): about as
-    many entries, in a size that suits the machine. Rounding makes no dead entries: up to a side of
-    the layer, or to R where that is longer. Where no multiple is as small, R stays as it is.
-
-    >>> square_rank(4096, 4096, 8, Sharing())
-    256
-    >>> square_rank(4096, 14336, 8, Rotation())
-    384
-    >>> square_rank(4096, 1024, 8, Sharing()), square_rank(4096, 1024, 8, Sharing(), multiple=64)
-    (202, 192)
-
-    Raises:
-      ValueError: where a size, the rank or the multiple is not a positive integer.
-    """
-    check_rank(rank)
-    check_multiple(multiple)
-    if in_features < 1 or out_features < 1:
-        raise ValueError(f"features must be positive, got {in_features} -> {out_features}.")
-    if isinstance(scheme, LowRank):
-        return rank
-    size = int(math.sqrt((in_features + out_features) * rank) + 0.5)
-    if isinstance(scheme, Rotation):
-        # It pairs feature j with j + R/2.
-        size, multiple = max(size - size % 2, 2), math.lcm(multiple, 2)
-    most = max(size, min(in_features, out_features)) // multiple
-    return min(max((size + multiple // 2) // multiple, 1), most) * multiple or size
-
-
-def adapter_shapes(
-    in_features: int,
-    out_features: int,
-    rank: int,
-    scheme: Scheme,
-    multiple: int = 1,
-    *,
-    dora: bool = False,
-) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the arrays that a scheme trains, and with DoRA the magnitude.
-
-    `multiple` is as for `square_rank`.
-
-    >>> adapter_shapes(64, 32, 2, Truncation())
-    {'matrix': (14, 14)}
-    >>> adapter_shapes(64, 32, 2, LowRank(), dora=True)
-    {'a': (64, 2), 'b': (2, 32), 'magnitude': (1, 32)}
-    """
-    size = square_rank(in_features, out_features, rank, scheme, multiple=multiple)
-    shapes = {"matrix": (size, size)}
-    if isinstance(scheme, LowRank):
-        shapes = {"a": (in_features, size), "b": (size, out_features)}
-    return shapes | ({MAGNITUDE: (1, out_features)} if dora else {})
+@functools.lru_cache(maxsize=4096)
+def _blocks(scheme: Scheme, in_features: int, out_features: int, size: int) -> tuple[int, ...]:
+    compress = functools.partial(scheme.compress, size=size, out_features=out_features)
+    shape = jax.eval_shape(compress, jax.ShapeDtypeStruct((in_features,), jnp.float32)).shape
+    return shape[:-1]

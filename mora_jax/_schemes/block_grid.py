@@ -1,9 +1,4 @@
-"""The block schemes: R features at a time through one R x R matrix, or through one for each block.
-
-`Decoupling` and `Rotation` cut the inputs and the outputs into blocks of R features and send block
-i to block i. Rotating the inputs of block i is rotating the rows of its matrix, `(x R_i) M =
-x (R_i M)`, so both schemes are a product with N matrices, one a block. N matrices of R x R entries
-are far less than the inputs of a training step.
+"""A grid of blocks: products of inputs and outputs that are cut into blocks of R features.
 
 Shape letters: I input features, O output features, R features a block, N blocks, T rows.
 """
@@ -20,7 +15,6 @@ from jax.sharding import PartitionSpec
 
 from mora_jax._arrays import blockwise as features
 from mora_jax._arrays.mesh import MeshAxes, feature_axes, may_be_sharded, platform, shards_of
-from mora_jax._schemes.base import Decoupling, Rotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +22,7 @@ class BlockGrid:
     """Which block of the inputs meets which block of the outputs.
 
     Blocks stand in squares of `side` blocks. Within a square, input block a meets output block a.
-    A cycled scheme on a layer that is wider than high has several squares side by side
+    A scheme that wraps, on a layer that is wider than high has several squares side by side
     (`columns`), on one that is higher than wide one below the other (`rows`). N is
     `rows * columns * side`, counted square by square; what lies outside the layer is zero.
     """
@@ -36,7 +30,7 @@ class BlockGrid:
     in_features: int
     out_features: int
     size: int
-    cycle: bool
+    wrap: bool
 
     @property
     def input_blocks(self) -> int:
@@ -51,12 +45,12 @@ class BlockGrid:
     @property
     def rows(self) -> int:
         """Squares one below the other."""
-        return -(-self.input_blocks // self.side) if self.cycle else 1
+        return -(-self.input_blocks // self.side) if self.wrap else 1
 
     @property
     def columns(self) -> int:
         """Squares side by side."""
-        return -(-self.out_features // (self.side * self.size)) if self.cycle else 1
+        return -(-self.out_features // (self.side * self.size)) if self.wrap else 1
 
     @property
     def count(self) -> int:
@@ -206,17 +200,3 @@ class BlockGrid:
             out_specs=PartitionSpec(axes),
             axis_names=frozenset(axes),
         )(split, whole)
-
-
-def block_matrices(matrix: jax.Array, count: int, scheme: Rotation | Decoupling) -> jax.Array:
-    """The matrix of each block: [R, R] -> [N, R, R], turned for `Rotation`, copies otherwise."""
-    if isinstance(scheme, Decoupling):
-        return jnp.broadcast_to(matrix, (count, *matrix.shape))
-    return features.rotate_rows(matrix, count)
-
-
-def block_matrices_transpose(gradients: jax.Array, scheme: Rotation | Decoupling) -> jax.Array:
-    """[P, N, R, R] -> [R, R]; the sum over P is the last one, and the smallest."""
-    if isinstance(scheme, Decoupling):
-        return gradients.sum(1).sum(0)
-    return jax.vmap(features.rotate_rows_transpose)(gradients).sum(0)

@@ -1,19 +1,21 @@
-"""Groups: how features are shared out among the rows, or the columns, of one matrix.
+"""Sharing: features in one group share a row, or a column, of one matrix.
 
-`sum` and `spread` are each other's transposes, and each has two spellings of the same numbers:
+`Groups` is one side of it. Its `sum` and `spread` are each other's transposes, and each has two
+spellings of the same numbers:
 
 - on one device, slices and copies of whole blocks, which compilers fuse into a single pass;
 - where features may lie on several devices, tables of indices, which each device reads for its own
   features. Blocks that do not divide a shard would have to be sent around. And on TPUs, whose
   compiler writes copies of blocks to memory, in float32, but multiplies by a table fast.
 
-Shape letters: F features, R groups.
+Shape letters: I input features, O output features, F either, R groups, T rows, P parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +23,138 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mora_jax._arrays.blockwise import add_blocks, blocks_of, expand, fold, tile, wide_dtype, widen
-from mora_jax._arrays.mesh import MeshAxes, may_be_sharded, platform, shards_of
-from mora_jax._schemes.base import Grouping
+from mora_jax._arrays import blockwise as features
+from mora_jax._arrays.mesh import MeshAxes, feature_axes, may_be_sharded, platform, shards_of
+from mora_jax._schemes.base import Adapter, Scheme, Work
+
+Grouping = Literal["stride", "contiguous"]
+_GROUPINGS = ("stride", "contiguous")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Sharing(Scheme):
+    """Features in one group share a row (or column) of the matrix: equations (6) and (7).
+
+    `"stride"` puts feature `j` in group `j mod R`; `"contiguous"` makes R runs of neighbours.
+    The four combinations are types 1 to 4 of the authors' code (`scheme_from_mora_type`).
+
+    ReMoRA changes the grouping at every merge. Two families go beyond the authors' four, both for
+    stride on both sides, both the identity at 0. With `b = j // R` the block of feature `j`:
+
+    - `shift=s` moves feature `j` to group `(j + s b) mod R`.
+    - `signs=t` multiplies feature `j` by the Walsh function `(-1) ** popcount(t & b)`. The first n
+      Walsh functions on n blocks are linearly independent for every n, so merges with
+      t = 0, 1, 2, ... add R to the rank each, up to full rank, at no cost but a sign.
+
+    Args:
+      input: grouping of the input features.
+      output: grouping of the output features.
+      shift: the shift s, non-negative.
+      signs: the index t of the Walsh function, non-negative.
+    """
+
+    kind: ClassVar[str] = "sharing"
+    cycles: ClassVar[tuple[str, ...]] = ("groupings", "shifts", "signs")
+    input: Grouping = "stride"
+    output: Grouping = "stride"
+    shift: int = 0
+    signs: int = 0
+
+    def __post_init__(self):
+        for side, grouping in (("input", self.input), ("output", self.output)):
+            if grouping not in _GROUPINGS:
+                raise ValueError(f"Sharing: {side} must be one of {_GROUPINGS}, got {grouping!r}.")
+        for name in ("shift", "signs"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"Sharing: {name} must be a non-negative int, got {value!r}.")
+            if value and not self._has_strides:
+                raise ValueError(
+                    f"Sharing: {name}={value} moves whole blocks of R features, so it needs "
+                    f"'stride' on both sides, got {self.input!r} and {self.output!r}."
+                )
+
+    @property
+    def _has_strides(self) -> bool:
+        return self.input == self.output == "stride"
+
+    def compress(self, x: jax.Array, size: int, *, out_features: int | None = None) -> jax.Array:
+        del out_features
+        return self._input_groups(x.shape[-1], size).sum(x)
+
+    def decompress(self, z: jax.Array, out_features: int) -> jax.Array:
+        return self._output_groups(out_features, z.shape[-1]).spread(z)
+
+    def compress_transpose(self, z: jax.Array, in_features: int, out_features: int) -> jax.Array:
+        del out_features
+        return self._input_groups(in_features, z.shape[-1]).spread(z)
+
+    def decompress_transpose(self, dy: jax.Array, size: int, in_features: int) -> jax.Array:
+        del in_features
+        return self._output_groups(dy.shape[-1], size).sum(dy)
+
+    def blocks(self, in_features: int, out_features: int, size: int) -> tuple[int, ...]:
+        del in_features, out_features, size
+        return ()
+
+    def gradient_residual(self, x: jax.Array, adapter: Adapter, out_features: int) -> jax.Array:
+        """[P, T, R], one part on each of the devices that features are known to be split over."""
+        del out_features
+        groups = self._input_groups(x.shape[-1], self.size_of(adapter))
+        return groups.partial_sums(features.summable(x))
+
+    def output_gradient_parts(self, dy: jax.Array, size: int, in_features: int) -> jax.Array:
+        """[P, T, R], likewise."""
+        del in_features
+        return self._output_groups(dy.shape[-1], size).partial_sums(dy)
+
+    def work(self, in_features: int, out_features: int, size: int) -> Work:
+        del in_features, out_features
+        return Work(entries=size * size, table_terms=size)
+
+    def dead_entries(self, in_features: int, out_features: int, size: int) -> int:
+        """Strides fill every row, around the end; runs leave rows without a feature."""
+        rows = min(size, in_features) if self.input == "contiguous" else size
+        return size**2 - min(size, out_features) * rows
+
+    def successor(self, cycle: str, in_features: int, out_features: int, size: int) -> Scheme:
+        """The next grouping.
+
+        - `"groupings"`: the authors' types 1, 2, 3, 4. The summed rank stays at or below 2 R.
+        - `"shifts"`: `shift` 0, 1, ..., R - 1. About R - 1 a merge, short of full rank by the
+          directions that all shifts share.
+        - `"signs"`: `signs` 0, 1, ..., n - 1 for n blocks. R a merge, up to full rank.
+        - `"auto"`: `"signs"` for strides without a shift, else the scheme itself.
+        """
+        if cycle == "groupings":
+            if self not in GROUPINGS:
+                raise ValueError(f"{self} is no element of the cycle {GROUPINGS}.")
+            return GROUPINGS[(GROUPINGS.index(self) + 1) % len(GROUPINGS)]
+        if cycle == "auto" and (self.shift or not self._has_strides):
+            return self
+        if not self._has_strides:
+            raise ValueError(f"cycle {cycle!r} needs Sharing('stride', 'stride'), got {self}.")
+        if cycle == "shifts":
+            return dataclasses.replace(self, shift=(self.shift + 1) % size)
+        blocks = -(-max(in_features, out_features) // size)
+        return dataclasses.replace(self, signs=(self.signs + 1) % blocks)
+
+    def _input_groups(self, in_features: int, size: int) -> Groups:
+        axes, _ = feature_axes()
+        return Groups(in_features, size, self.input, self.signs, self.shift, True, axes)
+
+    def _output_groups(self, out_features: int, size: int) -> Groups:
+        _, axes = feature_axes()
+        return Groups(out_features, size, self.output, self.signs, self.shift, False, axes)
+
+
+#: The authors' cycle: their types 1, 2, 3, 4.
+GROUPINGS = (
+    Sharing("stride", "stride"),
+    Sharing("contiguous", "contiguous"),
+    Sharing("contiguous", "stride"),
+    Sharing("stride", "contiguous"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +227,17 @@ class Groups:
             block = (start + lax.broadcasted_iota(np.int32, x.shape, x.ndim - 1)) // self.size
             odd = lax.population_count(block & self.signs) % 2 == 1
             signed = jnp.where(odd, -x, x)
-        total = widen(add_blocks(signed, self.size))
+        total = features.widen(features.add_blocks(signed, self.size))
         total = jnp.roll(total, start % self.size, axis=-1)
         if self.circular and (end := self.features % self.size):
             again = _walsh(self.signs, self.features // self.size) * x[..., : self.size - end]
-            total = total.at[..., end:].add(jnp.where(start == 0, widen(again), 0))
+            total = total.at[..., end:].add(jnp.where(start == 0, features.widen(again), 0))
         return total.astype(x.dtype)[None]
 
     def spread(self, z: jax.Array) -> jax.Array:
         """[..., R] -> [..., F]."""
         # In float32, because JAX's transpose of it is a sum.
-        wide = widen(z)
+        wide = features.widen(z)
         if may_be_sharded() or platform() == "tpu":
             spread = self._spread_by_table(wide)
         elif self.grouping == "contiguous":
@@ -117,10 +248,10 @@ class Groups:
 
     def _sum_strides(self, x: jax.Array) -> jax.Array:
         total = None
-        for index, block in enumerate(blocks_of(x, self.size, circular=self.circular)):
+        for index, block in enumerate(features.blocks_of(x, self.size, circular=self.circular)):
             if step := self.shift * index % self.size:
                 block = jnp.roll(block, step, axis=-1)
-            term = widen(block)
+            term = features.widen(block)
             if total is None:
                 total = term
             else:
@@ -132,14 +263,14 @@ class Groups:
         count = -(-self.features // self.size)
         # Rolls by a step that grows: the rows of a tiling that is cut a step later each time.
         step = self.shift % self.size
-        tiled = tile(z, count * (self.size + step))
+        tiled = features.tile(z, count * (self.size + step))
         if step:
             rows = tiled.reshape(*z.shape[:-1], count, self.size + step)
             tiled = rows[..., : self.size].reshape(*z.shape[:-1], count * self.size)
         if self.signs:
             table = np.repeat([_walsh(self.signs, index) for index in range(count)], self.size)
-            tiled = tiled * expand(table, tiled)
-        return fold(tiled, self.features) if self.circular else tiled[..., : self.features]
+            tiled = tiled * features.expand(table, tiled)
+        return features.fold(tiled, self.features) if self.circular else tiled[..., : self.features]
 
     def _sum_runs(self, x: jax.Array) -> jax.Array:
         length, longer = divmod(self.features, self.size)
@@ -189,7 +320,7 @@ class Groups:
     def _spread_by_table(self, z: jax.Array) -> jax.Array:
         def look_up(z):
             terms = [
-                jnp.take(z, group, axis=-1, mode="clip") * expand(weight, z)
+                jnp.take(z, group, axis=-1, mode="clip") * features.expand(weight, z)
                 for group, weight in self.tables()
             ]
             return sum(terms[1:], terms[0])
@@ -208,7 +339,7 @@ def _exact_product(x: jax.Array, one_hot: jax.Array) -> jax.Array:
         x,
         one_hot,
         precision=lax.Precision.HIGHEST if x.dtype.itemsize > 2 else None,
-        preferred_element_type=wide_dtype(x.dtype) if floating else None,
+        preferred_element_type=features.wide_dtype(x.dtype) if floating else None,
     ).astype(x.dtype)
 
 

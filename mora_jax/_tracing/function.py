@@ -21,7 +21,7 @@ from mora_jax._params.attach import bank_size, check_adapted
 from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes
-from mora_jax._product.per_example import Examples, unfold
+from mora_jax._product.per_example import ExampleIds, unstack_bank
 from mora_jax._tracing.interpreter import Traced, trace
 from mora_jax._tracing.kernel_views import Adapted, Recorded
 
@@ -113,8 +113,8 @@ class AdaptedFunction:
             key = None if mora_key is None else jax.random.fold_in(mora_key, checksum(path))
             examples = None
             if mora_adapter_ids is not None:
-                examples = Examples(mora_adapter_ids, kernels[path])
-                adapter = unfold(adapter, spec.rows, kernels[path])
+                examples = ExampleIds(mora_adapter_ids, kernels[path])
+                adapter = unstack_bank(adapter, spec.rows, kernels[path])
             axes = spec.kernel_axes
             arrays[index] = Adapted.of(arrays[index], adapter, axes, spec.config, key, examples)
         return traced.run(arrays)

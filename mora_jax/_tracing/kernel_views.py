@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._plans.config import LayerConfig
 from mora_jax._product.axes import KernelAxes, add_delta
-from mora_jax._product.dora import apart, column_scale, kernel_delta, scaled
+from mora_jax._product.dora import column_scale, kernel_delta, scaled, split_magnitude
 from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.experts import ragged_delta
-from mora_jax._product.per_example import Examples
-from mora_jax._schemes.operators import Adapter, delta_transpose
+from mora_jax._product.per_example import ExampleIds
+from mora_jax._schemes.base import Adapter
 from mora_jax._tracing.interpreter import View
 
 
@@ -86,7 +86,7 @@ class Adapted(View):
     axes: KernelAxes
     config: LayerConfig
     key: jax.Array | None = None
-    examples: Examples | None = None
+    examples: ExampleIds | None = None
 
     @classmethod
     def of(
@@ -96,7 +96,7 @@ class Adapted(View):
         axes: KernelAxes,
         config: LayerConfig,
         key: jax.Array | None = None,
-        examples: Examples | None = None,
+        examples: ExampleIds | None = None,
     ) -> Adapted:
         """The view of a whole kernel."""
         key = key if config.dropout else None
@@ -163,7 +163,7 @@ class Adapted(View):
             return lax.ragged_dot_general(lhs, self.array(), group_sizes, **params)
         kernel = self._base().transpose(self.order)
         base = lax.ragged_dot_general(lhs, kernel, group_sizes, **params)
-        (adapter, magnitude), scheme = apart(self.adapter), self.config.scheme
+        (adapter, magnitude), scheme = split_magnitude(self.adapter), self.config.scheme
         rows = self._adapter_inputs(lhs)
         extra = ragged_delta(rows, adapter, group_sizes, base.shape[-1], scheme)
         y = base + extra.astype(base.dtype)
@@ -205,7 +205,7 @@ class Adapted(View):
 
     def _transposed(self, lhs, contracting, batch, **params):
         """The product over the outputs of a matrix, as with a tied embedding."""
-        ((left, _),), (adapter, magnitude) = contracting, apart(self.adapter)
+        ((left, _),), (adapter, magnitude) = contracting, split_magnitude(self.adapter)
         if magnitude is not None:
             scale = self._scale(after=lhs).reshape([-1, *[1] * (lhs.ndim - 1 - left)])
             lhs = scaled(lhs, scale)
@@ -213,8 +213,8 @@ class Adapted(View):
         base = _dot_general(lhs, kernel, contracting, batch, **params)
         rows = jnp.moveaxis(self._adapter_inputs(lhs), left, -1)
         in_features = self.value.shape[self.axes.inputs[0]]
-        extra = delta_transpose(
-            rows.reshape(-1, rows.shape[-1]), adapter, in_features, self.config.scheme
+        extra = self.config.scheme.delta_transpose(
+            rows.reshape(-1, rows.shape[-1]), adapter, in_features
         )
         return base + extra.reshape(base.shape).astype(base.dtype)
 

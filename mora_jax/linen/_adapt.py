@@ -29,7 +29,8 @@ from jax import lax
 from mora_jax._arrays.paths import ADAPTER, IDS, join_path
 from mora_jax._plans.config import LayerConfig
 from mora_jax._product.cost import Placement
-from mora_jax._schemes.base import Scheme, as_scheme
+from mora_jax._schemes.base import Scheme
+from mora_jax._schemes.registry import as_scheme
 from mora_jax.linen._layers import (
     IDS_OF_EXAMPLES,
     OTHERS,

@@ -20,10 +20,9 @@ from jax import lax
 from mora_jax._arrays.boxes import box_like
 from mora_jax._arrays.paths import ADAPTER, join_path
 from mora_jax._plans.config import LayerConfig, MoRAConfig
-from mora_jax._plans.initialize import initialize
 from mora_jax._product.axes import KernelAxes, einsum_axes, kernel_axes
 from mora_jax._product.dot import dropout, mora_dot_general
-from mora_jax._product.per_example import Examples, bank_size, holds_bank, unfold
+from mora_jax._product.per_example import ExampleIds, bank_size, holds_bank, unstack_bank
 from mora_jax._tracing.interpreter import trace
 from mora_jax._tracing.kernel_views import Adapted
 
@@ -116,7 +115,7 @@ class Leaves(nn.Module):
     @nn.compact
     def __call__(
         self, kernel: jax.Array, axes: KernelAxes
-    ) -> tuple[dict[str, jax.Array], Examples | None]:
+    ) -> tuple[dict[str, jax.Array], ExampleIds | None]:
         """The adapter's leaves, and which of a bank's adapters each example has.
 
         They are [B..., rows, columns], and of a bank [B..., adapters, rows, columns].
@@ -126,7 +125,7 @@ class Leaves(nn.Module):
 
 def _leaves(
     module: Any, kernel: jax.Array, axes: KernelAxes, name: str = "kernel"
-) -> tuple[dict[str, Any], Examples | None]:
+) -> tuple[dict[str, Any], ExampleIds | None]:
     """The adapter of a layer, made where there is none, or the bank that it holds."""
     layer, ids = join_path(*module.path[:-1]), IDS_OF_EXAMPLES.get()
     _, in_features, out_features = axes.sizes(kernel.shape)
@@ -135,7 +134,7 @@ def _leaves(
     found = {name: module.get_variable("params", name) for name in rows}
     stored = {name: nn.unbox(leaf) for name, leaf in found.items() if leaf is not None}
     if stored and ids is not None:
-        return unfold(stored, rows, layer), Examples(ids, layer)
+        return unstack_bank(stored, rows, layer), ExampleIds(ids, layer)
     if (count := bank_size(stored, rows)) > 1:
         raise holds_bank(count, f"the parameters of the layer {layer!r}")
     return _make_leaves(module, kernel, axes, name), None
@@ -144,19 +143,17 @@ def _leaves(
 def _make_leaves(module: Any, kernel: jax.Array, axes: KernelAxes, name: str) -> dict[str, Any]:
     config, leaves = module.config, {}
     batch, in_features, out_features = axes.sizes(kernel.shape)
-    shapes = config.shapes(in_features, out_features)
     # As it is stored, in its box where it is partitioned.
     layer = module.scope.parent
     stored = None if layer is None else layer.get_variable("params", name)
     common = dict(enumerate(axes.batch))
 
-    def start(key, *shape_and_dtype, name):
-        leaf = initialize(key, *shape_and_dtype, name=name, fan_in=in_features)
-        return box_like(stored, leaf, common)
+    def boxed(key, shape, dtype, start):
+        return box_like(stored, start(key, shape, dtype), common)
 
-    for name, shape in shapes.items():
-        make = functools.partial(start, name=name)
-        leaves[name] = module.param(name, make, (*batch, *shape), jnp.dtype(config.dtype))
+    for name, leaf in config.leaves(in_features, out_features).items():
+        make, shape = functools.partial(boxed, start=leaf.start), (*batch, *leaf.shape)
+        leaves[name] = module.param(name, make, shape, jnp.dtype(config.dtype))
     return leaves
 
 

@@ -29,7 +29,6 @@ from mora_jax._merging import unmerge as _unmerge
 from mora_jax._merging.prune import Reset
 from mora_jax._merging.remora import ResetReport
 from mora_jax._plans.config import MoRAConfig, check_matches
-from mora_jax._plans.initialize import draws_numbers
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import check_ids
 from mora_jax.nnx._kernels import Kernel, kernels, path_of
@@ -92,7 +91,7 @@ def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = 
             trained = chooser.trains(join_path(path, kernel.name))
             config = dataclasses.replace(config, train_kernel=trained)
         spec, own = kernel.spec(config), None
-        if draws_numbers(config.scheme) or config.dropout:
+        if spec.draws or config.dropout:
             if key is None:
                 what = f"dropout={config.dropout}" if config.dropout else f"{config.scheme}"
                 raise ValueError(

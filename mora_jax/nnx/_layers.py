@@ -22,13 +22,13 @@ from mora_jax._arrays.boxes import MoRAParam, box_like, value_of
 from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import ADAPTER, IDS
 from mora_jax._plans.config import LayerConfig
-from mora_jax._plans.initialize import draws_numbers, initialize
 from mora_jax._plans.plan import AdapterSpec
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._product.dot import dropout, mora_dot_general
-from mora_jax._product.per_example import Examples, bank_size, holds_bank, unfold
-from mora_jax._schemes.base import Scheme, as_scheme
+from mora_jax._product.per_example import ExampleIds, bank_size, holds_bank, unstack_bank
+from mora_jax._schemes.base import Scheme
+from mora_jax._schemes.registry import as_scheme
 from mora_jax._tracing.interpreter import trace
 from mora_jax._tracing.kernel_views import Adapted
 
@@ -64,10 +64,7 @@ class MoRA(nnx.Module):
         self.kernel_axes, self.kernel_shape = kernel_axes, kernel_shape
         for index, (name, shape) in enumerate(spec.shapes.items()):
             own = None if key is None else jax.random.fold_in(key, index)
-            make = functools.partial(
-                initialize, shape=shape, dtype=spec.config.dtype, name=name,
-                fan_in=spec.features[0],
-            )  # fmt: skip
+            make = functools.partial(spec.leaves[name].start, shape=shape, dtype=spec.config.dtype)
             common = dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True))
             if kernel is not None and (place := sharding_of(value_of(kernel))):
                 make = jax.jit(make, out_shardings=beside(place, len(shape), common))
@@ -84,7 +81,7 @@ class MoRA(nnx.Module):
             keys = jax.random.split(own, stacks) if stacks else own
             self.rngs = nnx.RngStream(keys, tag=ADAPTER)
 
-    def adapter(self) -> tuple[dict[str, jax.Array], Examples | None]:
+    def adapter(self) -> tuple[dict[str, jax.Array], ExampleIds | None]:
         """The leaves by name, and which adapter each example has where they are a bank's.
 
         Within a scan over stacked layers, they are those of one layer.
@@ -99,7 +96,7 @@ class MoRA(nnx.Module):
             return leaves, None
         # Stacked layers have their ids stacked, whether a scan takes them apart or not.
         ids, path = variable[...], variable.get_metadata("layer")
-        return unfold(leaves, rows, path), Examples(ids[(0,) * (ids.ndim - 1)], path)
+        return unstack_bank(leaves, rows, path), ExampleIds(ids[(0,) * (ids.ndim - 1)], path)
 
     def dropout_key(self) -> jax.Array | None:
         """A new key for the dropout of one call; None where there is none."""
@@ -282,8 +279,8 @@ class MoRALinear(_WithDotGeneral, nnx.Linear):
             dora=dora,
         )
         axes, shape = KernelAxes((0,), (1,)), (in_features, out_features)
-        key = rngs.params() if draws_numbers(config.scheme) else None
-        self.mora = MoRA(AdapterSpec(config, shape, axes), axes, shape, key=key)
+        spec = AdapterSpec(config, shape, axes)
+        self.mora = MoRA(spec, axes, shape, key=rngs.params() if spec.draws else None)
 
 
 _MIXINS: dict[type, type] = {

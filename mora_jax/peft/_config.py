@@ -20,12 +20,12 @@ from typing import Any
 
 import regex
 
-from mora_jax._schemes.base import LowRank, Scheme, check_rank, scheme_from_mora_type
+from mora_jax._schemes.base import Scheme
+from mora_jax._schemes.low_rank import LowRank
+from mora_jax._schemes.operators import check_rank
+from mora_jax._schemes.registry import scheme_from_mora_type
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
-#: The authors' number of a scheme.
-MORA_TYPES = {scheme_from_mora_type(mora_type): mora_type for mora_type in (1, 2, 3, 4, 6)}
 
 #: Fields that say nothing of what an adapter computes, whatever stands in them.
 _PASSED_OVER = {

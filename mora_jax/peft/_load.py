@@ -29,7 +29,7 @@ from mora_jax._arrays.paths import flatten, listing, rebuild
 from mora_jax._params.attach import Params, check_adapted, check_unadapted, refuse_dora
 from mora_jax._plans.config import LayerConfig
 from mora_jax._plans.plan import AdapterSpec, Plan
-from mora_jax._schemes.base import LowRank, Sharing, square_rank
+from mora_jax._schemes.operators import square_rank
 from mora_jax._torch.directories import check_new
 from mora_jax._torch.names import Name, torch_kernels
 from mora_jax._torch.tensors import LLAMA
@@ -197,9 +197,8 @@ def _to_torch(spec: AdapterSpec, adapter: Mapping[str, Any]) -> dict[str, np.nda
         for name, array in arrays.items()
     }
     flat = {k: v.reshape(-1, *v.shape[-2:]).swapaxes(1, 2) for k, v in arrays.items()}
-    if isinstance(spec.scheme, LowRank):
-        return {"A": flat["a"], "B": flat["b"]}
-    return {"A": flat["matrix"], "B": flat["matrix"]}
+    first, second = spec.scheme.peft_leaves
+    return {"A": flat[first], "B": flat[second]}
 
 
 def _layer_config(
@@ -226,7 +225,7 @@ def _layer_config(
     return LayerConfig(
         next(iter(ranks)),
         scheme,
-        cycle="groupings" if isinstance(scheme, Sharing) else "auto",
+        cycle="groupings" if "groupings" in scheme.cycles else "auto",
         dropout=config.dropout,
         dtype=next(iter(dtypes)),
     )
@@ -239,9 +238,9 @@ def _from_torch(
     tensors: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The adapter's leaves, [B..., rows, columns]."""
-    sides = {"a": "A", "b": "B"} if isinstance(spec.scheme, LowRank) else {"matrix": "A"}
+    first, second = spec.scheme.peft_leaves
     leaves = {}
-    for name, side in sides.items():
+    for name, side in {second: "B", first: "A"}.items():
         rows, columns = spec.shapes[name][-2:]
         stack = [tensors[tensor_name(module, side)] for module in modules]
         for module, tensor in zip(modules, stack, strict=True):
@@ -253,7 +252,7 @@ def _from_torch(
                     "Is the adapter of another model?"
                 )
         leaves[name] = np.stack([tensor.T for tensor in stack]).reshape(spec.shapes[name])
-    if "matrix" in sides:
+    if first == second:
         for module in modules:
             first, second = (tensors[tensor_name(module, side)] for side in "AB")
             if first.shape != second.shape or first.tobytes() != second.tobytes():

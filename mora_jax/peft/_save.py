@@ -11,11 +11,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mora_jax._arrays.paths import listing
-from mora_jax._schemes.base import LowRank, Scheme
+from mora_jax._schemes.base import Scheme
+from mora_jax._schemes.registry import MORA_TYPES
 from mora_jax._torch.directories import new_directory
 from mora_jax.peft._config import (
     CONFIG,
-    MORA_TYPES,
     TENSORS,
     PeftConfig,
     ends_as,
@@ -48,9 +48,9 @@ def config_for(
     kinds: dict[str, set[str]] = {}
     for module, scheme in schemes.items():
         # LoRA's alpha may differ from module to module, nothing else.
-        kind = "LowRank" if isinstance(scheme, LowRank) else str(scheme)
+        kind = str(scheme) if scheme.lora_alpha(1) is None else type(scheme).__name__
         kinds.setdefault(kind, set()).add(layers[module])
-    unknown = {str(s) for s in schemes.values() if not isinstance(s, LowRank)} - _KNOWN
+    unknown = {str(s) for s in schemes.values() if s.lora_alpha(1) is None} - _KNOWN
     if unknown:
         found = "; ".join(f"{kind} in layers {listing(kinds[kind])}" for kind in sorted(unknown))
         raise ValueError(
@@ -62,7 +62,8 @@ def config_for(
         raise ValueError(f"not saved: an adapter in the authors' format has one scheme: {found}.")
     mora_type = MORA_TYPES.get(next(iter(schemes.values())))
     rank, own_ranks = _usual(ranks)
-    alphas = {m: _alpha(s, ranks[m]) for m, s in schemes.items() if isinstance(s, LowRank)}
+    found = {module: scheme.lora_alpha(ranks[module]) for module, scheme in schemes.items()}
+    alphas = {module: _number(alpha) for module, alpha in found.items() if alpha is not None}
     alpha, own_alphas = _usual(alphas) if alphas else (rank, {})
     short = {module.rpartition(".")[2] for module in schemes}
     # The ends of the names, as one writes them by hand, where they name no other module.
@@ -85,8 +86,8 @@ def config_for(
     return config
 
 
-def _alpha(scheme: LowRank, rank: int) -> float:
-    alpha = rank if scheme.alpha is None else scheme.alpha
+def _number(alpha: float) -> float:
+    """Whole numbers without a point, as people write them."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
