@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 from mora_jax._schemes.base import Scheme
 from mora_jax._schemes.blocks import Decoupling, Rotation
@@ -18,12 +18,13 @@ SchemeT = TypeVar("SchemeT", bound=Scheme)
 SCHEMES: dict[str, type[Scheme]] = {}
 
 
+@dataclass_transform(frozen_default=True)
 def register_scheme(cls: type[SchemeT]) -> type[SchemeT]:
     """Makes a scheme known by its `kind`: in configs, plans, and files that are read back.
 
-    A class decorator. The scheme is a frozen dataclass whose fields are values of JSON, derived
-    from `mora_jax.Scheme`; it defines `kind`, `compress` and `decompress`. A program that loads a
-    plan with this scheme must import the scheme's module first.
+    A class decorator, which makes the class a frozen dataclass if it is not one. The class is
+    derived from `mora_jax.Scheme` and defines `kind`, `compress` and `decompress`; its fields are
+    values of JSON. A program that loads a plan with this scheme must import its module first.
 
     Args:
       cls: the scheme's class.
@@ -32,12 +33,11 @@ def register_scheme(cls: type[SchemeT]) -> type[SchemeT]:
       The class itself.
 
     Raises:
-      TypeError: if the class is not a frozen dataclass derived from `Scheme`.
-      ValueError: if the kind is empty, or is taken by another class.
+      TypeError: if the class is not derived from `Scheme`, or is a dataclass that is not frozen.
+      ValueError: if the kind is empty, has a meaning of its own, or is taken by another class.
 
-    >>> import dataclasses, jax.numpy as jnp, mora_jax
+    >>> import jax.numpy as jnp, mora_jax
     >>> @mora_jax.register_scheme
-    ... @dataclasses.dataclass(frozen=True, repr=False)
     ... class Last(mora_jax.Scheme):
     ...     kind = "last"
     ...     def compress(self, x, size, *, out_features=None):
@@ -51,22 +51,16 @@ def register_scheme(cls: type[SchemeT]) -> type[SchemeT]:
     """
     if not (isinstance(cls, type) and issubclass(cls, Scheme)):
         raise TypeError(f"register_scheme: expected a class derived from Scheme, got {cls!r}.")
-    # Its own: an undecorated subclass has the parameters of its parent.
-    own = vars(cls).get("__dataclass_params__")
-    if own is None or not own.frozen:
-        raise TypeError(
-            f"register_scheme: {cls.__name__} must be a frozen dataclass, "
-            "@dataclasses.dataclass(frozen=True, repr=False), for it is hashed and saved."
-        )
-    if not cls.kind or not isinstance(cls.kind, str):
+    if "__dataclass_params__" not in vars(cls):
+        cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
+    elif not vars(cls)["__dataclass_params__"].frozen:
+        raise TypeError(f"register_scheme: {cls.__name__} must be frozen, for schemes are hashed.")
+    if not isinstance(cls.kind, str) or cls.kind in ("", "auto"):
         raise ValueError(f"register_scheme: {cls.__name__}.kind must name it, got {cls.kind!r}.")
-    other = SCHEMES.setdefault(cls.kind, cls)
+    other = SCHEMES.get(cls.kind, cls)
     # A module that is run once more, as in a notebook, defines its classes anew.
     if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"register_scheme: the kind {cls.kind!r} is taken by {other!r}.")
-    if cls.kind == "auto":
-        del SCHEMES["auto"]
-        raise ValueError("register_scheme: the kind 'auto' has a meaning of its own.")
     SCHEMES[cls.kind] = cls
     return cls
 
