@@ -18,8 +18,8 @@ import numpy as np
 
 from mora_jax._analysis.singular_values import cores, layer_names
 from mora_jax._arrays.boxes import box_like, value_of
-from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import flatten, is_adapter, rebuild
+from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._merging.merge import check_finite
 from mora_jax._params.attach import Params, check_adapted, refuse_dora
 from mora_jax._plans.plan import AdapterSpec, Plan

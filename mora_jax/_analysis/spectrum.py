@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._analysis.singular_values import cores, layer_names
-from mora_jax._arrays.blockwise import wide_dtype
-from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.mesh import on_host
+from mora_jax._arrays.boxes import dense, value_of
+from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, join_path
+from mora_jax._arrays.places import on_host
 from mora_jax._merging.merge import check_finite
 from mora_jax._params.attach import Params, check_adapted, refuse_dora
 from mora_jax._plans.plan import AdapterSpec, Plan
@@ -156,12 +156,6 @@ def spectrum(params: Params, plan: Plan, *, threshold: float = 0.1) -> SpectrumR
     for path, index, core in cores(plan, leaves):
         found[path][index] = Spectrum(core.singular_values, float(norms[path][index]))
     return SpectrumReport(layer_names(plan, found), threshold)
-
-
-@functools.singledispatch
-def dense(kernel: Any) -> jax.Array:
-    """The kernel as an array; a door registers types of its own."""
-    return jnp.asarray(kernel)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -6,10 +6,12 @@ type. The functions over parameter trees take boxes where they take arrays, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
 
@@ -67,3 +69,9 @@ def box_like(kernel: Any, value: jax.Array, axes: Mapping[int, int]) -> Any:
     if isinstance(kernel, meta.Partitioned):
         return kernel.replace(value=value, names=names(kernel.names))
     return value
+
+
+@functools.singledispatch
+def dense(kernel: Any) -> jax.Array:
+    """The kernel as an array; a door registers types of its own."""
+    return jnp.asarray(kernel)

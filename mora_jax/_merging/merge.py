@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.boxes import value_of, with_value
 from mora_jax._arrays.checksums import all_finite
-from mora_jax._arrays.mesh import Places, places_of, put
+from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
+from mora_jax._arrays.places import Places, places_of, put
 from mora_jax._arrays.rounding import Rounding, check_rounding, is_narrow, rounded
 from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merging.losses import MergeLoss, as_numbers, loss_of_sums, loss_sums, warn_of_losses

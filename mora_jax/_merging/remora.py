@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.mesh import places_of, put
 from mora_jax._arrays.paths import flatten, rebuild
+from mora_jax._arrays.places import places_of, put
 from mora_jax._arrays.rounding import Rounding, check_rounding
 from mora_jax._merging.losses import MergeLoss, warn_of_losses
 from mora_jax._merging.merge import check_merge, merge_losses, merged_kernels

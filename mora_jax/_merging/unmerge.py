@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.mesh import Places, places_of, put
+from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, is_adapter, rebuild
+from mora_jax._arrays.places import Places, places_of, put
 from mora_jax._arrays.rounding import Rounding, check_rounding, neighbour, rounded
 from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merging.losses import as_numbers

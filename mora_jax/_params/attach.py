@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 from mora_jax._arrays.boxes import box_like, value_of
-from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import checksum, flatten, is_adapter, join_path, listing, rebuild
+from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._plans.initialize import draws_numbers, initialize
 from mora_jax._plans.plan import Plan
 from mora_jax._product import per_example as _examples

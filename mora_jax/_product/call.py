@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax._arrays.blockwise import wide_dtype
+from mora_jax._arrays.dtypes import add_delta, wide_dtype
 from mora_jax._arrays.mesh import Spread, shards_of, spread_is
-from mora_jax._product.axes import KernelAxes, add_delta, kernel_axes
+from mora_jax._product.axes import KernelAxes, kernel_axes
 from mora_jax._product.cost import Parts, Placement, best_places
 from mora_jax._product.dora import scaled
 from mora_jax._product.per_example import delta_by_example

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax._arrays.blockwise import summable
+from mora_jax._arrays.dtypes import summable
 from mora_jax._schemes.base import LowRank, Scheme
 from mora_jax._schemes.operators import Adapter, compress, decompress, lora_scale
 

@@ -21,7 +21,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mora_jax._arrays.blockwise import add_blocks, blocks_of, expand, fold, tile, wide_dtype, widen
+from mora_jax._arrays.blockwise import add_blocks, blocks_of, expand, fold, tile
+from mora_jax._arrays.dtypes import wide_dtype, widen
 from mora_jax._arrays.mesh import MeshAxes, may_be_sharded, platform, shards_of
 from mora_jax._schemes.base import Grouping
 

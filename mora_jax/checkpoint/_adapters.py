@@ -31,8 +31,8 @@ from orbax.checkpoint import v1 as ocp
 
 from mora_jax._arrays.boxes import box_like, value_of, with_value
 from mora_jax._arrays.checksums import checksums
-from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import flatten, listing, rebuild, unflatten
+from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._params.attach import Params, check_unadapted, split
 from mora_jax._plans.plan import Plan
 from mora_jax.checkpoint._record import (

@@ -28,8 +28,8 @@ import jax
 from mora_jax import peft
 from mora_jax._analysis.projection import ProjectionReport, project_to_lora
 from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.mesh import on_host
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
+from mora_jax._arrays.places import on_host
 from mora_jax._merging.merge import check_finite, check_mergeable
 from mora_jax._params.attach import Params, check_adapted
 from mora_jax._plans.plan import Plan

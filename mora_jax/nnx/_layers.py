@@ -19,8 +19,8 @@ from flax import nnx
 from jax import lax
 
 from mora_jax._arrays.boxes import MoRAParam, box_like, value_of
-from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import ADAPTER, IDS
+from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._plans.config import LayerConfig
 from mora_jax._plans.initialize import draws_numbers, initialize
 from mora_jax._plans.plan import AdapterSpec

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._arrays.boxes import box_like, value_of
-from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import flatten, listing, rebuild
+from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._params.attach import Params, check_adapted, check_unadapted, refuse_dora
 from mora_jax._plans.config import LayerConfig
 from mora_jax._plans.plan import AdapterSpec, Plan

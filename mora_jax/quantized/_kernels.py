@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import qwix
 from jax import lax
 
-from mora_jax._arrays.blockwise import wide_dtype
+from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._merging.losses import MergeLoss
 from mora_jax._plans.plan import AdapterSpec
 from mora_jax._product.dora import kernel_delta

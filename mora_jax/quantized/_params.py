@@ -29,8 +29,7 @@ import jax
 import qwix
 from jax.core import Tracer
 
-from mora_jax._analysis.spectrum import dense
-from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.boxes import dense, value_of
 from mora_jax._arrays.paths import flatten, is_adapter, join_path, listing, unflatten
 from mora_jax._merging.losses import MergeLoss
 from mora_jax._merging.merge import check_finite, why_unmergeable
