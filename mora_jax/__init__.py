@@ -13,9 +13,10 @@ from mora_jax._merging.prune import Prune
 from mora_jax._merging.remora import ResetReport, ResetResult, merge_and_reset
 from mora_jax._merging.schedules import jagged_cosine_schedule, merge_steps
 from mora_jax._merging.unmerge import unmerge, unmerge_losses
-from mora_jax._params.attach import attach, join, split, trainable_mask
+from mora_jax._params.attach import attach
 from mora_jax._params.bank import AdapterBank, stack_adapters
 from mora_jax._params.freeze import freeze_base
+from mora_jax._params.split import join, split, trainable_mask
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes

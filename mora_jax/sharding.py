@@ -24,7 +24,7 @@ from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.mesh import UNKNOWN, Spread, axes_of, split_over
 from mora_jax._arrays.paths import flatten, join_path, parameter_path, rebuild
 from mora_jax._arrays.places import beside
-from mora_jax._params.attach import check_paths
+from mora_jax._params.checks import check_paths
 from mora_jax._plans.plan import AdapterSpec, Plan
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
 from mora_jax._arrays.places import on_host
-from mora_jax._params.attach import Params, check_adapted, join
+from mora_jax._params.checks import check_adapted
+from mora_jax._params.split import Params, join
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._plans.table import table

@@ -20,8 +20,8 @@ from mora_jax._analysis.singular_values import cores, layer_names
 from mora_jax._arrays.boxes import box_like, value_of
 from mora_jax._arrays.paths import flatten, is_adapter, rebuild
 from mora_jax._arrays.places import beside, sharding_of
-from mora_jax._merging.merge import check_finite
-from mora_jax._params.attach import Params, check_adapted, refuse_dora
+from mora_jax._params.checks import check_adapted, check_adapters_finite, refuse_dora
+from mora_jax._params.split import Params
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._plans.table import table
 from mora_jax._schemes.base import LowRank, check_rank
@@ -109,7 +109,7 @@ def project_to_lora(
     check_rank(rank)
     leaves = flatten(params)
     check_adapted(plan, leaves)
-    check_finite(plan, leaves)
+    check_adapters_finite(plan, leaves, "projected")
     refuse_dora(
         plan,
         "projected",

@@ -17,8 +17,8 @@ from mora_jax._arrays.boxes import dense, value_of
 from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, join_path
 from mora_jax._arrays.places import on_host
-from mora_jax._merging.merge import check_finite
-from mora_jax._params.attach import Params, check_adapted, refuse_dora
+from mora_jax._params.checks import check_adapted, check_adapters_finite, refuse_dora
+from mora_jax._params.split import Params
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._plans.table import table
 
@@ -142,7 +142,7 @@ def spectrum(params: Params, plan: Plan, *, threshold: float = 0.1) -> SpectrumR
         raise ValueError(f"threshold must not be negative, got {threshold}.")
     leaves = flatten(params)
     check_adapted(plan, leaves)
-    check_finite(plan, leaves)
+    check_adapters_finite(plan, leaves, "decomposed")
     refuse_dora(
         plan,
         "decomposed",

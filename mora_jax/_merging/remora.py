@@ -20,7 +20,8 @@ from mora_jax._merging.losses import MergeLoss, warn_of_losses
 from mora_jax._merging.merge import check_merge, merge_losses, merged_kernels
 from mora_jax._merging.optimizer_state import AdapterState, find_adapter_state
 from mora_jax._merging.prune import Prune, Reset, check_reset, pruned
-from mora_jax._params.attach import Params, new_adapters
+from mora_jax._params.attach import new_adapters
+from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 
 

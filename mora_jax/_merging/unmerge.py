@@ -22,7 +22,8 @@ from mora_jax._arrays.rounding import Rounding, check_rounding, neighbour, round
 from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merging.losses import as_numbers
 from mora_jax._merging.merge import check_merge
-from mora_jax._params.attach import Params, check_base, join, refuse_dora
+from mora_jax._params.checks import check_base, refuse_dora
+from mora_jax._params.split import Params, join
 from mora_jax._plans.plan import AdapterSpec, Plan
 
 #: Steps from round(W' - D) at which a kernel's number is looked for, the likeliest first: after

@@ -30,7 +30,8 @@ from mora_jax._arrays.boxes import value_of, with_value
 from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
 from mora_jax._arrays.places import Places, places_of, put, sharding_of
-from mora_jax._params.attach import Params, check_adapters, refuse_dora
+from mora_jax._params.checks import check_adapters, refuse_dora
+from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 from mora_jax._schemes.base import LowRank
 

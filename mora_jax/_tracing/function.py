@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.paths import checksum, flatten, is_adapter, join_path, listing, rebuild
-from mora_jax._params.attach import bank_size, check_adapted
+from mora_jax._params.checks import adapters_per_layer, check_adapted
 from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._product.axes import KernelAxes
@@ -98,7 +98,7 @@ class AdaptedFunction:
         plan = self.mora_chooser
         if isinstance(plan, MoRAConfig):
             plan = _plan(traced, base, plan)
-        count = 1 if mora_adapter_ids is None else bank_size(plan, leaves)
+        count = 1 if mora_adapter_ids is None else adapters_per_layer(plan, leaves)
         check_adapted(plan, leaves, count=count)
         kernels = {join_path(path, spec.kernel_name): path for path, spec in plan.items()}
         arrays = list(traced.arrays)

@@ -33,11 +33,11 @@ from mora_jax._arrays.boxes import box_like, value_of, with_value
 from mora_jax._arrays.checksums import checksums
 from mora_jax._arrays.paths import flatten, listing, rebuild, unflatten
 from mora_jax._arrays.places import beside, sharding_of
-from mora_jax._params.attach import Params, check_unadapted, split
+from mora_jax._params.checks import check_finite, check_unadapted
+from mora_jax._params.split import Params, split
 from mora_jax._plans.plan import Plan
 from mora_jax.checkpoint._record import (
     Record,
-    check_finite,
     check_fits,
     check_saved,
     fingerprint_of,
@@ -140,7 +140,7 @@ def save_adapters(
     if name is not None:
         path = path / name
     sums = checksums(values)
-    check_finite(path, values, "saved")
+    check_finite(values, f"saved at {path}")
     base = {
         p: shape_of(value_of(leaves[p])) for p in (*plan.kernel_paths(), *dict(plan.also_train))
     }
@@ -205,7 +205,7 @@ def load_adapters(
         found = checksums(loaded)
         if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf].get("checksum")]:
             raise ValueError(f"{path} is damaged: {listing(other)} are not the numbers saved.")
-    check_finite(path, loaded, "loaded")
+    check_finite(loaded, f"loaded from {path}")
     for leaf, (kernel, axes) in owners.items():
         loaded[leaf] = box_like(leaves[kernel], loaded[leaf], axes)
     for leaf, _ in plan.also_train:

@@ -30,8 +30,9 @@ from mora_jax._analysis.projection import ProjectionReport, project_to_lora
 from mora_jax._arrays.boxes import value_of, with_value
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
 from mora_jax._arrays.places import on_host
-from mora_jax._merging.merge import check_finite, check_mergeable
-from mora_jax._params.attach import Params, check_adapted
+from mora_jax._merging.merge import check_mergeable
+from mora_jax._params.checks import check_adapted, check_adapters_finite
+from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 from mora_jax._torch.directories import check_new, new_directory
 from mora_jax._torch.names import Name, torch_kernels
@@ -95,7 +96,7 @@ def save_merged(
     path, leaves, plan = check_new(directory), flatten(params), plan or Plan(())
     if plan or any(map(is_adapter, leaves)):
         check_adapted(plan, leaves)
-        check_finite(plan, leaves)
+        check_adapters_finite(plan, leaves, "written")
         check_mergeable(plan, leaves)
     values = {path: value_of(leaf) for path, leaf in leaves.items() if not is_adapter(path)}
     tensors = torch_tensors({path: value.shape for path, value in values.items()}, names)

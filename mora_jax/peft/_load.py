@@ -26,7 +26,8 @@ import numpy as np
 from mora_jax._arrays.boxes import box_like, value_of
 from mora_jax._arrays.paths import flatten, listing, rebuild
 from mora_jax._arrays.places import beside, sharding_of
-from mora_jax._params.attach import Params, check_adapted, check_unadapted, refuse_dora
+from mora_jax._params.checks import check_adapted, check_unadapted, refuse_dora
+from mora_jax._params.split import Params
 from mora_jax._plans.config import LayerConfig
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._schemes.base import LowRank, Sharing, square_rank

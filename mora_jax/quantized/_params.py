@@ -32,8 +32,9 @@ from jax.core import Tracer
 from mora_jax._arrays.boxes import dense, value_of
 from mora_jax._arrays.paths import flatten, is_adapter, join_path, listing, unflatten
 from mora_jax._merging.losses import MergeLoss
-from mora_jax._merging.merge import check_finite, why_unmergeable
-from mora_jax._params.attach import Params, check_adapted, check_base
+from mora_jax._merging.merge import why_unmergeable
+from mora_jax._params.checks import check_adapted, check_adapters_finite, check_base
+from mora_jax._params.split import Params
 from mora_jax._plans.plan import AdapterSpec, Plan
 from mora_jax._tracing.interpreter import trace
 from mora_jax.quantized._kernels import (
@@ -196,7 +197,7 @@ def merge(params: Params, plan: Plan) -> tuple[dict[str, Any], dict[str, MergeLo
     """
     leaves = flatten(params)
     check_adapted(plan, leaves)
-    check_finite(plan, leaves)
+    check_adapters_finite(plan, leaves, "merged")
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     losses = {}
     for path, spec in plan.items():
