@@ -13,13 +13,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from mora_jax._analysis.singular_values import cores, layer_names
-from mora_jax._arrays.boxes import box_like, value_of
+from mora_jax._arrays.boxes import put_beside
 from mora_jax._arrays.paths import flatten, is_adapter, rebuild
-from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._params.checks import check_adapted, check_adapters_finite, refuse_dora
 from mora_jax._params.split import Params
 from mora_jax._plans.plan import AdapterSpec, Plan
@@ -134,9 +132,7 @@ def project_to_lora(
         for name, leaf in lora.leaf_paths(path).items():
             kernel, axes = owners[leaf]
             value = np.moveaxis(factors[path][name], range(len(batch)), batch)
-            place = sharding_of(value_of(leaves[kernel]))
-            place = None if place is None else beside(place, value.ndim, axes)
-            new[leaf] = box_like(leaves[kernel], jax.device_put(value, place), axes)
+            new[leaf] = put_beside(leaves[kernel], value, axes)
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     report = ProjectionReport(rank, layer_names(plan, found))
     return rebuild(base | new, params), lora, report

@@ -14,9 +14,8 @@ from typing import Any
 
 import jax
 
-from mora_jax._arrays.boxes import box_like, value_of
+from mora_jax._arrays.boxes import box_like, place_for
 from mora_jax._arrays.paths import checksum, flatten, listing, rebuild
-from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._params.checks import check_unadapted
 from mora_jax._params.split import Params
 from mora_jax._plans.initialize import draws_numbers, initialize
@@ -51,8 +50,8 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
     owners, shapes = plan.adapter_owners(), plan.adapter_leaves()
     places = {}
     for path, (kernel, axes) in owners.items():
-        if sharding := sharding_of(value_of(leaves[kernel])):
-            places[path] = beside(sharding, len(shapes[path].shape), axes)
+        if place := place_for(leaves[kernel], len(shapes[path].shape), axes):
+            places[path] = place
     make = functools.partial(new_adapters, plan)
     if places:
         # On every device at once, and in every process.

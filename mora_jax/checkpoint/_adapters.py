@@ -29,10 +29,9 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from mora_jax._arrays.boxes import box_like, value_of, with_value
+from mora_jax._arrays.boxes import box_like, place_for, value_of, with_value
 from mora_jax._arrays.checksums import checksums
 from mora_jax._arrays.paths import flatten, listing, rebuild, unflatten
-from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._params.checks import check_finite, check_unadapted
 from mora_jax._params.split import Params, split
 from mora_jax._plans.plan import Plan
@@ -197,8 +196,7 @@ def load_adapters(
     abstract = {}
     for leaf, shape in wanted.items():
         kernel, axes = owners.get(leaf, (leaf, {axis: axis for axis in range(len(shape))}))
-        place = sharding_of(value_of(leaves[kernel]))
-        sharding = anywhere if place is None else beside(place, len(shape), axes)
+        sharding = place_for(leaves[kernel], len(shape), axes) or anywhere
         abstract[leaf] = jax.ShapeDtypeStruct(shape, saved[leaf].dtype, sharding=sharding)
     loaded = flatten(reading(path, lambda: ocp.load(path, unflatten(abstract))))
     if record.arrays is not None:

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mora_jax._arrays.boxes import MoRAParam, box_like, value_of
+from mora_jax._arrays.boxes import MoRAParam, box_like, place_for
 from mora_jax._arrays.paths import ADAPTER, IDS
-from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._plans.config import LayerConfig
 from mora_jax._plans.initialize import draws_numbers, initialize
 from mora_jax._plans.plan import AdapterSpec
@@ -69,8 +68,8 @@ class MoRA(nnx.Module):
                 fan_in=spec.features[0],
             )  # fmt: skip
             common = dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True))
-            if kernel is not None and (place := sharding_of(value_of(kernel))):
-                make = jax.jit(make, out_shardings=beside(place, len(shape), common))
+            if place := place_for(kernel, len(shape), common):
+                make = jax.jit(make, out_shardings=place)
             setattr(
                 self,
                 name,

@@ -20,12 +20,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._arrays.boxes import box_like, value_of
+from mora_jax._arrays.boxes import put_beside, value_of
 from mora_jax._arrays.paths import flatten, listing, rebuild
-from mora_jax._arrays.places import beside, sharding_of
 from mora_jax._params.checks import check_adapted, check_unadapted, refuse_dora
 from mora_jax._params.split import Params
 from mora_jax._plans.config import LayerConfig
@@ -65,12 +63,12 @@ def save_adapters(
     >>> import tempfile, flax.linen as nn, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
-    >>> pretrained = nn.Dense(6).init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    >>> pretrained = nn.Dense(6).init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
     >>> params, names = mora_jax.attach(plan, pretrained), [Name("kernel", "dense")]
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_adapters(f"{folder}/adapter", params, plan, names=names)
     ...     loaded, plan = load_adapters(f"{folder}/adapter", pretrained, names=names)
-    >>> jax.tree.map(jnp.shape, loaded)
+    >>> jax.tree.map(jax.numpy.shape, loaded)
     {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
     """
     path = check_new(directory)
@@ -175,7 +173,7 @@ def load_adapters(
     for layer, _ in plan.layers:
         for name, leaf in plan.leaf_paths(layer).items():
             kernel, axes = owners[leaf]
-            new[leaf] = _place(leaves[kernel], loaded[kernel][name], axes)
+            new[leaf] = put_beside(leaves[kernel], loaded[kernel][name], axes)
     return rebuild(leaves | new, params), plan
 
 
@@ -263,11 +261,3 @@ def _from_torch(
                     f"{tensor_name(module, 'A')!r} that MoRA stores there."
                 )
     return leaves
-
-
-def _place(kernel: Any, array: np.ndarray, axes: Mapping[int, int]) -> Any:
-    """On the kernel's mesh, in a box such as the kernel has."""
-    place = sharding_of(value_of(kernel))
-    where = None if place is None else beside(place, array.ndim, axes)
-    value = jnp.asarray(array) if where is None else jax.device_put(array, where)
-    return box_like(kernel, value, axes)
