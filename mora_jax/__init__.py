@@ -18,7 +18,8 @@ from mora_jax._params.bank import AdapterBank, stack_adapters
 from mora_jax._params.freeze import freeze_base
 from mora_jax._params.split import join, split, trainable_mask
 from mora_jax._plans.config import MoRAConfig
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.dot import mora_dot_general
 from mora_jax._schemes.base import (

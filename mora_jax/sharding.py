@@ -25,7 +25,8 @@ from mora_jax._arrays.mesh import UNKNOWN, Spread, axes_of, split_over
 from mora_jax._arrays.paths import flatten, join_path, parameter_path, rebuild
 from mora_jax._arrays.places import beside
 from mora_jax._params.checks import check_paths
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 
 
 def param_shardings(

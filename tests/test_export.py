@@ -14,7 +14,7 @@ from conftest import GOLDEN, assert_same_bits
 from llama_hf import load_hf
 from mora_jax import export, peft
 from mora_jax._arrays.paths import flatten, unflatten
-from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.layer import LayerConfig
 from mora_jax._torch.safetensors_writer import read_header
 
 FOLDER = GOLDEN / "llama_type1"

@@ -9,7 +9,7 @@ import pytest
 
 import mora_jax
 from conftest import FAMILIES, random_adapter
-from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.layer import LayerConfig
 
 STACK, INPUTS, OUTPUTS, RANK = 2, 20, 12, 2
 # The square size is 8, or LoRA's rank of 2: it divides neither side.

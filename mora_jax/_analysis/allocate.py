@@ -20,7 +20,8 @@ from mora_jax._arrays.places import on_host
 from mora_jax._params.checks import check_adapted
 from mora_jax._params.split import Params, join
 from mora_jax._plans.config import MoRAConfig
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._plans.table import table
 
 #: (params with adapters, batch) -> scalar.
@@ -122,9 +123,9 @@ def allocate(
     two batches on; a single one cannot tell them apart).
 
     A layer gets the share of the budget that it has of all gains, and no layer with a gain is left
-    out while the budget buys it the smallest rank. `budget.spend` says why not more, nor less. Gains
-    are those of the first step, and what they are worth at the last one is to be measured against a
-    smaller rank everywhere (`examples/allocate.py`): with one, SmolLM2 learned GSM8K as well, and
+    out while the budget buys it the smallest rank. `budget.spend` says why not more, nor less.
+    Gains are those of the first step. What they are worth at the last one is to be measured against
+    a smaller rank everywhere (`examples/allocate.py`): with one, SmolLM2 learned GSM8K as well, and
     UUIDs better at all rates but the highest.
 
     A batch costs a backward pass of adapters, less than a training step. No gradient of a kernel is

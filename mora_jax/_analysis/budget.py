@@ -7,7 +7,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 
-from mora_jax._plans.plan import AdapterSpec
+from mora_jax._plans.layer import AdapterSpec
 
 
 def check_budget(budget: int | float, uniform: int) -> int:

@@ -19,7 +19,8 @@ from mora_jax._arrays.paths import flatten, join_path
 from mora_jax._arrays.places import on_host
 from mora_jax._params.checks import check_adapted, check_adapters_finite, refuse_dora
 from mora_jax._params.split import Params
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._plans.table import table
 
 

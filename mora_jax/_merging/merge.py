@@ -18,7 +18,8 @@ from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_k
 from mora_jax._merging.losses import MergeLoss, as_numbers, loss_of_sums, loss_sums, warn_of_losses
 from mora_jax._params.checks import check_adapted, check_adapters_finite
 from mora_jax._params.split import Params
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 
 
 def merge(

@@ -24,7 +24,8 @@ from mora_jax._merging.losses import as_numbers
 from mora_jax._merging.merge import check_merge
 from mora_jax._params.checks import check_base, refuse_dora
 from mora_jax._params.split import Params, join
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 
 #: Steps from round(W' - D) at which a kernel's number is looked for, the likeliest first: after
 #: rounding to the nearest, and after stochastic rounding, which goes twice as far.

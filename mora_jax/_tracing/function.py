@@ -19,7 +19,8 @@ from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.paths import checksum, flatten, is_adapter, join_path, listing, rebuild
 from mora_jax._params.checks import adapters_per_layer, check_adapted
 from mora_jax._plans.config import MoRAConfig, check_matches
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.per_example import Examples, unfold
 from mora_jax._tracing.interpreter import Traced, trace

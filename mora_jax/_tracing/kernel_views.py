@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._arrays.dtypes import add_delta
-from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.layer import LayerConfig
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.dora import apart, column_scale, kernel_delta, scaled
 from mora_jax._product.dot import dropout, mora_dot_general

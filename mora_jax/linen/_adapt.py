@@ -27,7 +27,7 @@ from flax.core import freeze
 from jax import lax
 
 from mora_jax._arrays.paths import ADAPTER, IDS, join_path
-from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.layer import LayerConfig
 from mora_jax._product.cost import Placement
 from mora_jax._schemes.base import Scheme, as_scheme
 from mora_jax.linen._layers import (

@@ -19,8 +19,9 @@ from jax import lax
 
 from mora_jax._arrays.boxes import box_like
 from mora_jax._arrays.paths import ADAPTER, join_path
-from mora_jax._plans.config import LayerConfig, MoRAConfig
+from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.initialize import initialize
+from mora_jax._plans.layer import LayerConfig
 from mora_jax._product.axes import KernelAxes, einsum_axes, kernel_axes
 from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.per_example import Examples, bank_size, holds_bank, unfold

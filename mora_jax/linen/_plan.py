@@ -15,8 +15,9 @@ from flax import linen as nn
 
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.paths import ADAPTER, flatten, is_adapter, join_path, listing
-from mora_jax._plans.config import LayerConfig, MoRAConfig, check_matches
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.config import MoRAConfig, check_matches
+from mora_jax._plans.layer import AdapterSpec, LayerConfig
+from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes, kernel_axes
 from mora_jax.linen._adapt import TRACE, AdaptedModule, mark_scope
 from mora_jax.linen._layers import Leaves, MoRA, is_adaptable

@@ -13,8 +13,9 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._arrays.paths import escape, join_path
-from mora_jax._plans.config import LayerConfig, MoRAConfig
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.config import MoRAConfig
+from mora_jax._plans.layer import AdapterSpec, LayerConfig
+from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes, einsum_axes
 
 

@@ -20,9 +20,8 @@ from jax import lax
 
 from mora_jax._arrays.boxes import MoRAParam, box_like, place_for
 from mora_jax._arrays.paths import ADAPTER, IDS
-from mora_jax._plans.config import LayerConfig
 from mora_jax._plans.initialize import draws_numbers, initialize
-from mora_jax._plans.plan import AdapterSpec
+from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._product.dot import dropout, mora_dot_general

@@ -26,8 +26,8 @@ from mora_jax._arrays.boxes import put_beside, value_of
 from mora_jax._arrays.paths import flatten, listing, rebuild
 from mora_jax._params.checks import check_adapted, check_unadapted, refuse_dora
 from mora_jax._params.split import Params
-from mora_jax._plans.config import LayerConfig
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec, LayerConfig
+from mora_jax._plans.plan import Plan
 from mora_jax._schemes.base import LowRank, Sharing, square_rank
 from mora_jax._torch.directories import check_new
 from mora_jax._torch.names import Name, torch_kernels

@@ -20,7 +20,7 @@ from jax import lax
 
 from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._merging.losses import MergeLoss, as_numbers, loss_of_sums, loss_sums
-from mora_jax._plans.plan import AdapterSpec
+from mora_jax._plans.layer import AdapterSpec
 from mora_jax._product.dora import kernel_delta
 from mora_jax._tracing.interpreter import View
 

@@ -35,7 +35,8 @@ from mora_jax._merging.losses import MergeLoss
 from mora_jax._merging.merge import why_unmergeable
 from mora_jax._params.checks import check_adapted, check_adapters_finite, check_base
 from mora_jax._params.split import Params
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._tracing.interpreter import trace
 from mora_jax.quantized._kernels import (
     BOUNDS,
