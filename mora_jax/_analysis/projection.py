@@ -94,7 +94,7 @@ def project_to_lora(
       ValueError: where the plan does not fit the parameters, an adapter is not finite, a layer has
         DoRA, or the rank is not a positive integer.
 
-    >>> import flax.linen as nn, mora_jax
+    >>> import flax.linen as nn, jax, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]

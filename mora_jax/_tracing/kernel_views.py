@@ -17,7 +17,7 @@ from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.experts import ragged_delta
 from mora_jax._product.per_example import Examples
 from mora_jax._schemes.operators import Adapter, delta_transpose
-from mora_jax._tracing.interpreter import View
+from mora_jax._tracing.view import View
 
 
 @dataclasses.dataclass(frozen=True)

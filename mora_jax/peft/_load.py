@@ -60,7 +60,7 @@ def save_adapters(
         authors lack, several schemes in one plan, DoRA, `also_train`; where an adapter holds a
         number that is not finite.
 
-    >>> import tempfile, flax.linen as nn, mora_jax
+    >>> import tempfile, flax.linen as nn, jax, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> pretrained = nn.Dense(6).init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]

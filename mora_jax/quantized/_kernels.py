@@ -22,7 +22,7 @@ from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._merging.losses import MergeLoss, as_numbers, loss_of_sums, loss_sums
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._product.dora import kernel_delta
-from mora_jax._tracing.interpreter import View
+from mora_jax._tracing.view import View
 
 #: The largest number, in units of the scale, that qwix rounds to a level and does not clip.
 BOUNDS = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}
