@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from mora_jax._arrays.dtypes import add_delta, wide_dtype
 from mora_jax._arrays.mesh import Spread, shards_of, spread_is
@@ -157,10 +159,20 @@ class Call:
         return (forward if self.placement == "auto" else self.placement), backward
 
 
+#: Marks the kernel of a frozen product, so that the product is known as ours when it is traced and
+#: run again. It is the identity, and compiles to nothing.
+FROZEN_KERNEL = Primitive("mora_frozen_kernel")
+FROZEN_KERNEL.def_impl(lambda kernel: kernel)
+FROZEN_KERNEL.def_abstract_eval(lambda kernel: kernel)
+mlir.register_lowering(FROZEN_KERNEL, lambda _, kernel: [kernel])
+ad.deflinear(FROZEN_KERNEL, lambda cotangent: [cotangent])
+batching.primitive_batchers[FROZEN_KERNEL] = lambda args, axes: (FROZEN_KERNEL.bind(*args), *axes)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def frozen_product(lhs, rhs, call):
-    """The base product with a constant kernel; known by this name where it is traced again."""
-    return call.product(lhs, rhs)
+    """The base product with a constant kernel, marked for the interpreter of traced functions."""
+    return call.product(lhs, FROZEN_KERNEL.bind(rhs))
 
 
 @frozen_product.defjvp

@@ -22,6 +22,7 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mora_jax._product.call import FROZEN_KERNEL
 from mora_jax._tracing.view import Taken, View, as_array
 
 
@@ -198,11 +199,17 @@ def _jit(params, *inputs):
 def _custom_jvp(params, *inputs):
     """The base product of a layer that is adapted already; its view knows how to differentiate.
 
-    Any other function with derivatives of its own keeps them, and sees arrays.
+    The mark in it tells it from a function of the user's, whatever its name: that keeps its own
+    derivatives, and sees arrays.
     """
     closed = params["call_jaxpr"]
-    ours = closed.jaxpr.debug_info.func_name == "frozen_product"
+    ours = any(equation.primitive is FROZEN_KERNEL for equation in closed.jaxpr.eqns)
     return _run_closed(closed, inputs) if ours else None
+
+
+def _mark(params, view):
+    del params
+    return [view]
 
 
 def _remat(params, *inputs):
@@ -248,6 +255,7 @@ _RULES = {
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot_general,
     "custom_jvp_call": _custom_jvp,
+    FROZEN_KERNEL.name: _mark,
     "jit": _jit,
     "pjit": _jit,
     "remat2": _remat,
