@@ -46,8 +46,8 @@ class MoRAConfig:
         then kept until the layer's backward pass, which spares a sum, and with FSDP a gathering.
         Without remat it would be a second copy of the model.
       dora: train a magnitude for each output feature beside the direction that the delta turns, as
-        DoRA does (arXiv 2402.09353) and PEFT's `use_dora`; see `_magnitude.py`. With `LowRank` it
-        is DoRA itself.
+        DoRA does (arXiv 2402.09353) and PEFT's `use_dora`; see `_product/dora.py`. With `LowRank`
+        it is DoRA itself.
       size_multiple: the sides of square matrices are rounded to multiples of it, such as 64 or 128,
         see `square_rank`: about as many parameters, in sizes that suit the machine. 1 for the
         authors' sizes, the only ones that their format knows.

@@ -1,8 +1,8 @@
 """MoRA for any function of a tree of parameters: the path for models that no hook reaches.
 
 Equinox, Haiku, plain JAX, and Flax models whose layers call `einsum` on parameters of their own.
-The function is traced and run again with adapters on its kernels (`_rewrite.py`). Which axes of a
-kernel are inputs and outputs is read off the products that it enters, not guessed from its shape.
+The function is traced and run again with adapters on its kernels (`interpreter.py`). Which axes of
+a kernel are inputs and outputs is read off the products that it enters, not guessed from its shape.
 """
 
 from __future__ import annotations

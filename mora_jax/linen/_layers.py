@@ -2,7 +2,7 @@
 
 `Dense` and `DenseGeneral` take a `dot_general_cls`: `MoRA` is one, a module that makes its adapter
 beside the kernel it is called with. `Einsum`, `Conv` and `Embed` have no such field, and run as
-functions of their kernel (`_rewrite.py`).
+functions of their kernel (`_tracing/interpreter.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `Linear`, `LinearGeneral` and `Einsum` take a product of ours by a field of their own. Any other
 layer that holds a kernel, and a subclass of these with a `__call__` of its own, which may ignore
-the field, runs as a function of its kernel (`_rewrite.py`).
+the field, runs as a function of its kernel (`_tracing/interpreter.py`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Adapters on a quantised base, int8, int4 or nf4, with qwix's arrays and its arithmetic.
 
 The adapted kernels become `qwix.QArray`s, integers and a scale for each tile of them; the adapters
-stay as they are. A model needs no editing for it, nor does it know: it is traced on the shapes of
-floating kernels and run again (`_rewrite.py`), and a quantised kernel goes through it as a view
-that each product dequantises for itself, again in its backward pass. No floating kernel outlives
-the product that it is for.
+stay as they are. The model needs no change. It is traced on the shapes of floating kernels and run
+again, and each product dequantises its kernel for itself, again in its backward pass. No floating
+kernel outlives its product.
 
     config = mora_jax.MoRAConfig(rank=8, placement="activation")
     model = mora_jax.adapt(base_model, config)
