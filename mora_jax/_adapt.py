@@ -19,16 +19,18 @@ from mora_jax._tracing import hugging_face as _hugging_face
 from mora_jax._tracing.function import AdaptedFunction
 from mora_jax._tracing.hugging_face import is_pretrained_model
 from mora_jax.linen import _plan as _linen_plan
+from mora_jax.linen._adapt import ModuleT
+from mora_jax.nnx._state import ModelT
 
 
 @overload
-def adapt(model: linen.ModuleT, config_or_plan: MoRAConfig | Plan) -> linen.ModuleT: ...
+def adapt(model: ModuleT, config_or_plan: MoRAConfig | Plan) -> ModuleT: ...
 
 
 @overload
 def adapt(
-    model: nnx.ModelT, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | None = None
-) -> nnx.ModelT: ...
+    model: ModelT, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | None = None
+) -> ModelT: ...
 
 
 @overload
