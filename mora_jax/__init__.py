@@ -36,7 +36,7 @@ from mora_jax._schemes.base import (
 from mora_jax._schemes.operators import compress, decompress, delta, delta_kernel
 from mora_jax._tracing.function import as_params
 from mora_jax._version import __version__
-from mora_jax.linen._adapt import MoRADense
+from mora_jax.linen._dense import MoRADense
 
 __all__ = [
     "AdapterBank",
