@@ -124,8 +124,6 @@ def test_products_and_gradients_are_those_of_the_dequantised_model(make, qtype, 
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-# qwix asks Flax for a name that Flax has deprecated.
-@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
 @pytest.mark.parametrize("inside", [lambda f: f, jax.jit, jax.checkpoint, jax.grad, jax.vmap])
 def test_adapted_products_are_known_by_their_mark(inside, monkeypatch):
     """Without it the whole kernel would be dequantised, and kept for the gradient."""
@@ -149,6 +147,8 @@ def test_adapted_products_are_known_by_their_mark(inside, monkeypatch):
     assert {(16, 16), (16, 2, 12)} <= {*products}
 
 
+# qwix asks Flax for a name that Flax has deprecated.
+@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
 @pytest.mark.parametrize("qtype", ["int8", "nf4"])
 def test_the_base_is_as_qwix_quantises_and_runs_it(qtype, optimized):
     x = jax.random.normal(jax.random.key(1), (5, 24))
