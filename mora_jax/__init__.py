@@ -13,11 +13,13 @@ from mora_jax._merging.prune import Prune
 from mora_jax._merging.remora import ResetReport, ResetResult, merge_and_reset
 from mora_jax._merging.schedules import jagged_cosine_schedule, merge_steps
 from mora_jax._merging.unmerge import unmerge, unmerge_losses
-from mora_jax._params.attach import attach, join, split, trainable_mask
+from mora_jax._params.attach import attach
 from mora_jax._params.bank import AdapterBank, stack_adapters
 from mora_jax._params.freeze import freeze_base
+from mora_jax._params.split import join, split, trainable_mask
 from mora_jax._plans.config import MoRAConfig
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.dot import mora_dot_general
 from mora_jax._schemes.base import Leaf, Scheme, Work
@@ -35,7 +37,7 @@ from mora_jax._schemes.registry import register_scheme, scheme_from_dict, scheme
 from mora_jax._schemes.truncation import Truncation
 from mora_jax._tracing.function import as_params
 from mora_jax._version import __version__
-from mora_jax.linen._adapt import MoRADense
+from mora_jax.linen._dense import MoRADense
 
 __all__ = [
     "AdapterBank",

@@ -20,7 +20,7 @@ from mora_jax._tracing.function import AdaptedFunction
 from mora_jax._tracing.hugging_face import is_pretrained_model
 from mora_jax.linen import _plan as _linen_plan
 from mora_jax.linen._adapt import ModuleT
-from mora_jax.nnx._adapt import ModelT
+from mora_jax.nnx._state import ModelT
 
 
 @overload

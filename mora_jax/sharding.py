@@ -21,11 +21,12 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.mesh import UNKNOWN, Spread, axes_of, beside, split_over
-from mora_jax._arrays.paths import flatten, join_path, rebuild
-from mora_jax._merging.optimizer_state import parameter_path
-from mora_jax._params.attach import check_paths
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._arrays.mesh import UNKNOWN, Spread, axes_of, split_over
+from mora_jax._arrays.paths import flatten, join_path, parameter_path, rebuild
+from mora_jax._arrays.places import beside
+from mora_jax._params.checks import check_paths
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 
 
 def param_shardings(

@@ -22,7 +22,7 @@ import mora_jax.sharding
 from eight_devices import collectives
 from mora_jax import export
 from mora_jax._arrays.mesh import Spread, spread_is
-from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.layer import LayerConfig
 from mora_jax._schemes.block_grid import BlockGrid
 from mora_jax._schemes.groups import Groups
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from mora_jax import AdapterSpec, KernelAxes, Plan
 from mora_jax._arrays.paths import flatten, unflatten
-from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.layer import LayerConfig
 
 SIZES = {"self_attn/q_proj": (10, 12), "mlp/up_proj": (10, 17), "mlp/down_proj": (17, 10)}
 

@@ -1,6 +1,7 @@
-"""The house: a file imports only from floors below its own."""
+"""The house: folders are floors, and a file imports from below or from its own folder."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -8,45 +9,94 @@ import sys
 import mora_jax
 
 PACKAGE = pathlib.Path(mora_jax.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
 
+#: The folders and the files beside them, from the ground up. Those of one floor know nothing of
+#: each other. All else is read from the tree.
 FLOORS = [
-    {"_schemes", "_features", "_mesh", "_tree", "_schedules", "_rewrite", "_variables", "_version"}
-    | {"_table", "_new_directory"},
-    {"_groups", "_cycles", "_initialize", "_merge_loss", "_rounding", "_safetensors"}
-    | {"_checkpoint_versions"},
-    {"_blocks", "_checksums", "_prune"},
-    {"_operators", "_placement"},
-    {"_layout", "_ragged", "_examples"},
-    {"_config", "_magnitude", "_torch_names", "_peft_config"},
-    {"_dot_call"},
-    {"_dot_gradient", "_plan", "_peft_read", "_peft_write", "_torch_tensors"},
-    {"_dot"},
-    {"_params", "_freeze", "_optimizer_state", "_views", "_nnx_kernels", "_quantize", "_layers"}
-    | {"_decomposition", "_checkpoint_record"},
-    {"_linen_layers", "_function", "_nnx_layers", "_merge", "_bank"},
-    {"linen", "_remora", "_unmerge", "_hugging_face", "_one_tensor", "_projection"}
-    | {"_spectrum", "_allocate"},
-    {"_linen_plan", "nnx"},
-    {"_adapt", "checkpoint", "peft", "quantized", "sharding"},
-    {"export"},
+    {"_arrays", "_compat", "_version"},
+    {"_schemes"},
+    {"_product"},
+    {"_torch", "_plans"},
+    {"_params"},
+    {"_merging", "_analysis", "_tracing", "peft", "checkpoint", "sharding"},
+    {"linen", "nnx", "quantized", "export"},
+    {"_adapt"},
     {"__init__"},
 ]
 
 
-def imports_of(path):
-    """The modules of the package that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mora_jax"):
-            inner = node.module.removeprefix("mora_jax").lstrip(".")
-            yield from [inner] if inner else [alias.name for alias in node.names]
+def name_of(path):
+    """A file as in error messages: `_arrays/mesh.py`."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def room_of(path):
+    """The folder that a file stands in, or the file itself where it stands beside the folders."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def file_of(*parts):
+    """The file of a module, None where it is none."""
+    found = PACKAGE.joinpath(*parts, "__init__.py"), PACKAGE.joinpath(*parts).with_suffix(".py")
+    return next((path for path in found if path.is_file()), None)
+
+
+def is_for_types(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def imports_of(path, *, of_types):
+    """The files of the package that a file imports, in functions too; or for its types as well."""
+    waiting, modules = [ast.parse(path.read_text())], []
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name_of(path)} has a relative import"
+            # What is imported may be a module itself, or a name in one.
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            ours = node.module.partition(".")[0] == "mora_jax"
+            modules += [m if ours and file_of(*m.split(".")[1:]) else node.module for m in whole]
+        children = ast.iter_child_nodes(node)
+        waiting += node.orelse if is_for_types(node) and not of_types else children
+    ours = [module.split(".")[1:] for module in modules if module.partition(".")[0] == "mora_jax"]
+    return {file_of(*parts) for parts in ours}
+
+
+def test_every_file_lies_on_a_floor():
+    rooms = [room for floor in FLOORS for room in floor]
+    assert sorted(rooms) == sorted({room_of(path) for path in FILES})
 
 
 def test_floors_look_down():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set().union(*FLOORS)
-    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-    for path in PACKAGE.glob("*.py"):
-        for imported in imports_of(path):
-            assert floor_of[imported] < floor_of[path.stem], f"{path.stem} imports {imported}"
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    for path in FILES:
+        for imported in imports_of(path, of_types=True):
+            own, other = room_of(path), room_of(imported)
+            below = floor_of[other] < floor_of[own]
+            assert own == other or below, f"{name_of(path)} imports {name_of(imported)}"
+
+
+def test_files_of_a_folder_import_each_other_in_one_direction():
+    graph = {
+        name_of(path): {
+            name_of(imported)
+            for imported in imports_of(path, of_types=False)
+            if room_of(imported) == room_of(path)
+        }
+        for path in FILES
+    }
+    [*graphlib.TopologicalSorter(graph).static_order()]  # raises CycleError, and names the files
+
+
+def test_folders_and_files_are_small():
+    for folder in {path.parent for path in FILES if path.parent.name.startswith("_")}:
+        files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 8, f"{name_of(folder)}: {files}"
+    lines = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: count for name, count in lines.items() if count > 350} == {}
 
 
 def test_the_facade_opens_no_door():

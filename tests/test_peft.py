@@ -17,7 +17,7 @@ from conftest import GOLDEN, assert_same_bits
 from llama_hf import load_hf
 from mora_jax import AdapterSpec, KernelAxes, LowRank, Plan, Sharing, export, peft
 from mora_jax._arrays.paths import flatten, unflatten
-from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.layer import LayerConfig
 from mora_jax.nnx import MoRAParam
 from peft_adapters import config_of, planned, stacked_base
 

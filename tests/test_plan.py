@@ -9,7 +9,7 @@ from flax import nnx
 
 import mora_jax
 from conftest import Network, Small, adapted_network, perturb
-from mora_jax._plans.config import LayerConfig
+from mora_jax._plans.layer import LayerConfig
 
 ATTENTION = ["attention/query", "attention/key", "attention/value", "attention/out"]
 LAYERS = ["embed", "layers/up", "layers/down", *ATTENTION]

@@ -9,7 +9,7 @@ from flax import nnx
 
 import mora_jax
 from conftest import Small, adapted_network, assert_same_bits
-from mora_jax._merging.optimizer_state import parameter_path
+from mora_jax._arrays.paths import parameter_path
 from mora_jax.nnx import MoRAParam, merge_and_reset
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 import mora_jax
 from conftest import adapted_network, assert_same_bits, perturb
 from mora_jax import checkpoint, quantized
+from mora_jax.quantized._kernels import Quantized
 
 CONFIG = {"rank": 2, "placement": "activation", "scheme": "sharing"}
 TILE = {"int8": None, "int4": 8, "nf4": 8}
@@ -121,6 +122,29 @@ def test_products_and_gradients_are_those_of_the_dequantised_model(make, qtype, 
     wanted = gradient(forward, mora_jax.split(floating, plan)[1])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("inside", [lambda f: f, jax.jit, jax.checkpoint, jax.grad, jax.vmap])
+def test_adapted_products_are_known_by_their_mark(inside, monkeypatch):
+    """Without it the whole kernel would be dequantised, and kept for the gradient."""
+    _, run, plan, params = linen_model(x := jnp.ones((1, 5, 16)))
+    params = quantized.quantize(params, plan, "int8")
+    products, product = [], Quantized.product
+
+    def counted(view, *args, **params):
+        products.append(view.shape)
+        return product(view, *args, **params)
+
+    def forward(params, x):
+        if inside is jax.vmap:
+            return jax.vmap(lambda x: run(params, x))(x)
+        if inside is jax.grad:  # by the inputs, so that the base's products are differentiated
+            return jax.grad(lambda x: run(params, x).sum())(x)
+        return inside(lambda x: run(params, x))(x)
+
+    monkeypatch.setattr(Quantized, "product", counted)
+    jax.make_jaxpr(quantized.dequantize_within(forward))(params, x)
+    assert {(16, 16), (16, 2, 12)} <= {*products}
 
 
 # qwix asks Flax for a name that Flax has deprecated.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import heapq
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._analysis.budget import check_budget, offers_of, spend
 from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.mesh import on_host
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
-from mora_jax._params.attach import Params, check_adapted, join
+from mora_jax._arrays.places import on_host
+from mora_jax._params.checks import check_adapted
+from mora_jax._params.split import Params, join
 from mora_jax._plans.config import MoRAConfig
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._plans.table import table
 
 #: (params with adapters, batch) -> scalar.
@@ -122,9 +123,9 @@ def allocate(
     two batches on; a single one cannot tell them apart).
 
     A layer gets the share of the budget that it has of all gains, and no layer with a gain is left
-    out while the budget buys it the smallest rank. `_spend` says why not more, nor less. Gains are
-    those of the first step, and what they are worth at the last one is to be measured against a
-    smaller rank everywhere (`examples/allocate.py`): with one, SmolLM2 learned GSM8K as well, and
+    out while the budget buys it the smallest rank. `budget.spend` says why not more, nor less.
+    Gains are those of the first step. What they are worth at the last one is to be measured against
+    a smaller rank everywhere (`examples/allocate.py`): with one, SmolLM2 learned GSM8K as well, and
     UUIDs better at all rates but the highest.
 
     A batch costs a backward pass of adapters, less than a training step. No gradient of a kernel is
@@ -172,32 +173,19 @@ def allocate(
     leaves = flatten(params)
     check_adapted(plan, leaves)
     uniform = sum(spec.parameters for spec in plan.values())
-    allowed = _check_budget(budget, uniform)
+    allowed = check_budget(budget, uniform)
     if ranks is None:
         largest = max(spec.config.rank for spec in plan.values())
         ranks = range(max(1, largest // 8), 4 * largest + 1, max(1, largest // 8))
     scores = _scores(plan, *_moments(loss, params, batches))
-    offers = {path: _offers(spec, sorted(set(ranks))) for path, spec in plan.items()}
-    bought = _spend({path: score.gain for path, score in scores.items()}, offers, allowed)
+    offers = {path: offers_of(spec, sorted(set(ranks))) for path, spec in plan.items()}
+    bought = spend({path: score.gain for path, score in scores.items()}, offers, allowed)
     scores = {
         path: dataclasses.replace(score, rank=bought[path][0], spent=bought[path][1])
         for path, score in scores.items()
     }
     kept = {path: score.rank for path, score in scores.items() if score.rank}
     return Allocation(_config(plan, kept), scores, allowed)
-
-
-def _check_budget(budget: int | float, uniform: int) -> int:
-    if isinstance(budget, float):
-        if not 0 < budget <= 1:
-            raise ValueError(
-                f"budget must be a number of parameters (an int) or a fraction of the plan's "
-                f"{uniform:,}, above 0 and up to 1, got {budget}."
-            )
-        return int(budget * uniform)
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise ValueError(f"budget must be a positive int or a fraction, got {budget!r}.")
-    return budget
 
 
 #: Path of an adapter's leaf -> (sum of its gradients, sum of their squares).
@@ -265,65 +253,6 @@ def _score(moments: Mapping[str, Any], spec: AdapterSpec, count: int) -> tuple[j
         parts = (part.sum((-2, -1)) for part in (gain, signal, energy))
         total = tuple(map(jnp.add, total, parts))
     return total
-
-
-def _offers(spec: AdapterSpec, ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """(rank, trained numbers) of what the layer can have, dearer and dearer."""
-    offers: list[tuple[int, int]] = []
-    for rank in ranks:
-        other = dataclasses.replace(spec, config=dataclasses.replace(spec.config, rank=rank))
-        fits = not other.dead_entries and other.size <= min(spec.features)
-        if fits and other.parameters > (offers[-1][1] if offers else 0):
-            offers.append((rank, other.parameters))
-    return offers
-
-
-def _spend(
-    gains: Mapping[str, float], offers: Mapping[str, Sequence[tuple[int, int]]], budget: int
-) -> dict[str, tuple[int, int]]:
-    """Path -> (rank, trained numbers) that make the most of the sum of gain * log(numbers).
-
-    Where what a layer leaves of the loss falls with its numbers p as gain p^-b, the best there is
-    has p in proportion to gain^(1 / (1 + b)), of layers of one size. The first step has b = -1/2,
-    for gradients without preferred signs are worth p^(1/2) together: p as gain^2, most of it in a
-    few layers, which by the last step have long learned what they can. Losses after training fall
-    by small powers of the trained parameters (arXiv 2402.17193). Their limit, b = 0, is the
-    logarithm: each layer's share of the budget is its share of the gains, and there is no constant
-    to choose. In a tiny Llama that memorises UUIDs b = 0 and b = 1 both beat equal ranks; b = -1/2
-    was as good on average, and uneven. On held-out sums nothing beat equal ranks, and in SmolLM2
-    equal ranks were as good or better on both tasks that were tried.
-
-    Each step up is worth less for its price than the one before, so that to take the best one next
-    is best, but for what is left over.
-    """
-    bought: dict[str, tuple[int, int]] = {path: (0, 0) for path in offers}  # noqa: C420
-    left = budget
-    queue: list[tuple[bool, float, str, int]] = []
-
-    def offer(path: str, number: int) -> None:
-        if gains[path] > 0 and number < len(offers[path]):
-            before, after = bought[path][1], offers[path][number][1]
-            # The logarithm's first step is worth more than any other: those go by their density.
-            rate = math.log(after / before) / (after - before) if before else 1 / after
-            heapq.heappush(queue, (before > 0, -gains[path] * rate, path, number))
-
-    for path in offers:
-        offer(path, 0)
-    while queue:
-        _, _, path, number = heapq.heappop(queue)
-        price = offers[path][number][1] - bought[path][1]
-        if price <= left:
-            left -= price
-            bought[path] = offers[path][number]
-            offer(path, number + 1)
-    if not any(rank for rank, _ in bought.values()):
-        cheapest = min((own[0][1] for own in offers.values() if own), default=0)
-        raise ValueError(
-            f"a budget of {budget:,} parameters buys no adapter: the smallest has {cheapest:,}."
-            if cheapest
-            else "none of the ranks fits any layer: their matrices are larger than the layers."
-        )
-    return bought
 
 
 def _config(plan: Plan, ranks: Mapping[str, int]) -> MoRAConfig:

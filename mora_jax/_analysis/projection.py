@@ -13,16 +13,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from mora_jax._analysis.singular_values import cores, layer_names
-from mora_jax._arrays.boxes import box_like, value_of
-from mora_jax._arrays.mesh import beside, sharding_of
+from mora_jax._arrays.boxes import put_beside
 from mora_jax._arrays.paths import flatten, is_adapter, rebuild
-from mora_jax._merging.merge import check_finite
-from mora_jax._params.attach import Params, check_adapted, refuse_dora
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._params.checks import check_adapted, check_adapters_finite, refuse_dora
+from mora_jax._params.split import Params
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._plans.table import table
 from mora_jax._schemes.low_rank import LowRank
 from mora_jax._schemes.operators import check_rank
@@ -96,7 +95,7 @@ def project_to_lora(
       ValueError: where the plan does not fit the parameters, an adapter is not finite, a layer has
         DoRA, or the rank is not a positive integer.
 
-    >>> import flax.linen as nn, mora_jax
+    >>> import flax.linen as nn, jax, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
@@ -110,7 +109,7 @@ def project_to_lora(
     check_rank(rank)
     leaves = flatten(params)
     check_adapted(plan, leaves)
-    check_finite(plan, leaves)
+    check_adapters_finite(plan, leaves, "projected")
     refuse_dora(
         plan,
         "projected",
@@ -135,9 +134,7 @@ def project_to_lora(
         for name, leaf in lora.leaf_paths(path).items():
             kernel, axes = owners[leaf]
             value = np.moveaxis(factors[path][name], range(len(batch)), batch)
-            place = sharding_of(value_of(leaves[kernel]))
-            place = None if place is None else beside(place, value.ndim, axes)
-            new[leaf] = box_like(leaves[kernel], jax.device_put(value, place), axes)
+            new[leaf] = put_beside(leaves[kernel], value, axes)
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     report = ProjectionReport(rank, layer_names(plan, found))
     return rebuild(base | new, params), lora, report

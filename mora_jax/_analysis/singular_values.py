@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.mesh import on_host
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._arrays.places import on_host
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._schemes.operators import delta_kernel
 
 

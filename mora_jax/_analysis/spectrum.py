@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._analysis.singular_values import cores, layer_names
-from mora_jax._arrays.blockwise import wide_dtype
-from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.mesh import on_host
+from mora_jax._arrays.boxes import dense, value_of
+from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, join_path
-from mora_jax._merging.merge import check_finite
-from mora_jax._params.attach import Params, check_adapted, refuse_dora
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._arrays.places import on_host
+from mora_jax._params.checks import check_adapted, check_adapters_finite, refuse_dora
+from mora_jax._params.split import Params
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._plans.table import table
 
 
@@ -142,7 +143,7 @@ def spectrum(params: Params, plan: Plan, *, threshold: float = 0.1) -> SpectrumR
         raise ValueError(f"threshold must not be negative, got {threshold}.")
     leaves = flatten(params)
     check_adapted(plan, leaves)
-    check_finite(plan, leaves)
+    check_adapters_finite(plan, leaves, "decomposed")
     refuse_dora(
         plan,
         "decomposed",
@@ -156,12 +157,6 @@ def spectrum(params: Params, plan: Plan, *, threshold: float = 0.1) -> SpectrumR
     for path, index, core in cores(plan, leaves):
         found[path][index] = Spectrum(core.singular_values, float(norms[path][index]))
     return SpectrumReport(layer_names(plan, found), threshold)
-
-
-@functools.singledispatch
-def dense(kernel: Any) -> jax.Array:
-    """The kernel as an array; a door registers types of its own."""
-    return jnp.asarray(kernel)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

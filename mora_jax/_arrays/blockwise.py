@@ -10,20 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-
-def wide_dtype(dtype) -> np.dtype:
-    """The dtype to sum in: float32, or float64 for float64."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-def summable(x: jax.Array) -> jax.Array:
-    """`x`, in float32 if it is float16, whose range a group's sum can leave."""
-    return x.astype(np.float32) if x.dtype == np.float16 else x
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """`x` in the dtype to sum in; integers stay as they are."""
-    return x.astype(wide_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+# `_schemes` takes `summable` from here too.
+from mora_jax._arrays.dtypes import summable as summable
+from mora_jax._arrays.dtypes import widen
 
 
 def resize(x: jax.Array, width: int, *, circular: bool, axis: int = -1) -> jax.Array:

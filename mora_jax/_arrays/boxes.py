@@ -6,12 +6,17 @@ type. The functions over parameter trees take boxes where they take arrays, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
+from jax.sharding import NamedSharding
+
+from mora_jax._arrays.places import beside, sharding_of
 
 
 class MoRAParam(nnx.LoRAParam):
@@ -67,3 +72,32 @@ def box_like(kernel: Any, value: jax.Array, axes: Mapping[int, int]) -> Any:
     if isinstance(kernel, meta.Partitioned):
         return kernel.replace(value=value, names=names(kernel.names))
     return value
+
+
+def place_for(kernel: Any, ndim: int, axes: Mapping[int, int]) -> NamedSharding | None:
+    """Where a new leaf of an adapter goes; None if its kernel lies on no mesh.
+
+    Args:
+      kernel: the kernel, in its box or without one.
+      ndim: axes of the leaf.
+      axes: as for `box_like`.
+    """
+    place = sharding_of(value_of(kernel))
+    return None if place is None else beside(place, ndim, axes)
+
+
+def put_beside(kernel: Any, value: Any, axes: Mapping[int, int]) -> Any:
+    """A new leaf of an adapter, put on its kernel's mesh and in a box such as the kernel has.
+
+    Args:
+      kernel: the kernel, in its box or without one.
+      value: the leaf, an array of NumPy; its dtype stays.
+      axes: as for `box_like`.
+    """
+    return box_like(kernel, jax.device_put(value, place_for(kernel, value.ndim, axes)), axes)
+
+
+@functools.singledispatch
+def dense(kernel: Any) -> jax.Array:
+    """The kernel as an array; a door registers types of its own."""
+    return jnp.asarray(kernel)

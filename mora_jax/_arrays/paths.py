@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 #: The name under which a layer holds its adapter.
@@ -139,3 +140,28 @@ def listing(paths: Iterable[str], limit: int = 8) -> str:
     paths = sorted(paths)
     more = f", and {len(paths) - limit} more" if len(paths) > limit else ""
     return ", ".join(repr(path) for path in paths[:limit]) + more
+
+
+#: What `jax.tree_util` says of where a leaf stands in any pytree.
+KeyPath = tuple[Any, ...]
+
+
+def parameter_path(keys: KeyPath) -> str:
+    """The run of dict keys at the end of a key path, as a path of parameters."""
+    names: list[str] = []
+    for key in reversed(out_of_box(keys)):
+        if not isinstance(key, jax.tree_util.DictKey):
+            break
+        names.append(escape(str(key.key)))
+    return "/".join(reversed(names))
+
+
+def out_of_box(keys: KeyPath) -> KeyPath:
+    """The key path of the box, where an array stands in one."""
+    boxed = len(keys) > 1 and isinstance(keys[-2], jax.tree_util.DictKey)
+    return keys[:-1] if boxed and field_name(keys) == "value" else keys
+
+
+def field_name(keys: KeyPath) -> str | None:
+    """The name of the attribute that a key path ends in; None if it ends in another key."""
+    return getattr(keys[-1], "name", None) if keys else None

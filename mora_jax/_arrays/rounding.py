@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mora_jax._arrays.blockwise import wide_dtype
+from mora_jax._arrays.dtypes import wide_dtype
 
 Rounding = Literal["nearest", "stochastic"]
 

@@ -16,7 +16,8 @@ from jax import lax
 from mora_jax._arrays.mesh import may_be_sharded, platform
 from mora_jax._arrays.paths import checksum
 from mora_jax._arrays.rounding import as_bits, is_narrow, random_bits
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._product.dora import kernel_delta
 from mora_jax._schemes.base import Adapter
 

@@ -9,16 +9,17 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.checksums import all_finite
-from mora_jax._arrays.mesh import Places, places_of, put
-from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
+from mora_jax._arrays.dtypes import wide_dtype
+from mora_jax._arrays.paths import flatten, is_adapter, rebuild
+from mora_jax._arrays.places import Places, places_of, put
 from mora_jax._arrays.rounding import Rounding, check_rounding, is_narrow, rounded
 from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merging.losses import MergeLoss, as_numbers, loss_of_sums, loss_sums, warn_of_losses
-from mora_jax._params.attach import Params, check_adapted
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._params.checks import check_adapted, check_adapters_finite
+from mora_jax._params.split import Params
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 
 
 def merge(
@@ -142,22 +143,8 @@ def _add(kernel, value, bits):
 def check_merge(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError unless these leaves can be merged by this plan."""
     check_adapted(plan, leaves)
-    check_finite(plan, leaves)
+    check_adapters_finite(plan, leaves, "merged")
     check_mergeable(plan, leaves)
-
-
-def check_finite(plan: Plan, leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError naming every layer whose adapter holds a number that is not finite."""
-    adapters = {path: value_of(leaves[path]) for path in plan.adapter_leaves()}
-    found = all_finite(adapters)
-    if any(isinstance(finite, Tracer) for finite in found.values()):
-        return
-    bad = [path for path, finite in jax.device_get(found).items() if not finite]
-    if bad:
-        raise ValueError(
-            f"not merged: adapters hold numbers that are not finite: {listing(bad)}. "
-            "The parameters are as they were; training has probably diverged."
-        )
 
 
 def check_mergeable(plan: Plan, leaves: Mapping[str, Any]) -> None:

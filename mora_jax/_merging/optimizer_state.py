@@ -22,9 +22,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._arrays.paths import escape, listing
-
-KeyPath = tuple[Any, ...]
+from mora_jax._arrays.paths import KeyPath, field_name, listing, out_of_box, parameter_path
 
 #: Fields of optax states that are shaped like the parameters and start at zero.
 _MOMENTS = {
@@ -69,7 +67,7 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
         path = parameter_path(keys)
         if path in adapters:
             moments[index] = path
-            trees.add(_out_of_box(keys)[: -path.count("/") - 1])
+            trees.add(out_of_box(keys)[: -path.count("/") - 1])
     if not moments and (arrays := [keys for _, (keys, leaf) in entries if np.ndim(leaf)]):
         raise ValueError(
             "the optimizer state holds arrays, but none at an adapter's path, so there is nothing "
@@ -82,12 +80,12 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
     for index, (keys, leaf) in entries:
         if keys[:-1] not in owners:
             continue
-        if _name(keys) == "mini_step" and not isinstance(leaf, Tracer) and leaf.any():
+        if field_name(keys) == "mini_step" and not isinstance(leaf, Tracer) and leaf.any():
             raise ValueError(
                 f"{jax.tree_util.keystr(keys)} is {leaf}: merging in the middle of an accumulation "
                 "would lose gradients. Merge when optax.MultiSteps has just taken a step."
             )
-        if _name(keys) in _COUNTS:
+        if field_name(keys) in _COUNTS:
             _check_not_shared(keys, trees, adapters, entries)
             counts.append(index)
     _check_known(owners, trees, entries)
@@ -101,7 +99,7 @@ def _check_known(owners: set[KeyPath], trees: set[KeyPath], entries) -> None:
             if keys[: len(owner)] != owner or len(keys) == len(owner):
                 continue
             tree = keys[: len(owner) + 1]
-            field = _name(tree)
+            field = field_name(tree)
             # Moments in another form than the parameters' (SM3's, an array for each axis) are
             # found at no adapter's path, and are as unknown as a field of another name.
             if field not in _COUNTS | _KEPT and (field not in _MOMENTS or tree not in trees):
@@ -126,23 +124,3 @@ def _check_not_shared(count: KeyPath, trees, adapters, entries) -> None:
             f"parameters together ({listing(others)}), so it cannot restart for the adapters "
             "alone. Give them states of their own: freeze_base(optimizer, plan)."
         )
-
-
-def parameter_path(keys: KeyPath) -> str:
-    """The run of dict keys at the end of a key path, as a path of parameters."""
-    names: list[str] = []
-    for key in reversed(_out_of_box(keys)):
-        if not isinstance(key, jax.tree_util.DictKey):
-            break
-        names.append(escape(str(key.key)))
-    return "/".join(reversed(names))
-
-
-def _out_of_box(keys: KeyPath) -> KeyPath:
-    """The key path of the box, where an array stands in one."""
-    boxed = len(keys) > 1 and isinstance(keys[-2], jax.tree_util.DictKey)
-    return keys[:-1] if boxed and _name(keys) == "value" else keys
-
-
-def _name(keys: KeyPath) -> str | None:
-    return getattr(keys[-1], "name", None) if keys else None

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.mesh import places_of, put
 from mora_jax._arrays.paths import flatten, rebuild
+from mora_jax._arrays.places import places_of, put
 from mora_jax._arrays.rounding import Rounding, check_rounding
 from mora_jax._merging.losses import MergeLoss, warn_of_losses
 from mora_jax._merging.merge import check_merge, merge_losses, merged_kernels
 from mora_jax._merging.optimizer_state import AdapterState, find_adapter_state
 from mora_jax._merging.prune import Prune, Reset, check_reset, pruned
-from mora_jax._params.attach import Params, new_adapters
+from mora_jax._params.attach import new_adapters
+from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 
 

@@ -14,16 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.mesh import Places, places_of, put
+from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, is_adapter, rebuild
+from mora_jax._arrays.places import Places, places_of, put
 from mora_jax._arrays.rounding import Rounding, check_rounding, neighbour, rounded
 from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merging.losses import as_numbers
 from mora_jax._merging.merge import check_merge
-from mora_jax._params.attach import Params, check_base, join, refuse_dora
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._params.checks import check_base, refuse_dora
+from mora_jax._params.split import Params, join
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 
 #: Steps from round(W' - D) at which a kernel's number is looked for, the likeliest first: after
 #: rounding to the nearest, and after stochastic rounding, which goes twice as far.

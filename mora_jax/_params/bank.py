@@ -26,11 +26,12 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.mesh import Places, places_of, put, sharding_of
+from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
-from mora_jax._params.attach import Params, check_adapters, refuse_dora
+from mora_jax._arrays.places import Places, places_of, put, sharding_of
+from mora_jax._params.checks import check_adapters, refuse_dora
+from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 
 

@@ -4,86 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
-from mora_jax._arrays.mesh import UNKNOWN, Spread
 from mora_jax._arrays.paths import join_path, listing
-from mora_jax._plans.cycles import Cycle, check_cycle
+from mora_jax._plans.cycles import Cycle
+from mora_jax._plans.layer import LayerConfig
+from mora_jax._plans.patterns import Pattern, check_pattern, first_match, matches, pairs_of
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
-from mora_jax._product.dora import MAGNITUDE, magnitude_leaf
-from mora_jax._schemes.base import Leaf, Scheme
-from mora_jax._schemes.operators import check_multiple, check_rank, square_rank
+from mora_jax._schemes.base import Scheme
+from mora_jax._schemes.operators import check_rank
 from mora_jax._schemes.registry import as_scheme
-
-Pattern = str | Callable[[str], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerConfig:
-    """What one adapted layer needs to know; all static.
-
-    Attributes:
-      rank: the LoRA rank whose number of parameters the layer trains.
-      scheme: the scheme it uses now.
-      cycle: the schemes it walks through in ReMoRA.
-      placement: where the delta is added, see `mora_dot_general`.
-      dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
-      dtype: name of the adapter's dtype.
-      train_kernel: whether the kernel itself is trained beside its adapter (`also_train`).
-      spread: how its activations lie on a mesh; stated by `mora_jax.sharding.on_mesh`.
-      keep_sums: see `MoRAConfig`.
-      dora: likewise.
-      size_multiple: see `MoRAConfig`.
-    """
-
-    rank: int
-    scheme: Scheme
-    cycle: Cycle = "auto"
-    placement: Placement = "auto"
-    dropout: float = 0.0
-    dtype: str = "float32"
-    train_kernel: bool = False
-    spread: Spread = UNKNOWN
-    keep_sums: bool = False
-    dora: bool = False
-    size_multiple: int = 1
-
-    def __post_init__(self):
-        check_rank(self.rank)
-        check_multiple(self.size_multiple)
-        check_cycle(self.cycle)
-        if self.placement not in get_args(Placement):
-            raise ValueError(
-                f"placement must be one of {get_args(Placement)}, got {self.placement!r}."
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise TypeError(f"an adapter's dtype must be floating, got {self.dtype!r}.")
-        if not isinstance(self.dora, bool):
-            raise ValueError(f"dora must be a bool, got {self.dora!r}.")
-
-    def size(self, in_features: int, out_features: int) -> int:
-        """R: the side of the square matrix, or LoRA's rank."""
-        return square_rank(
-            in_features, out_features, self.rank, self.scheme, multiple=self.size_multiple
-        )
-
-    def leaves(self, in_features: int, out_features: int) -> dict[str, Leaf]:
-        """Name -> leaf, of one adapter; with DoRA the magnitude among them."""
-        size = self.size(in_features, out_features)
-        leaves = self.scheme.leaves(in_features, out_features, size)
-        return leaves | ({MAGNITUDE: magnitude_leaf(out_features)} if self.dora else {})
-
-    def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
-        """Names and shapes of one adapter's leaves."""
-        leaves = self.leaves(in_features, out_features)
-        return {name: leaf.shape for name, leaf in leaves.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +48,8 @@ class MoRAConfig:
         then kept until the layer's backward pass, which spares a sum, and with FSDP a gathering.
         Without remat it would be a second copy of the model.
       dora: train a magnitude for each output feature beside the direction that the delta turns, as
-        DoRA does (arXiv 2402.09353) and PEFT's `use_dora`; see `_magnitude.py`. With `LowRank` it
-        is DoRA itself.
+        DoRA does (arXiv 2402.09353) and PEFT's `use_dora`; see `_product/dora.py`. With `LowRank`
+        it is DoRA itself.
       size_multiple: the sides of square matrices are rounded to multiples of it, such as 64 or 128,
         see `square_rank`: about as many parameters, in sizes that suit the machine. 1 for the
         authors' sizes, the only ones that their format knows.
@@ -148,14 +82,14 @@ class MoRAConfig:
     def __post_init__(self):
         # Tuples instead of dicts and names instead of dtypes make the config hashable.
         for name in ("ranks", "schemes", "kernels"):
-            object.__setattr__(self, name, _pairs(getattr(self, name)))
+            object.__setattr__(self, name, pairs_of(getattr(self, name)))
         if isinstance(self.cycle, list):
             object.__setattr__(self, "cycle", tuple(self.cycle))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         for pattern in self.patterns().values():
-            _check_pattern(pattern)
-        for rank in (self.rank, *(rank for _, rank in _pairs(self.ranks))):
-            for scheme in (self.scheme, *(scheme for _, scheme in _pairs(self.schemes))):
+            check_pattern(pattern)
+        for rank in (self.rank, *(rank for _, rank in pairs_of(self.ranks))):
+            for scheme in (self.scheme, *(scheme for _, scheme in pairs_of(self.schemes))):
                 self._layer(rank, scheme)
 
     def choose(self, path: str) -> LayerConfig | None:
@@ -163,8 +97,8 @@ class MoRAConfig:
         if not self.selects(path):
             return None
         return self._layer(
-            _first_match(self.ranks, path, self.rank),
-            _first_match(self.schemes, path, self.scheme),
+            first_match(self.ranks, path, self.rank),
+            first_match(self.schemes, path, self.scheme),
             train_kernel=self.trains(join_path(path, "kernel")),
         )
 
@@ -180,7 +114,7 @@ class MoRAConfig:
 
     def kernel_axes(self, path: str) -> KernelAxes | None:
         """What `kernels` says of the parameter at `path`."""
-        return _first_match(self.kernels, path, None)
+        return first_match(self.kernels, path, None)
 
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` is trained in full beside the adapters."""
@@ -214,26 +148,6 @@ class MoRAConfig:
         )
 
 
-def _pairs(value: Any) -> tuple[tuple[Pattern, Any], ...]:
-    pairs = value.items() if isinstance(value, Mapping) else value
-    return tuple((pattern, item) for pattern, item in pairs)
-
-
-def _first_match(pairs: Any, path: str, default: Any) -> Any:
-    return next((item for pattern, item in _pairs(pairs) if matches(pattern, path)), default)
-
-
-def matches(pattern: Pattern, path: str) -> bool:
-    """Whether a pattern matches a whole path.
-
-    >>> matches(r".*_proj", "layers/q_proj"), matches("q_proj", "layers/q_proj")
-    (True, False)
-    """
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, path) is not None
-    return bool(pattern(path))
-
-
 def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterable[str]) -> None:
     """Raises ValueError for the first pattern of the config that matches nothing.
 
@@ -261,14 +175,3 @@ def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterabl
             f"MoRAConfig.exclude={config.exclude!r} leaves out every layer that "
             f"targets={config.targets!r} matches."
         )
-
-
-def _check_pattern(pattern: Pattern) -> None:
-    if callable(pattern):
-        return
-    if not isinstance(pattern, str):
-        raise TypeError(f"a pattern must be a regular expression or a callable, got {pattern!r}.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error

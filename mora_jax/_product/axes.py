@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import jax
 
-from mora_jax._arrays.blockwise import wide_dtype
 from mora_jax._schemes.base import Adapter, Scheme
 
 DotDimensionNumbers = tuple[
@@ -78,10 +77,3 @@ def einsum_axes(equation: str) -> KernelAxes | None:
     batch = tuple(a for a in axes if kernel[a] in result and kernel[a] in inputs)
     outputs = tuple(a for a in axes if a not in contracted + batch)
     return KernelAxes(contracted, outputs, batch) if contracted and outputs else None
-
-
-def add_delta(kernel: jax.Array, value: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """`kernel + value`, times a scale if any, in at least float32, then in the kernel's dtype."""
-    wide = wide_dtype(kernel.dtype)
-    total = kernel.astype(wide) + value.astype(wide)
-    return (total if scale is None else total * scale.astype(wide)).astype(kernel.dtype)

@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
-from mora_jax._arrays.blockwise import wide_dtype
+from mora_jax._arrays.dtypes import add_delta, wide_dtype
 from mora_jax._arrays.mesh import UNKNOWN, Spread, shards_of, spread_is
-from mora_jax._product.axes import DotDimensionNumbers, KernelAxes, add_delta, kernel_axes
+from mora_jax._product.axes import DotDimensionNumbers, KernelAxes, kernel_axes
 from mora_jax._product.cost import Place, Placement, Splits, cheapest_placements
 from mora_jax._product.dora import scaled
 from mora_jax._product.per_example import delta_by_example
@@ -206,10 +208,20 @@ class AdaptedProduct:
         return (forward if self.placement == "auto" else self.placement), backward
 
 
+#: Marks the kernel of a frozen product, so that the product is known as ours when it is traced and
+#: run again. It is the identity, and compiles to nothing.
+FROZEN_KERNEL = Primitive("mora_frozen_kernel")
+FROZEN_KERNEL.def_impl(lambda kernel: kernel)
+FROZEN_KERNEL.def_abstract_eval(lambda kernel: kernel)
+mlir.register_lowering(FROZEN_KERNEL, lambda _, kernel: [kernel])
+ad.deflinear(FROZEN_KERNEL, lambda cotangent: [cotangent])
+batching.primitive_batchers[FROZEN_KERNEL] = lambda args, axes: (FROZEN_KERNEL.bind(*args), *axes)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def frozen_product(lhs, rhs, call):
-    """The base product with a constant kernel; known by this name where it is traced again."""
-    return call.product(lhs, rhs)
+    """The base product with a constant kernel, marked for the interpreter of traced functions."""
+    return call.product(lhs, FROZEN_KERNEL.bind(rhs))
 
 
 @frozen_product.defjvp

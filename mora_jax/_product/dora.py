@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mora_jax._arrays.blockwise import wide_dtype
+from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.mesh import may_be_sharded
 from mora_jax._product.axes import KernelAxes
 from mora_jax._schemes.base import Adapter, Leaf, Scheme, ones

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mora_jax._arrays.blockwise import summable, wide_dtype
+from mora_jax._arrays.dtypes import summable, wide_dtype
 
 Adapter = Mapping[str, jax.Array]
 

@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mora_jax._arrays import blockwise as features
+from mora_jax._arrays.dtypes import summable, wide_dtype
 from mora_jax._arrays.mesh import MeshAxes, feature_axes, may_be_sharded, platform, shards_of
 
 
@@ -140,8 +141,8 @@ class BlockGrid:
         Where the features of one side are known to be split over P devices, each has the part that
         its own features make, and the gradient is their sum; elsewhere P is 1.
         """
-        x = features.summable(x)
-        dy = features.summable(dy).astype(x.dtype)
+        x = summable(x)
+        dy = summable(dy).astype(x.dtype)
         inputs, outputs = feature_axes()
         if inputs and not outputs and self._fits_shards(self.in_features, inputs):
             filled = self.input_blocks * self.size - self.in_features
@@ -154,7 +155,7 @@ class BlockGrid:
             total = total.reshape(-1, self.columns, self.side, self.rows, self.size, self.size)
             total = total.transpose(0, 3, 1, 2, 5, 4)
         else:
-            wide = features.wide_dtype(x.dtype)
+            wide = wide_dtype(x.dtype)
             blocks = self.read(x), self.write_transpose(dy)
             total = jnp.einsum("tiar,tjas->ijars", *blocks, preferred_element_type=wide)
         return total.reshape(-1, self.count, self.size, self.size)
@@ -190,7 +191,7 @@ class BlockGrid:
                 ids = jnp.append(ids, self.input_blocks - 1)
             blocks = blocks.reshape(len(split), -1, size)
             met = jnp.take(whole, ids % self.side, axis=2, mode="clip")
-            wide = features.wide_dtype(split.dtype)
+            wide = wide_dtype(split.dtype)
             part = jnp.einsum("tkr,tmks->kmrs", blocks, met, preferred_element_type=wide)
             return jnp.zeros((total, *part.shape[1:]), wide).at[ids].add(part, mode="drop")[None]
 

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._arrays import blockwise as features
-from mora_jax._arrays.deprecated import renamed_argument
+from mora_jax._arrays.dtypes import summable, wide_dtype, widen
+from mora_jax._compat.renamed import renamed_argument
 from mora_jax._schemes.base import Adapter, Scheme, Work
 from mora_jax._schemes.block_grid import BlockGrid
 
@@ -74,7 +75,7 @@ class BlockScheme(Scheme):
         # One matrix a block is less than the blocks of all rows.
         grid = self._grid(x.shape[-1], out_features, matrix.shape[0])
         matrices = self.block_matrices(matrix, grid.count)
-        y = grid.product(features.summable(x).reshape(rows, -1), matrices)
+        y = grid.product(summable(x).reshape(rows, -1), matrices)
         return y.reshape(*x.shape[:-1], out_features).astype(x.dtype)
 
     def delta_kernel(self, adapter: Adapter, in_features: int, out_features: int) -> jax.Array:
@@ -86,7 +87,7 @@ class BlockScheme(Scheme):
         matrix = adapter["matrix"]
         grid = self._grid(in_features, dy.shape[-1], matrix.shape[0])
         matrices = self.block_matrices(matrix, grid.count)
-        return grid.product_transpose(features.summable(dy), matrices).astype(dy.dtype)
+        return grid.product_transpose(summable(dy), matrices).astype(dy.dtype)
 
     def gradient_residual(self, x: jax.Array, adapter: Adapter, out_features: int) -> jax.Array:
         """`x` itself, which is no larger than its blocks."""
@@ -170,7 +171,7 @@ def rotate(blocks: jax.Array) -> jax.Array:
     and block 0 stays as it is. Angles are computed in float64 and applied in at least float32.
     """
     tables = _rotation(*blocks.shape[-2:])
-    first, second = jnp.split(blocks.astype(features.wide_dtype(blocks.dtype)), 2, axis=-1)
+    first, second = jnp.split(blocks.astype(wide_dtype(blocks.dtype)), 2, axis=-1)
     cos, sin = (features.expand(table, first) for table in tables)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(blocks.dtype)
@@ -180,9 +181,7 @@ def rotate_rows(matrix: jax.Array, count: int) -> jax.Array:
     """[R, C] -> [N, R, C]: the matrices for which `rotate(x)[i] @ matrix == x[i] @ rows[i]`."""
     size = matrix.shape[0]
     tables = _rotation(count, size)
-    first, second = (
-        half.astype(features.wide_dtype(matrix.dtype))[None] for half in jnp.split(matrix, 2)
-    )
+    first, second = (half.astype(wide_dtype(matrix.dtype))[None] for half in jnp.split(matrix, 2))
     cos, sin = (features.expand(table[..., None], first) for table in tables)
     rotated = [first * cos + second * sin, second * cos - first * sin]
     return jnp.concatenate(rotated, axis=1).astype(matrix.dtype)
@@ -196,7 +195,7 @@ def rotate_rows_transpose(rows: jax.Array) -> jax.Array:
     """
     cos, sin = _rotation(*rows.shape[:2])
     cos, sin = np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
-    wide = features.widen(rows)
+    wide = widen(rows)
     turned = jnp.roll(wide, rows.shape[1] // 2, axis=1)
     cos, sin = (features.expand(table[..., None], wide) for table in (cos, sin))
     return (wide * cos + turned * sin).sum(0).astype(rows.dtype)

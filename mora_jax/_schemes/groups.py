@@ -24,6 +24,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mora_jax._arrays import blockwise as features
+from mora_jax._arrays.dtypes import summable, wide_dtype, widen
 from mora_jax._arrays.mesh import MeshAxes, feature_axes, may_be_sharded, platform, shards_of
 from mora_jax._schemes.base import Adapter, Scheme, Work
 
@@ -101,7 +102,7 @@ class Sharing(Scheme):
         """[P, T, R], one part on each of the devices that features are known to be split over."""
         del out_features
         groups = self._input_groups(x.shape[-1], self.size_of(adapter))
-        return groups.partial_sums(features.summable(x))
+        return groups.partial_sums(summable(x))
 
     def output_gradient_parts(self, dy: jax.Array, size: int, in_features: int) -> jax.Array:
         """[P, T, R], likewise."""
@@ -227,17 +228,17 @@ class Groups:
             block = (start + lax.broadcasted_iota(np.int32, x.shape, x.ndim - 1)) // self.size
             odd = lax.population_count(block & self.signs) % 2 == 1
             signed = jnp.where(odd, -x, x)
-        total = features.widen(features.add_blocks(signed, self.size))
+        total = widen(features.add_blocks(signed, self.size))
         total = jnp.roll(total, start % self.size, axis=-1)
         if self.circular and (end := self.features % self.size):
             again = _walsh(self.signs, self.features // self.size) * x[..., : self.size - end]
-            total = total.at[..., end:].add(jnp.where(start == 0, features.widen(again), 0))
+            total = total.at[..., end:].add(jnp.where(start == 0, widen(again), 0))
         return total.astype(x.dtype)[None]
 
     def spread(self, z: jax.Array) -> jax.Array:
         """[..., R] -> [..., F]."""
         # In float32, because JAX's transpose of it is a sum.
-        wide = features.widen(z)
+        wide = widen(z)
         if may_be_sharded() or platform() == "tpu":
             spread = self._spread_by_table(wide)
         elif self.grouping == "contiguous":
@@ -251,7 +252,7 @@ class Groups:
         for index, block in enumerate(features.blocks_of(x, self.size, circular=self.circular)):
             if step := self.shift * index % self.size:
                 block = jnp.roll(block, step, axis=-1)
-            term = features.widen(block)
+            term = widen(block)
             if total is None:
                 total = term
             else:
@@ -339,7 +340,7 @@ def _exact_product(x: jax.Array, one_hot: jax.Array) -> jax.Array:
         x,
         one_hot,
         precision=lax.Precision.HIGHEST if x.dtype.itemsize > 2 else None,
-        preferred_element_type=features.wide_dtype(x.dtype) if floating else None,
+        preferred_element_type=wide_dtype(x.dtype) if floating else None,
     ).astype(x.dtype)
 
 

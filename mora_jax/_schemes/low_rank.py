@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from mora_jax._arrays.blockwise import summable
+from mora_jax._arrays.dtypes import summable
 from mora_jax._schemes.base import Adapter, Leaf, Scheme, Work, product
 
 

@@ -1,6 +1,6 @@
 """A whole model as PyTorch has it: the tensor of every parameter, and how its axes lie there.
 
-`_torch_names.py` says which modules the kernels are. A kernel is `x @ W`, its inputs first, and a
+`names.py` says which modules the kernels are. A kernel is `x @ W`, its inputs first, and a
 torch linear layer holds the transpose; stacked layers are one array here and one tensor each there.
 All else, embeddings and norms and biases, is kept as it is; `Kept` says what that is called.
 """

@@ -1,8 +1,8 @@
 """MoRA for any function of a tree of parameters: the path for models that no hook reaches.
 
 Equinox, Haiku, plain JAX, and Flax models whose layers call `einsum` on parameters of their own.
-The function is traced and run again with adapters on its kernels (`_rewrite.py`). Which axes of a
-kernel are inputs and outputs is read off the products that it enters, not guessed from its shape.
+The function is traced and run again with adapters on its kernels (`interpreter.py`). Which axes of
+a kernel are inputs and outputs is read off the products that it enters, not guessed from its shape.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 
 from mora_jax._arrays.boxes import value_of
 from mora_jax._arrays.paths import checksum, flatten, is_adapter, join_path, listing, rebuild
-from mora_jax._params.attach import bank_size, check_adapted
+from mora_jax._params.checks import adapters_per_layer, check_adapted
 from mora_jax._plans.config import MoRAConfig, check_matches
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.per_example import ExampleIds, unstack_bank
 from mora_jax._tracing.interpreter import Traced, trace
@@ -98,7 +99,7 @@ class AdaptedFunction:
         plan = self.mora_chooser
         if isinstance(plan, MoRAConfig):
             plan = _plan(traced, base, plan)
-        count = 1 if mora_adapter_ids is None else bank_size(plan, leaves)
+        count = 1 if mora_adapter_ids is None else adapters_per_layer(plan, leaves)
         check_adapted(plan, leaves, count=count)
         kernels = {join_path(path, spec.kernel_name): path for path, spec in plan.items()}
         arrays = list(traced.arrays)

@@ -2,7 +2,7 @@
 
 Such a model is no linen module, and the modules in it make products that no interception reaches
 (kernels stored transposed, heads that are tied by hand). Everything it does goes through
-`module.apply`, so an adapted model is a copy whose module runs as a function (`_function.py`).
+`module.apply`, so an adapted model is a copy whose module runs as a function (`function.py`).
 Told by its attributes, so that transformers need not be installed.
 """
 

@@ -5,13 +5,12 @@ a kernel stays a `View`, its base and its adapter apart: through casts, transpos
 stacked layers, `jit`, `remat` and `scan`. The product that contracts it becomes an adapted product
 of its own; what is no product takes the kernel as an array.
 
-Two kinds of view share these rules (`_views.py`): one records how parameters are used, and one
-adapts them.
+Two kinds of view share these rules (`kernel_views.py`): one records how parameters are used, and
+one adapts them. Quantised kernels are a third (`quantized/_kernels.py`).
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,58 +22,8 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-Pairs = tuple[tuple[int, int], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class View(abc.ABC):
-    """A parameter as an array that has been cast, transposed or taken out of a stack.
-
-    Subclasses say what a product with it is.
-
-    Attributes:
-      value: the array as it is stored.
-      order: axis i of the view is axis `order[i]` of `value`.
-      dtype: the view's.
-    """
-
-    value: jax.Array
-    order: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The view's shape."""
-        return tuple(self.value.shape[axis] for axis in self.order)
-
-    def array(self) -> jax.Array:
-        """The array itself, for whatever is no product."""
-        return self.value.astype(self.dtype).transpose(self.order)
-
-    def transpose(self, permutation: Sequence[int]) -> View:
-        """The view with its axes permuted."""
-        return dataclasses.replace(self, order=tuple(self.order[axis] for axis in permutation))
-
-    def map(self, function: Callable[[jax.Array], jax.Array]) -> View:
-        """The view with a function applied to its arrays."""
-        leaves, rebuild = self.open()
-        return rebuild(jax.tree.map(function, leaves))
-
-    @abc.abstractmethod
-    def open(self, axis: int | None = None) -> tuple[Any, Callable[[Any], Any]]:
-        """(leaves, rebuild): its arrays, for the inside of a transformation.
-
-        With an axis, every leaf leads with it, and `rebuild` takes leaves without it: one element
-        of a stack. It gives an array where the axis is no stack's.
-        """
-
-    @abc.abstractmethod
-    def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params) -> jax.Array:
-        """`lax.dot_general(lhs, view)`; pairs are of an axis of `lhs` and one of the view."""
-
-    @abc.abstractmethod
-    def ragged_product(self, lhs: jax.Array, group_sizes: jax.Array, **params) -> jax.Array:
-        """`lax.ragged_dot_general(lhs, view, group_sizes)`."""
+from mora_jax._product.call import FROZEN_KERNEL
+from mora_jax._tracing.view import Taken, View, as_array
 
 
 def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
@@ -118,22 +67,6 @@ class Traced:
         return self.outputs(map(as_array, _run_closed(self.closed, arrays)))
 
 
-def as_array(value: Any) -> Any:
-    """The array of a view; anything else as it is."""
-    return value.array() if isinstance(value, View | _Taken) else value
-
-
-@dataclasses.dataclass(frozen=True)
-class _Taken:
-    """An element of a stack of which the axis, of size 1, is still there."""
-
-    view: View
-    axis: int
-
-    def array(self) -> jax.Array:
-        return lax.expand_dims(self.view.array(), (self.axis,))
-
-
 def _run_closed(closed: Any, inputs: Sequence[Any]) -> list[Any]:
     return _run(closed.jaxpr, closed.consts, inputs)
 
@@ -148,7 +81,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
         rule = None
-        if any(isinstance(value, View | _Taken) for value in inputs):
+        if any(isinstance(value, View | Taken) for value in inputs):
             rule = _RULES.get(equation.primitive.name)
         with equation.ctx.manager:
             outputs = None if rule is None else rule(equation.params, *inputs)
@@ -212,7 +145,7 @@ def _slice(params, view):
         return None
     axis, index, _ = cut[0]
     element = _element(view, axis, index)
-    return [_Taken(element, axis)] if isinstance(element, View) else None
+    return [Taken(element, axis)] if isinstance(element, View) else None
 
 
 def _unstack(params, view):
@@ -223,7 +156,7 @@ def _unstack(params, view):
 
 
 def _squeeze(params, taken):
-    whole = isinstance(taken, _Taken) and tuple(params["dimensions"]) == (taken.axis,)
+    whole = isinstance(taken, Taken) and tuple(params["dimensions"]) == (taken.axis,)
     return [taken.view] if whole else None
 
 
@@ -266,11 +199,17 @@ def _jit(params, *inputs):
 def _custom_jvp(params, *inputs):
     """The base product of a layer that is adapted already; its view knows how to differentiate.
 
-    Any other function with derivatives of its own keeps them, and sees arrays.
+    The mark in it tells it from a function of the user's, whatever its name: that keeps its own
+    derivatives, and sees arrays.
     """
     closed = params["call_jaxpr"]
-    ours = closed.jaxpr.debug_info.func_name == "frozen_product"
+    ours = any(equation.primitive is FROZEN_KERNEL for equation in closed.jaxpr.eqns)
     return _run_closed(closed, inputs) if ours else None
+
+
+def _mark(params, view):
+    del params
+    return [view]
 
 
 def _remat(params, *inputs):
@@ -316,6 +255,7 @@ _RULES = {
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot_general,
     "custom_jvp_call": _custom_jvp,
+    FROZEN_KERNEL.name: _mark,
     "jit": _jit,
     "pjit": _jit,
     "remat2": _remat,

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._plans.config import LayerConfig
-from mora_jax._product.axes import KernelAxes, add_delta
+from mora_jax._arrays.dtypes import add_delta
+from mora_jax._plans.layer import LayerConfig
+from mora_jax._product.axes import KernelAxes
 from mora_jax._product.dora import column_scale, kernel_delta, scaled, split_magnitude
 from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.experts import ragged_delta
 from mora_jax._product.per_example import ExampleIds
 from mora_jax._schemes.base import Adapter
-from mora_jax._tracing.interpreter import View
+from mora_jax._tracing.view import View
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,19 +1,4 @@
-"""Saving and loading adapters with Orbax: the trained parameters and the plan, never the base.
-
-A saved adapter is one Orbax checkpoint of the trained tree. A directory is one, or holds many of
-them, by name and version:
-
-    adapters/                     save_adapters("adapters", params, plan)
-
-    library/poems/1/              save_adapters("library", params, plan, name="poems")
-    library/poems/2/              and once more
-    library/summaries/1/
-
-Its custom metadata says by itself what it fits and what it must hold: the plan as JSON, with the
-scheme of each layer's cycle; shape and dtype of every kernel of the base; shape, dtype and checksum
-of every array. Orbax renames a directory when it is whole, so a torn one is never found, and what
-was damaged later is refused.
-"""
+"""Saving, loading and listing adapters with Orbax."""
 
 from __future__ import annotations
 
@@ -29,15 +14,14 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from mora_jax._arrays.boxes import box_like, value_of, with_value
+from mora_jax._arrays.boxes import box_like, place_for, value_of, with_value
 from mora_jax._arrays.checksums import checksums
-from mora_jax._arrays.mesh import beside, sharding_of
 from mora_jax._arrays.paths import flatten, listing, rebuild, unflatten
-from mora_jax._params.attach import Params, check_unadapted, split
+from mora_jax._params.checks import check_finite, check_unadapted
+from mora_jax._params.split import Params, split
 from mora_jax._plans.plan import Plan
 from mora_jax.checkpoint._record import (
     Record,
-    check_finite,
     check_fits,
     check_saved,
     fingerprint_of,
@@ -140,7 +124,7 @@ def save_adapters(
     if name is not None:
         path = path / name
     sums = checksums(values)
-    check_finite(path, values, "saved")
+    check_finite(values, f"saved at {path}")
     base = {
         p: shape_of(value_of(leaves[p])) for p in (*plan.kernel_paths(), *dict(plan.also_train))
     }
@@ -197,15 +181,14 @@ def load_adapters(
     abstract = {}
     for leaf, shape in wanted.items():
         kernel, axes = owners.get(leaf, (leaf, {axis: axis for axis in range(len(shape))}))
-        place = sharding_of(value_of(leaves[kernel]))
-        sharding = anywhere if place is None else beside(place, len(shape), axes)
+        sharding = place_for(leaves[kernel], len(shape), axes) or anywhere
         abstract[leaf] = jax.ShapeDtypeStruct(shape, saved[leaf].dtype, sharding=sharding)
     loaded = flatten(reading(path, lambda: ocp.load(path, unflatten(abstract))))
     if record.arrays is not None:
         found = checksums(loaded)
         if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf].get("checksum")]:
             raise ValueError(f"{path} is damaged: {listing(other)} are not the numbers saved.")
-    check_finite(path, loaded, "loaded")
+    check_finite(loaded, f"loaded from {path}")
     for leaf, (kernel, axes) in owners.items():
         loaded[leaf] = box_like(leaves[kernel], loaded[leaf], axes)
     for leaf, _ in plan.also_train:

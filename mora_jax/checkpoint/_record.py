@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.checksums import all_finite, checksums
+from mora_jax._arrays.checksums import checksums
 from mora_jax._arrays.paths import is_adapter, listing
 from mora_jax._plans.plan import Plan
 
@@ -178,16 +178,6 @@ def check_saved(
             raise ValueError(
                 f"{path} is damaged: {name!r} is {saved[name].dtype}, and was saved as {was}."
             )
-
-
-def check_finite(path: os.PathLike[str], values: Mapping[str, Any], done: str) -> None:
-    """Raises ValueError where numbers are not finite; "not {done}", it says."""
-    finite = jax.device_get(all_finite(dict(values)))
-    if bad := [name for name, good in finite.items() if not good]:
-        raise ValueError(
-            f"not {done}, {path}: {listing(bad)} hold numbers that are not finite. Training has "
-            "probably diverged."
-        )
 
 
 def shape_of(leaf: Any) -> dict[str, Any]:

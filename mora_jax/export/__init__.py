@@ -1,10 +1,22 @@
-"""For PyTorch: merged models as Hugging Face has them, and adapters as the nearest LoRA.
+"""For PyTorch: merged models as Hugging Face has them, and adapters as the LoRA that is nearest.
+
+    export.save_merged("out/model", params, plan, config="path/of/the/base/model")
+    report = export.save_lora("out/lora", params, plan, rank=64)
+    print(report)                                # what each layer lost
+
+    AutoModelForCausalLM.from_pretrained("out/model")                  # transformers
+    PeftModel.from_pretrained(base_model, "out/lora")                  # PEFT, or any LoRA server
+
+A merged model is written one tensor at a time, so that it takes no second model's memory.
+What parameters are called in PyTorch is data, `LLAMA` by default: `Name` for kernels, `Kept` for
+the rest.
 
 An optional module: it needs `pip install 'mora_jax[export]'`.
 """
 
 from mora_jax._torch.names import Name
 from mora_jax._torch.tensors import LLAMA, Kept
-from mora_jax.export._merged import save_lora, save_merged
+from mora_jax.export._lora import save_lora
+from mora_jax.export._merged import save_merged
 
 __all__ = ["LLAMA", "Kept", "Name", "save_lora", "save_merged"]

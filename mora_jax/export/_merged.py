@@ -1,16 +1,4 @@
-"""For PyTorch: merged models as Hugging Face has them, and adapters as the LoRA that is nearest.
-
-    export.save_merged("out/model", params, plan, config="path/of/the/base/model")
-    report = export.save_lora("out/lora", params, plan, rank=64)
-    print(report)                                # what each layer lost
-
-    AutoModelForCausalLM.from_pretrained("out/model")                  # transformers
-    PeftModel.from_pretrained(base_model, "out/lora")                  # PEFT, or any LoRA server
-
-A merged model is written one tensor at a time, so that it takes no second model's memory.
-What parameters are called in PyTorch is data, `LLAMA` by default: `Name` for kernels, `Kept` for
-the rest.
-"""
+"""A merged model as Hugging Face has it: safetensors, config.json, and side files."""
 
 from __future__ import annotations
 
@@ -20,26 +8,23 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from mora_jax import peft
-from mora_jax._analysis.projection import ProjectionReport, project_to_lora
-from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.mesh import on_host
-from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
-from mora_jax._merging.merge import check_finite, check_mergeable
-from mora_jax._params.attach import Params, check_adapted
+from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.paths import flatten, is_adapter, listing
+from mora_jax._merging.merge import check_mergeable
+from mora_jax._params.checks import check_adapted, check_adapters_finite
+from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 from mora_jax._torch.directories import check_new, new_directory
-from mora_jax._torch.names import Name, torch_kernels
+from mora_jax._torch.names import Name
 from mora_jax._torch.safetensors_writer import Shapes, read_header, shards, size_of, write_tensors
-from mora_jax._torch.tensors import LLAMA, Kept, torch_tensors
+from mora_jax._torch.tensors import LLAMA, torch_tensors
 from mora_jax.export._merged_tensor import merged_tensor
-
-__all__ = ["LLAMA", "Kept", "Name", "save_lora", "save_merged"]
 
 _HEAD = "lm_head.weight"
 #: What a model's directory holds beside its weights: of these kinds, but for indices of weights.
@@ -82,6 +67,7 @@ def save_merged(
       TypeError: for a dtype that safetensors lack.
 
     >>> import tempfile, flax.linen as nn, jax.numpy as jnp, mora_jax
+    >>> from mora_jax.export import Kept, Name
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
@@ -95,7 +81,7 @@ def save_merged(
     path, leaves, plan = check_new(directory), flatten(params), plan or Plan(())
     if plan or any(map(is_adapter, leaves)):
         check_adapted(plan, leaves)
-        check_finite(plan, leaves)
+        check_adapters_finite(plan, leaves, "written")
         check_mergeable(plan, leaves)
     values = {path: value_of(leaf) for path, leaf in leaves.items() if not is_adapter(path)}
     tensors = torch_tensors({path: value.shape for path, value in values.items()}, names)
@@ -103,13 +89,7 @@ def save_merged(
         name: jax.ShapeDtypeStruct(tensor.torch_shape, values[tensor.path].dtype)
         for name, tensor in tensors.items()
     }
-    if isinstance(config, Mapping):
-        base, settings = None, config
-    else:
-        base = pathlib.Path(config)
-        settings = json.loads((base / "config.json").read_text())
-        _check_like(base, shapes)
-    settings = _config_of(settings, shapes)
+    base, settings = _base_and_settings(config, shapes)
     files = shards(shapes, shard_bytes)
 
     def read(name):
@@ -120,70 +100,45 @@ def save_merged(
             read(name)  # arrays of all processes come together by the help of all
         return
     with new_directory(path) as new:
-        for file, own in files.items():
-            write_tensors(new / file, {name: shapes[name] for name in own}, read)
-        if len(files) > 1:
-            total = sum(map(size_of, shapes.values()))
-            weight_map = {name: file for file, own in files.items() for name in own}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(new / "model.safetensors.index.json", index)
+        _write_weights(new, files, shapes, read)
         if base is not None:
             _copy_side_files(base, new)
         _write_json(new / "config.json", settings)
 
 
-def save_lora(
-    directory: str | os.PathLike[str],
-    params: Params,
-    plan: Plan,
-    rank: int,
-    *,
-    names: Iterable[Name] = LLAMA,
-) -> ProjectionReport:
-    """Writes the LoRA nearest to the adapters, as PEFT has it, and says what each layer lost.
+def _base_and_settings(
+    config: Mapping[str, Any] | str | os.PathLike[str], shapes: Shapes
+) -> tuple[pathlib.Path | None, dict[str, Any]]:
+    """(the base model's directory if there is one, what goes into config.json)."""
+    if isinstance(config, Mapping):
+        return None, _config_of(config, shapes)
+    base = pathlib.Path(config)
+    settings = json.loads((base / "config.json").read_text())
+    _check_like(base, shapes)
+    return base, _config_of(settings, shapes)
 
-    `mora_jax.project_to_lora`, then `mora_jax.peft.save_adapters`: float32, with `lora_alpha` the
-    rank, which is a scale of 1. The LoRA goes with the base model, not with a merged one. Where
-    several processes share the parameters all of them call it, and the first writes.
+
+def _write_weights(
+    new: pathlib.Path,
+    files: Mapping[str, Iterable[str]],
+    shapes: Shapes,
+    read: Callable[[str], np.ndarray],
+) -> None:
+    """Writes files of tensors, and where there are several their index.
 
     Args:
-      directory: a path that does not exist yet.
-      params: parameters with adapters of any scheme.
-      plan: the plan.
-      rank: of the LoRA, in every layer. Servers limit it.
-      names: what kernels are called in PyTorch.
-
-    Returns:
-      The relative error of every layer; `print` gives a table.
-
-    Raises:
-      ValueError: as `project_to_lora` and `peft.save_adapters` do: where the plan does not fit, an
-        adapter is not finite, the directory exists, a layer is no linear layer in PyTorch (an
-        embedding), or `also_train` has parameters, which a LoRA cannot hold.
+      new: the directory.
+      files: file -> names of its tensors.
+      shapes: of all tensors, by name.
+      read: gives a tensor by its name, when it is its turn.
     """
-    check_new(directory)
-    _check_projectable(params, plan, names)
-    lora, lora_plan, report = project_to_lora(params, plan, rank)
-    leaves = flatten(lora)
-    # Arrays of all processes come together by the help of all.
-    host = {
-        p: with_value(leaves[p], on_host(value_of(leaves[p]))) for p in lora_plan.adapter_leaves()
-    }
-    if jax.process_index() == 0:
-        peft.save_adapters(directory, rebuild(leaves | host, lora), lora_plan, names=names)
-    return report
-
-
-def _check_projectable(params: Params, plan: Plan, names: Iterable[Name]) -> None:
-    """Raises ValueError for what PEFT's file cannot hold, before anything is decomposed."""
-    if plan.also_train:
-        raise ValueError(
-            "a LoRA cannot hold the parameters that are trained in full, "
-            f"{listing(dict(plan.also_train))}; save_merged can."
-        )
-    _, left = torch_kernels({p: value_of(x).shape for p, x in flatten(params).items()}, names)
-    if unknown := [path for path in plan.kernel_paths() if path in left]:
-        raise ValueError(f"{unknown[0]!r} is no linear layer in PyTorch: {left[unknown[0]]}.")
+    for file, own in files.items():
+        write_tensors(new / file, {name: shapes[name] for name in own}, read)
+    if len(files) > 1:
+        total = sum(map(size_of, shapes.values()))
+        weight_map = {name: file for file, own in files.items() for name in own}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(new / "model.safetensors.index.json", index)
 
 
 def _config_of(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:

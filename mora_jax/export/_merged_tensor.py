@@ -17,10 +17,12 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.mesh import explicit_mesh, in_auto_axes, on_host
+from mora_jax._arrays.mesh import explicit_mesh, in_auto_axes
 from mora_jax._arrays.paths import join_path
+from mora_jax._arrays.places import on_host
 from mora_jax._merging.merge import merged_kernels
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._torch.tensors import TorchTensor
 

@@ -1,14 +1,4 @@
-"""MoRA for Flax linen: `adapt` for whole models, and a layer.
-
-`adapt` puts adapters into the chosen layers while the model runs, by `nn.intercept_methods`, so
-that the model is not edited and the base parameters keep their paths:
-
-    q_proj/kernel         [I, O]    the pretrained kernel, as before
-    q_proj/mora/matrix    [R, R]    the adapter, R the square size
-
-Where the adapters are those of a bank, the model's collection `mora` says which one each example
-has: `model.apply({"params": params, "mora": {"adapter_ids": ids}}, *inputs)`.
-"""
+"""Adapters in a whole linen model, put into the chosen layers while it runs."""
 
 from __future__ import annotations
 
@@ -21,16 +11,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import freeze
 from jax import lax
 
 from mora_jax._arrays.paths import ADAPTER, IDS, join_path
-from mora_jax._plans.config import LayerConfig
-from mora_jax._product.cost import Placement
-from mora_jax._schemes.base import Scheme
-from mora_jax._schemes.registry import as_scheme
+from mora_jax._plans.layer import LayerConfig
 from mora_jax.linen._layers import (
     IDS_OF_EXAMPLES,
     OTHERS,
@@ -48,50 +34,6 @@ TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)
 _CALLS_WITH_IDS = itertools.count(1)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-class MoRADense(nn.Dense):
-    """`nn.Dense` with an adapter: the same fields and parameters, and `mora/matrix` beside them.
-
-    Its scheme is a field, so ReMoRA keeps it (no cycle); `adapt` on a plain `nn.Dense` walks on.
-
-    Attributes:
-      rank: the LoRA rank whose number of parameters the adapter has.
-      scheme: a `Scheme` or its name.
-      placement: "kernel", "activation" or "auto", see `mora_dot_general`.
-      dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
-      adapter_dtype: dtype of the adapter.
-      dora: train a magnitude for each output feature too, see `MoRAConfig`.
-
-    >>> import jax
-    >>> layer = MoRADense(6, rank=1, scheme="sharing")
-    >>> params = layer.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
-    >>> jax.tree.map(jnp.shape, params)
-    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
-    """
-
-    rank: int = 8
-    scheme: Scheme | str = "auto"
-    placement: Placement = "auto"
-    dropout: float = 0.0
-    adapter_dtype: Any = "float32"
-    dora: bool = False
-
-    def __post_init__(self):
-        if self.dot_general_cls is not None and not uses_mora(self):
-            raise ValueError("MoRADense takes a `dot_general`, but no `dot_general_cls`.")
-        config = LayerConfig(
-            rank=self.rank,
-            scheme=as_scheme(self.scheme, self.rank),
-            cycle=None,
-            placement=self.placement,
-            dropout=self.dropout,
-            dtype=jnp.dtype(self.adapter_dtype).name,
-            dora=self.dora,
-        )
-        base_dot = self.dot_general or lax.dot_general
-        self.dot_general_cls = functools.partial(MoRA, config, base_dot, name=ADAPTER)
-        super().__post_init__()
 
 
 class Chooser(Protocol):

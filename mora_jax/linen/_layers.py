@@ -2,7 +2,7 @@
 
 `Dense` and `DenseGeneral` take a `dot_general_cls`: `MoRA` is one, a module that makes its adapter
 beside the kernel it is called with. `Einsum`, `Conv` and `Embed` have no such field, and run as
-functions of their kernel (`_rewrite.py`).
+functions of their kernel (`_tracing/interpreter.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from jax import lax
 
 from mora_jax._arrays.boxes import box_like
 from mora_jax._arrays.paths import ADAPTER, join_path
-from mora_jax._plans.config import LayerConfig, MoRAConfig
+from mora_jax._plans.config import MoRAConfig
+from mora_jax._plans.layer import LayerConfig
 from mora_jax._product.axes import KernelAxes, einsum_axes, kernel_axes
 from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.per_example import ExampleIds, bank_size, holds_bank, unstack_bank

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flax import nnx
 
-from mora_jax._arrays.paths import escape, join_path
-from mora_jax._plans.config import LayerConfig, MoRAConfig
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._arrays.paths import escape, join_path, listing
+from mora_jax._plans.config import MoRAConfig, check_matches
+from mora_jax._plans.layer import AdapterSpec, LayerConfig
+from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes, einsum_axes
 
 
@@ -33,6 +34,11 @@ class Kernel:
     name: str
     axes: KernelAxes
     shape: tuple[int, ...]
+
+    @property
+    def variable(self) -> nnx.Variable:
+        """The variable that holds it."""
+        return getattr(self.layer, self.name)
 
     def spec(self, config: LayerConfig) -> AdapterSpec:
         """Its full layout, the axes of stacked layers included."""
@@ -68,7 +74,60 @@ def _stack_axes(full: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, ...]:
     return fitting[0]
 
 
-def kernels(model: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kernel]]:
+def find_kernels(
+    model: Any, chooser: MoRAConfig | Plan, parameters: Iterable[str]
+) -> dict[str, Kernel]:
+    """Path of a layer -> its kernel, for every layer that can have an adapter.
+
+    Args:
+      model: the model.
+      chooser: the config or plan.
+      parameters: paths of the model's parameters.
+
+    Raises:
+      ValueError: if a layer has several kernels, or if the config or the plan does not fit.
+    """
+    found: dict[str, Kernel] = {}
+    for path, kernel in _kernels(model, chooser):
+        if path in found:
+            raise ValueError(
+                f"layer {path!r} has several kernels, {found[path].name!r} and {kernel.name!r}, "
+                "and can have one adapter: narrow the patterns of MoRAConfig.kernels."
+            )
+        found[path] = kernel
+    if isinstance(chooser, MoRAConfig):
+        check_matches(chooser, found, parameters)
+    elif missing := chooser.keys() - found.keys():
+        raise ValueError(
+            f"the plan has layers at {listing(missing)}, where the model has none; "
+            f"its linear layers: {listing(found)}. Was the plan made for another model?"
+        )
+    return found
+
+
+def check_adaptable(path: str, kernel: Kernel, config: LayerConfig, tied: list[str]) -> None:
+    """Raises ValueError if the layer at `path` cannot have the adapter that the config wants.
+
+    Args:
+      path: the layer's.
+      kernel: its kernel.
+      config: what it is to get.
+      tied: paths of the kernel, more than one if layers share it.
+    """
+    if len(tied) > 1:
+        raise ValueError(
+            f"{listing(tied)} are one tied weight; an adapter in one of these layers would not "
+            "be seen by the other. Leave them out with MoRAConfig.exclude, or adapt the model "
+            "as a function of its parameters."
+        )
+    if config.dropout and isinstance(kernel.layer, nnx.Conv | nnx.Embed):
+        raise ValueError(
+            f"dropout={config.dropout} for layer {path!r}, a {type(kernel.layer).__name__}: "
+            "convolutions and embeddings have none."
+        )
+
+
+def _kernels(model: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kernel]]:
     """Every kernel that can be adapted, by its layer's path."""
     for names, layer in nnx.iter_modules(model):
         path = path_of(names)

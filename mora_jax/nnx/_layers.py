@@ -2,7 +2,7 @@
 
 `Linear`, `LinearGeneral` and `Einsum` take a product of ours by a field of their own. Any other
 layer that holds a kernel, and a subclass of these with a `__call__` of its own, which may ignore
-the field, runs as a function of its kernel (`_rewrite.py`).
+the field, runs as a function of its kernel (`_tracing/interpreter.py`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mora_jax._arrays.boxes import MoRAParam, box_like, value_of
-from mora_jax._arrays.mesh import beside, sharding_of
+from mora_jax._arrays.boxes import MoRAParam, box_like, place_for
 from mora_jax._arrays.paths import ADAPTER, IDS
-from mora_jax._plans.config import LayerConfig
-from mora_jax._plans.plan import AdapterSpec
+from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._product.dot import dropout, mora_dot_general
@@ -66,8 +64,8 @@ class MoRA(nnx.Module):
             own = None if key is None else jax.random.fold_in(key, index)
             make = functools.partial(spec.leaves[name].start, shape=shape, dtype=spec.config.dtype)
             common = dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True))
-            if kernel is not None and (place := sharding_of(value_of(kernel))):
-                make = jax.jit(make, out_shardings=beside(place, len(shape), common))
+            if place := place_for(kernel, len(shape), common):
+                make = jax.jit(make, out_shardings=place)
             setattr(
                 self,
                 name,

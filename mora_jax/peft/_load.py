@@ -1,119 +1,29 @@
-"""Adapters in the format of PEFT and of the authors' fork of it: safetensors and a JSON config.
-
-A directory of two files, as `PeftModel.save_pretrained` writes it:
-
-    adapter_config.json           use_mora, mora_type, r, rank_pattern, target_modules, ...
-    adapter_model.safetensors     base_model.model.<module>.lora_A.weight and .lora_B.weight
-
-MoRA's one matrix is stored twice, as both. `LowRank` is LoRA as every PEFT has it. Files hold the
-transposes of our matrices. How modules are called is data, `names=`, as in `export`; `LLAMA`, the
-same as there, is the default.
-
-Pickles (`adapter_model.bin`) are refused: opening one runs code.
-"""
+"""Loading an adapter in PEFT's format, with nothing in its two files taken on trust."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
-from mora_jax._arrays.boxes import box_like, value_of
-from mora_jax._arrays.mesh import beside, sharding_of
+from mora_jax._arrays.boxes import put_beside, value_of
 from mora_jax._arrays.paths import flatten, listing, rebuild
-from mora_jax._params.attach import Params, check_adapted, check_unadapted, refuse_dora
-from mora_jax._plans.config import LayerConfig
-from mora_jax._plans.plan import AdapterSpec, Plan
-from mora_jax._schemes.operators import square_rank
-from mora_jax._torch.directories import check_new
-from mora_jax._torch.names import Name, torch_kernels
+from mora_jax._params.checks import check_unadapted
+from mora_jax._params.split import Params
+from mora_jax._plans.layer import AdapterSpec, LayerConfig
+from mora_jax._plans.plan import Plan
+from mora_jax._torch.names import Name, TorchKernel, torch_kernels
 from mora_jax._torch.tensors import LLAMA
-from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, tensor_name
-from mora_jax.peft._read import check_modules, read
-from mora_jax.peft._save import config_for, write
+from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, read_config, tensor_name
 
-__all__ = ["LLAMA", "Name", "load_adapters", "save_adapters"]
-
-
-def save_adapters(
-    directory: str | os.PathLike[str], params: Params, plan: Plan, *, names: Iterable[Name] = LLAMA
-) -> None:
-    """Saves adapters for PEFT (`LowRank`) or the authors' fork of it (MoRA) to load.
-
-    In the middle of a ReMoRA cycle the scheme of that moment is written; the adapter then belongs
-    to the base as it has been merged so far. Files are written to a temporary name first, so a
-    directory is either whole or not there. Of several processes, let one call it.
-
-    Args:
-      directory: a path that does not exist yet.
-      params: parameters with adapters; the base is not written.
-      plan: the plan.
-      names: which PyTorch modules the kernels are; the first that matches counts.
-
-    Raises:
-      ValueError: where the plan does not fit the parameters; where the directory exists; where a
-        layer has no name; naming the layers that the format has no words for: schemes that the
-        authors lack, several schemes in one plan, DoRA, `also_train`; where an adapter holds a
-        number that is not finite.
-
-    >>> import tempfile, flax.linen as nn, mora_jax
-    >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
-    >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
-    >>> pretrained = nn.Dense(6).init(jax.random.key(0), jnp.ones((1, 3)))["params"]
-    >>> params, names = mora_jax.attach(plan, pretrained), [Name("kernel", "dense")]
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_adapters(f"{folder}/adapter", params, plan, names=names)
-    ...     loaded, plan = load_adapters(f"{folder}/adapter", pretrained, names=names)
-    >>> jax.tree.map(jnp.shape, loaded)
-    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
-    """
-    path = check_new(directory)
-    leaves = flatten(params)
-    check_adapted(plan, leaves)
-    if plan.also_train:
-        raise ValueError(
-            "not saved: an adapter's file has no place for parameters trained in full beside it, "
-            f"{listing(dict(plan.also_train))}. checkpoint.save_adapters saves them."
-        )
-    refuse_dora(
-        plan,
-        "saved",
-        "has magnitudes relative to the base's here, and absolute ones in PEFT. "
-        "checkpoint.save_adapters saves them",
-    )
-    kernels, left = torch_kernels(_shapes(leaves), names)
-    tensors, layers, schemes, ranks = {}, {}, {}, {}
-    for (layer, spec), kernel in zip(plan.layers, plan.kernel_paths(), strict=True):
-        if kernel not in kernels:
-            raise ValueError(f"not saved: layer {layer!r} has no module in names: {left[kernel]}.")
-        axes, modules = kernels[kernel]
-        if spec.size != (size := square_rank(*spec.features, spec.config.rank, spec.scheme)):
-            raise ValueError(
-                f"not saved: layer {layer!r} has a matrix of {spec.size} rows "
-                f"(size_multiple={spec.config.size_multiple}); the authors' code makes it {size} "
-                f"at rank {spec.config.rank}. checkpoint.save_adapters saves every size."
-            )
-        if axes != spec.kernel_axes:
-            raise ValueError(
-                f"not saved: names read {kernel!r} as {axes}, the plan as {spec.kernel_axes}."
-            )
-        sides = _to_torch(spec, {k: leaves[v] for k, v in plan.leaf_paths(layer).items()})
-        for side, stack in sides.items():
-            for module, matrix in zip(modules, stack, strict=True):
-                tensors[tensor_name(module, side)] = np.ascontiguousarray(matrix)
-        for module in modules:
-            layers[module], schemes[module] = layer, spec.scheme
-            ranks[module] = spec.config.rank
-        if not all(np.isfinite(stack).all() for stack in sides.values()):
-            raise ValueError(f"not saved: the adapter of {layer!r} is not finite.")
-    others = {module for kernel in kernels.values() for module in kernel.modules} - layers.keys()
-    config = config_for(schemes, ranks, others, layers=layers, dropout=_dropout(plan))
-    write(path, config.to_json(), tensors)
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def load_adapters(
@@ -174,31 +84,12 @@ def load_adapters(
     for layer, _ in plan.layers:
         for name, leaf in plan.leaf_paths(layer).items():
             kernel, axes = owners[leaf]
-            new[leaf] = _place(leaves[kernel], loaded[kernel][name], axes)
+            new[leaf] = put_beside(leaves[kernel], loaded[kernel][name], axes)
     return rebuild(leaves | new, params), plan
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {path: tuple(np.shape(value_of(leaf))) for path, leaf in leaves.items()}
-
-
-def _dropout(plan: Plan) -> float:
-    rates = {spec.config.dropout: layer for layer, spec in plan.layers}
-    if len(rates) > 1:
-        raise ValueError(f"not saved: an adapter has one rate of dropout, the plan has {rates}.")
-    return next(iter(rates), 0.0)
-
-
-def _to_torch(spec: AdapterSpec, adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """{"A": [n, rows, columns], "B": ...} as torch has them, n elements of the stack."""
-    arrays = {name: jax.device_get(value_of(leaf)) for name, leaf in adapter.items()}
-    arrays = {
-        name: np.moveaxis(array, spec.adapter_batch_axes, range(len(spec.batch)))
-        for name, array in arrays.items()
-    }
-    flat = {k: v.reshape(-1, *v.shape[-2:]).swapaxes(1, 2) for k, v in arrays.items()}
-    first, second = spec.scheme.peft_leaves
-    return {"A": flat[first], "B": flat[second]}
 
 
 def _layer_config(
@@ -263,9 +154,87 @@ def _from_torch(
     return leaves
 
 
-def _place(kernel: Any, array: np.ndarray, axes: Mapping[int, int]) -> Any:
-    """On the kernel's mesh, in a box such as the kernel has."""
-    place = sharding_of(value_of(kernel))
-    where = None if place is None else beside(place, array.ndim, axes)
-    value = jnp.asarray(array) if where is None else jax.device_put(array, where)
-    return box_like(kernel, value, axes)
+def read(path: pathlib.Path) -> tuple[PeftConfig, dict[str, np.ndarray]]:
+    """The config, and the tensors in the file's dtypes, floating and finite.
+
+    Raises:
+      FileNotFoundError: where one of the two files is missing.
+      ValueError: naming the file, where it is a pickle, is damaged, or holds what no adapter does.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no adapter at {path}: not a directory.")
+    if (index := path / f"{TENSORS}.index.json").exists():
+        raise ValueError(f"{index}: an adapter is one file; no index is followed to others.")
+    if not (path / TENSORS).is_file() and (path / "adapter_model.bin").exists():
+        raise ValueError(
+            f"{path / 'adapter_model.bin'} is a pickle, which runs code when it is opened: not "
+            "read. Let PEFT save the adapter as safetensors (safe_serialization=True)."
+        )
+    for name in (CONFIG, TENSORS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"no adapter at {path}: there is no file {name}.")
+    config, file = read_config(path / CONFIG), path / TENSORS
+    data = file.read_bytes()
+    # A zip of torch.save, or a pickle; safetensors may begin so too, with the size of its header.
+    if data.startswith(b"PK\x03\x04") or (data[:1] == b"\x80" and data[8:9] != b"{"):
+        raise ValueError(f"{file} is a pickle under another name, not safetensors: not read.")
+    try:
+        # Raw bytes, as framework="numpy" has no bfloat16 in every version.
+        entries = safetensors.deserialize(data)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is not safetensors, or is damaged: {error}") from error
+    return config, {name: _array(file, name, entry) for name, entry in entries}
+
+
+def _array(file: pathlib.Path, name: str, entry: Mapping[str, Any]) -> np.ndarray:
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise ValueError(
+            f"{file}: {name!r} is {entry['dtype']}; an adapter's numbers are one of "
+            f"{', '.join(_DTYPES)}."
+        )
+    if dtype == "float64" and jnp.result_type(float) != dtype:
+        raise ValueError(
+            f"{file}: {name!r} is F64, which JAX holds only with jax_enable_x64; not narrowed."
+        )
+    array = np.frombuffer(entry["data"], jnp.dtype(dtype)).reshape(entry["shape"])
+    if not np.isfinite(array).all():
+        raise ValueError(f"{file}: {name!r} holds numbers that are not finite.")
+    return array
+
+
+def check_modules(
+    file: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    config: PeftConfig,
+    kernels: Mapping[str, TorchKernel],
+    left: Mapping[str, str],
+) -> None:
+    """Raises ValueError unless the tensors are those of the modules that the config adapts."""
+    known = {module for kernel in kernels.values() for module in kernel.modules}
+    matches = {name: _TENSOR.fullmatch(name) for name in tensors}
+    if odd := [name for name, match in matches.items() if match is None]:
+        raise ValueError(
+            f"{file} holds {listing(odd)}; an adapter holds 'base_model.model.<module>."
+            "lora_A.weight' and '...lora_B.weight' alone (PEFT adds embeddings and heads unless it "
+            "saves with save_embedding_layers=False)."
+        )
+    present = {match[1]: name for name, match in matches.items() if match is not None}
+    if strange := present.keys() - known:
+        raise ValueError(
+            f"{file}: {listing(present[module] for module in strange)}: the model has no such "
+            f"modules. By names it has {listing(known) or 'none'}"
+            + (f"; left out: {'; '.join(sorted(left.values())[:4])}" if left else "")
+            + ". Is the adapter of another model, or do its names differ (names=)?"
+        )
+    chosen = {module for module in known if config.selects(module)}
+    if surplus := present.keys() - chosen:
+        raise ValueError(
+            f"{file} holds {listing(present[module] for module in surplus)}, which target_modules "
+            f"of {CONFIG} do not name; PEFT would leave them out without a word."
+        )
+    wanted = {tensor_name(module, side) for module in chosen for side in "AB"}
+    if missing := wanted - tensors.keys():
+        raise ValueError(f"{file} lacks {listing(missing)}, which {CONFIG} speaks of.")
+    if not chosen:
+        raise ValueError(f"{file} holds no adapter.")

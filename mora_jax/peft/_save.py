@@ -1,28 +1,147 @@
-"""Writing the two files of an adapter in PEFT's format: what they can say, and the files whole."""
+"""Saving an adapter in PEFT's format: what its two files can say, and the files whole."""
 
 from __future__ import annotations
 
 import collections
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from mora_jax._arrays.paths import listing
+from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.paths import flatten, listing
+from mora_jax._params.checks import check_adapted, refuse_dora
+from mora_jax._params.split import Params
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
+from mora_jax._product.axes import KernelAxes
 from mora_jax._schemes.base import Scheme
+from mora_jax._schemes.operators import square_rank
 from mora_jax._schemes.registry import MORA_TYPES
-from mora_jax._torch.directories import new_directory
+from mora_jax._torch.directories import check_new, new_directory
+from mora_jax._torch.names import Name, torch_kernels
+from mora_jax._torch.tensors import LLAMA
 from mora_jax.peft._config import (
     CONFIG,
     TENSORS,
     PeftConfig,
     ends_as,
     pattern_of,
+    tensor_name,
 )
 
 _KNOWN = {str(scheme) for scheme in MORA_TYPES}
+
+
+def save_adapters(
+    directory: str | os.PathLike[str], params: Params, plan: Plan, *, names: Iterable[Name] = LLAMA
+) -> None:
+    """Saves adapters for PEFT (`LowRank`) or the authors' fork of it (MoRA) to load.
+
+    In the middle of a ReMoRA cycle the scheme of that moment is written; the adapter then belongs
+    to the base as it has been merged so far. Files are written to a temporary name first, so a
+    directory is either whole or not there. Of several processes, let one call it.
+
+    Args:
+      directory: a path that does not exist yet.
+      params: parameters with adapters; the base is not written.
+      plan: the plan.
+      names: which PyTorch modules the kernels are; the first that matches counts.
+
+    Raises:
+      ValueError: where the plan does not fit the parameters; where the directory exists; where a
+        layer has no name; naming the layers that the format has no words for: schemes that the
+        authors lack, several schemes in one plan, DoRA, `also_train`; where an adapter holds a
+        number that is not finite.
+
+    >>> import tempfile, flax.linen as nn, mora_jax, mora_jax.peft
+    >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
+    >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
+    >>> pretrained = nn.Dense(6).init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
+    >>> params, names = mora_jax.attach(plan, pretrained), [mora_jax.peft.Name("kernel", "dense")]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_adapters(f"{folder}/adapter", params, plan, names=names)
+    ...     loaded, plan = mora_jax.peft.load_adapters(f"{folder}/adapter", pretrained, names=names)
+    >>> jax.tree.map(jax.numpy.shape, loaded)
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    """
+    path = check_new(directory)
+    leaves = flatten(params)
+    check_adapted(plan, leaves)
+    _check_plan(plan)
+    kernels, left = torch_kernels(
+        {path: np.shape(value_of(leaf)) for path, leaf in leaves.items()}, names
+    )
+    tensors, layers, schemes, ranks = {}, {}, {}, {}
+    for (layer, spec), kernel in zip(plan.layers, plan.kernel_paths(), strict=True):
+        if kernel not in kernels:
+            raise ValueError(f"not saved: layer {layer!r} has no module in names: {left[kernel]}.")
+        axes, modules = kernels[kernel]
+        _check_layer(layer, spec, kernel, axes)
+        sides = _to_torch(spec, {k: leaves[v] for k, v in plan.leaf_paths(layer).items()})
+        for side, stack in sides.items():
+            for module, matrix in zip(modules, stack, strict=True):
+                tensors[tensor_name(module, side)] = np.ascontiguousarray(matrix)
+        for module in modules:
+            layers[module], schemes[module] = layer, spec.scheme
+            ranks[module] = spec.config.rank
+        if not all(np.isfinite(stack).all() for stack in sides.values()):
+            raise ValueError(f"not saved: the adapter of {layer!r} is not finite.")
+    others = {module for kernel in kernels.values() for module in kernel.modules} - layers.keys()
+    config = config_for(schemes, ranks, others, layers=layers, dropout=_dropout(plan))
+    write(path, config.to_json(), tensors)
+
+
+def _check_plan(plan: Plan) -> None:
+    """Raises ValueError for what an adapter's file has no place for."""
+    if plan.also_train:
+        raise ValueError(
+            "not saved: an adapter's file has no place for parameters trained in full beside it, "
+            f"{listing(dict(plan.also_train))}. checkpoint.save_adapters saves them."
+        )
+    refuse_dora(
+        plan,
+        "saved",
+        "has magnitudes relative to the base's here, and absolute ones in PEFT. "
+        "checkpoint.save_adapters saves them",
+    )
+
+
+def _check_layer(layer: str, spec: AdapterSpec, kernel: str, axes: KernelAxes) -> None:
+    """Raises ValueError unless the authors' code would make this matrix of this kernel."""
+    if spec.size != (size := square_rank(*spec.features, spec.config.rank, spec.scheme)):
+        raise ValueError(
+            f"not saved: layer {layer!r} has a matrix of {spec.size} rows "
+            f"(size_multiple={spec.config.size_multiple}); the authors' code makes it {size} "
+            f"at rank {spec.config.rank}. checkpoint.save_adapters saves every size."
+        )
+    if axes != spec.kernel_axes:
+        raise ValueError(
+            f"not saved: names read {kernel!r} as {axes}, the plan as {spec.kernel_axes}."
+        )
+
+
+def _dropout(plan: Plan) -> float:
+    rates = {spec.config.dropout: layer for layer, spec in plan.layers}
+    if len(rates) > 1:
+        raise ValueError(f"not saved: an adapter has one rate of dropout, the plan has {rates}.")
+    return next(iter(rates), 0.0)
+
+
+def _to_torch(spec: AdapterSpec, adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{"A": [n, rows, columns], "B": ...} as torch has them, n elements of the stack."""
+    arrays = {name: jax.device_get(value_of(leaf)) for name, leaf in adapter.items()}
+    arrays = {
+        name: np.moveaxis(array, spec.adapter_batch_axes, range(len(spec.batch)))
+        for name, array in arrays.items()
+    }
+    flat = {k: v.reshape(-1, *v.shape[-2:]).swapaxes(1, 2) for k, v in arrays.items()}
+    first, second = spec.scheme.peft_leaves
+    return {"A": flat[first], "B": flat[second]}
 
 
 def config_for(
@@ -45,6 +164,20 @@ def config_for(
     Raises:
       ValueError: naming the layers, where the format has no words for it.
     """
+    _check_one_scheme(schemes, layers)
+    mora_type = MORA_TYPES.get(next(iter(schemes.values())))
+    rank, own_ranks = _usual(ranks)
+    found = {module: scheme.lora_alpha(ranks[module]) for module, scheme in schemes.items()}
+    alphas = {module: _number(alpha) for module, alpha in found.items() if alpha is not None}
+    alpha, own_alphas = _usual(alphas) if alphas else (rank, {})
+    targets = _targets(schemes, others)
+    config = PeftConfig(mora_type, rank, alpha, targets, own_ranks, own_alphas, dropout=dropout)
+    _check_told_apart(config, others, layers)
+    return config
+
+
+def _check_one_scheme(schemes: Mapping[str, Scheme], layers: Mapping[str, str]) -> None:
+    """Raises ValueError unless the modules have one scheme, and one that the format knows."""
     kinds: dict[str, set[str]] = {}
     for module, scheme in schemes.items():
         # LoRA's alpha may differ from module to module, nothing else.
@@ -60,30 +193,30 @@ def config_for(
     if len(kinds) > 1:
         found = "; ".join(f"{kind} in layers {listing(kinds[kind])}" for kind in sorted(kinds))
         raise ValueError(f"not saved: an adapter in the authors' format has one scheme: {found}.")
-    mora_type = MORA_TYPES.get(next(iter(schemes.values())))
-    rank, own_ranks = _usual(ranks)
-    found = {module: scheme.lora_alpha(ranks[module]) for module, scheme in schemes.items()}
-    alphas = {module: _number(alpha) for module, alpha in found.items() if alpha is not None}
-    alpha, own_alphas = _usual(alphas) if alphas else (rank, {})
-    short = {module.rpartition(".")[2] for module in schemes}
-    # The ends of the names, as one writes them by hand, where they name no other module.
+
+
+def _targets(adapted: Collection[str], others: set[str]) -> tuple[str, ...]:
+    """`target_modules`: the ends of the names, or whole names if an end names another module."""
+    short = {module.rpartition(".")[2] for module in adapted}
     clear = not any(ends_as(tuple(short), module) for module in others)
-    targets = tuple(sorted(short if clear else schemes))
-    config = PeftConfig(mora_type, rank, alpha, targets, own_ranks, own_alphas, dropout=dropout)
+    return tuple(sorted(short if clear else adapted))
+
+
+def _check_told_apart(config: PeftConfig, others: set[str], layers: Mapping[str, str]) -> None:
+    """Raises ValueError if PEFT, which goes by the ends of names, would confuse two modules."""
     if confused := [module for module in others if config.selects(module)]:
         raise ValueError(
             f"not saved: {listing(confused)} are not adapted, but their names end as those of "
             "adapted modules do, and PEFT tells them by their ends."
         )
-    for name in {*own_ranks, *own_alphas}:
+    for name in {*config.ranks, *config.alphas}:
         pattern = pattern_of(name)
-        for module in schemes:
+        for module in layers:
             if module != name and pattern.match(module):
                 raise ValueError(
                     f"not saved: {module!r} (layer {layers[module]!r}) ends as {name!r} does, "
                     "which has another rank or alpha, and PEFT tells them by their ends."
                 )
-    return config
 
 
 def _number(alpha: float) -> float:

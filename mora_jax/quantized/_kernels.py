@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import qwix
 from jax import lax
 
-from mora_jax._arrays.blockwise import wide_dtype
-from mora_jax._merging.losses import MergeLoss
-from mora_jax._plans.plan import AdapterSpec
+from mora_jax._arrays.dtypes import wide_dtype
+from mora_jax._merging.losses import MergeLoss, as_numbers, loss_of_sums, loss_sums
+from mora_jax._plans.layer import AdapterSpec
 from mora_jax._product.dora import kernel_delta
-from mora_jax._tracing.interpreter import View
+from mora_jax._tracing.view import View
 
 #: The largest number, in units of the scale, that qwix rounds to a level and does not clip.
 BOUNDS = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}
@@ -110,8 +110,7 @@ def merge_kernel(
     before = dequantize_kernel(kernel)
     delta = _delta(before, adapter, spec)
     merged = _add(kernel, before, delta)
-    loss = _loss(before, delta, dequantize_kernel(merged))
-    return merged, MergeLoss(*(number.item() for number in loss))
+    return merged, as_numbers(_loss(before, delta, dequantize_kernel(merged)))
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -152,16 +151,6 @@ def _add(kernel: qwix.QArray, before: jax.Array, delta: jax.Array) -> qwix.QArra
 
 
 @jax.jit
-def _loss(before: jax.Array, delta: jax.Array, after: jax.Array) -> tuple[jax.Array, ...]:
+def _loss(before: jax.Array, delta: jax.Array, after: jax.Array) -> MergeLoss:
     wide = wide_dtype(before.dtype)
-    before, delta, after = (value.astype(wide) for value in (before, delta, after))
-    change, total = after - before, before + delta
-    size = _norm(delta)
-    some = jnp.where(size > 0, size, 1)
-    kept = jnp.where(size > 0, jnp.vdot(change, delta) / some**2, 1)
-    error = _norm(after - total) / jnp.maximum(_norm(total), jnp.finfo(wide).tiny)
-    return error, kept, _norm(change - kept * delta) / some
-
-
-def _norm(value: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.vdot(value, value))
+    return loss_of_sums(loss_sums(*(value.astype(wide) for value in (before, delta, after))))

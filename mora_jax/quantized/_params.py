@@ -1,22 +1,4 @@
-"""Adapters on a quantised base, int8, int4 or nf4, with qwix's arrays and its arithmetic.
-
-The adapted kernels become `qwix.QArray`s, integers and a scale for each tile of them; the adapters
-stay as they are. A model needs no editing for it, nor does it know: it is traced on the shapes of
-floating kernels and run again (`_rewrite.py`), and a quantised kernel goes through it as a view
-that each product dequantises for itself, again in its backward pass. No floating kernel outlives
-the product that it is for.
-
-    config = mora_jax.MoRAConfig(rank=8, placement="activation")
-    model = mora_jax.adapt(base_model, config)
-    plan = mora_jax.plan(model, tokens)
-    params = quantized.quantize(mora_jax.attach(plan, pretrained), plan, "nf4")
-    forward = quantized.dequantize_within(model.apply)
-    logits = forward({"params": params}, tokens)
-    ...  # split, train, save as ever
-    params, losses = quantized.merge(params, plan)
-
-Called without `dequantize_within`, a model fails where it first computes with a quantised kernel.
-"""
+"""Quantising a base, running a model on it, and merging adapters into it."""
 
 from __future__ import annotations
 
@@ -29,13 +11,14 @@ import jax
 import qwix
 from jax.core import Tracer
 
-from mora_jax._analysis.spectrum import dense
-from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.boxes import dense, value_of
 from mora_jax._arrays.paths import flatten, is_adapter, join_path, listing, unflatten
 from mora_jax._merging.losses import MergeLoss
-from mora_jax._merging.merge import check_finite, why_unmergeable
-from mora_jax._params.attach import Params, check_adapted, check_base
-from mora_jax._plans.plan import AdapterSpec, Plan
+from mora_jax._merging.merge import why_unmergeable
+from mora_jax._params.checks import check_adapted, check_adapters_finite, check_base
+from mora_jax._params.split import Params
+from mora_jax._plans.layer import AdapterSpec
+from mora_jax._plans.plan import Plan
 from mora_jax._tracing.interpreter import trace
 from mora_jax.quantized._kernels import (
     BOUNDS,
@@ -197,7 +180,7 @@ def merge(params: Params, plan: Plan) -> tuple[dict[str, Any], dict[str, MergeLo
     """
     leaves = flatten(params)
     check_adapted(plan, leaves)
-    check_finite(plan, leaves)
+    check_adapters_finite(plan, leaves, "merged")
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     losses = {}
     for path, spec in plan.items():

@@ -1,0 +1,1 @@
+"""What keeps older programs and files working."""

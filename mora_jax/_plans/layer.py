@@ -1,0 +1,216 @@
+"""One layer of a plan: what it was asked to be, and how its kernel and its adapter are laid out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._arrays.mesh import UNKNOWN, Spread
+from mora_jax._plans.cycles import Cycle, check_cycle, next_scheme
+from mora_jax._product.axes import KernelAxes
+from mora_jax._product.cost import Placement
+from mora_jax._product.dora import MAGNITUDE, magnitude_leaf
+from mora_jax._schemes.base import Adapter, Leaf, Scheme
+from mora_jax._schemes.operators import check_multiple, check_rank, square_rank
+from mora_jax._schemes.registry import scheme_from_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """What one adapted layer needs to know; all static.
+
+    Attributes:
+      rank: the LoRA rank whose number of parameters the layer trains.
+      scheme: the scheme it uses now.
+      cycle: the schemes it walks through in ReMoRA.
+      placement: where the delta is added, see `mora_dot_general`.
+      dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
+      dtype: name of the adapter's dtype.
+      train_kernel: whether the kernel itself is trained beside its adapter (`also_train`).
+      spread: how its activations lie on a mesh; stated by `mora_jax.sharding.on_mesh`.
+      keep_sums: see `MoRAConfig`.
+      dora: likewise.
+      size_multiple: see `MoRAConfig`.
+    """
+
+    rank: int
+    scheme: Scheme
+    cycle: Cycle = "auto"
+    placement: Placement = "auto"
+    dropout: float = 0.0
+    dtype: str = "float32"
+    train_kernel: bool = False
+    spread: Spread = UNKNOWN
+    keep_sums: bool = False
+    dora: bool = False
+    size_multiple: int = 1
+
+    def __post_init__(self):
+        check_rank(self.rank)
+        check_multiple(self.size_multiple)
+        check_cycle(self.cycle)
+        if self.placement not in get_args(Placement):
+            raise ValueError(
+                f"placement must be one of {get_args(Placement)}, got {self.placement!r}."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise TypeError(f"an adapter's dtype must be floating, got {self.dtype!r}.")
+        if not isinstance(self.dora, bool):
+            raise ValueError(f"dora must be a bool, got {self.dora!r}.")
+
+    def size(self, in_features: int, out_features: int) -> int:
+        """R: the side of the square matrix, or LoRA's rank."""
+        return square_rank(
+            in_features, out_features, self.rank, self.scheme, multiple=self.size_multiple
+        )
+
+    def leaves(self, in_features: int, out_features: int) -> dict[str, Leaf]:
+        """Name -> leaf, of one adapter; with DoRA the magnitude among them."""
+        size = self.size(in_features, out_features)
+        leaves = self.scheme.leaves(in_features, out_features, size)
+        return leaves | ({MAGNITUDE: magnitude_leaf(out_features)} if self.dora else {})
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
+        """Names and shapes of one adapter's leaves."""
+        leaves = self.leaves(in_features, out_features)
+        return {name: leaf.shape for name, leaf in leaves.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+    """One adapted layer: its kernel's layout and its adapter's.
+
+    Attributes:
+      config: rank, scheme, cycle, placement, dropout, dtype.
+      kernel_shape: full shape of the kernel, the axes of stacked layers included.
+      kernel_axes: which of these axes are input, output and batch (stacked layers, experts).
+      adapter_batch_axes: where the batch axes stand in the adapter's leaves.
+      kernel_name: name of the kernel within its layer; "" where the layer is the kernel.
+    """
+
+    config: LayerConfig
+    kernel_shape: tuple[int, ...]
+    kernel_axes: KernelAxes
+    adapter_batch_axes: tuple[int, ...] = ()
+    kernel_name: str = "kernel"
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme in use now."""
+        return self.config.scheme
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Sizes of the batch axes: one adapter for each element."""
+        return self.kernel_axes.sizes(self.kernel_shape)[0]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(I, O): input and output features."""
+        return self.kernel_axes.sizes(self.kernel_shape)[1:]
+
+    @property
+    def size(self) -> int:
+        """R: the side of the square matrix, or LoRA's rank."""
+        return self.config.size(*self.features)
+
+    @property
+    def leaves(self) -> dict[str, Leaf]:
+        """Name -> leaf, without the batch axes."""
+        return self.config.leaves(*self.features)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a new adapter needs a PRNG key."""
+        return any(leaf.draws for leaf in self.leaves.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shapes of the adapter's leaves, batch axes in their places."""
+        shapes = {}
+        for name, leaf in self.leaves.items():
+            rest = iter(leaf.shape)
+            ndim = len(leaf.shape) + len(self.batch)
+            sizes = dict(zip(self.adapter_batch_axes, self.batch, strict=True))
+            shapes[name] = tuple(sizes[a] if a in sizes else next(rest) for a in range(ndim))
+        return shapes
+
+    @property
+    def row_axis(self) -> int:
+        """Which axis of the adapter's leaves is their rows; in a bank, adapter after adapter."""
+        ndim = len(self.adapter_batch_axes) + 2
+        return next(axis for axis in range(ndim) if axis not in self.adapter_batch_axes)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of one adapter's leaves, by their names."""
+        return {name: shape[self.row_axis] for name, shape in self.shapes.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers in this layer's adapter."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def dead_entries(self) -> int:
+        """Entries of one matrix that cannot act, where R exceeds a side of the layer."""
+        return self.scheme.dead_entries(*self.features, self.size)
+
+    def delta(self, adapter: Adapter) -> jax.Array:
+        """The delta's kernel, laid out like the base kernel."""
+        return self.kernel_axes.delta(self.batch_first(adapter), self.kernel_shape, self.scheme)
+
+    def batch_first(self, adapter: Adapter) -> dict[str, jax.Array]:
+        """The adapter's leaves as [B..., rows, columns]."""
+        front = tuple(range(len(self.adapter_batch_axes)))
+        return {
+            name: jnp.moveaxis(leaf, self.adapter_batch_axes, front)
+            for name, leaf in adapter.items()
+        }
+
+    def advance(self) -> AdapterSpec:
+        """The same layer with the next scheme of its cycle.
+
+        Raises:
+          ValueError: where the next scheme's matrix has another size.
+        """
+        scheme = next_scheme(self.scheme, self.config.cycle, *self.features, self.size)
+        spec = dataclasses.replace(self, config=dataclasses.replace(self.config, scheme=scheme))
+        if spec.shapes != self.shapes:
+            raise ValueError(
+                f"a cycle must keep the adapter's shape: {self.scheme} has {self.shapes}, the next "
+                f"one, {scheme}, has {spec.shapes}."
+            )
+        return spec
+
+
+def spec_to_dict(spec: AdapterSpec) -> dict[str, Any]:
+    fields = dataclasses.asdict(spec)
+    del fields["config"]["spread"]  # of a mesh, not of the adapter
+    fields["config"]["scheme"] = spec.scheme.to_dict()
+    if isinstance(spec.config.cycle, tuple):
+        fields["config"]["cycle"] = [scheme.to_dict() for scheme in spec.config.cycle]
+    return fields
+
+
+def spec_from_dict(fields: Mapping[str, Any]) -> AdapterSpec:
+    config, axes = dict(fields["config"]), fields["kernel_axes"]
+    config["scheme"] = scheme_from_dict(config["scheme"])
+    if isinstance(config["cycle"], list):
+        config["cycle"] = tuple(scheme_from_dict(scheme) for scheme in config["cycle"])
+    spec = AdapterSpec(
+        config=LayerConfig(**config),
+        kernel_shape=tuple(fields["kernel_shape"]),
+        kernel_axes=KernelAxes(**{name: tuple(value) for name, value in axes.items()}),
+        adapter_batch_axes=tuple(fields["adapter_batch_axes"]),
+        kernel_name=fields["kernel_name"],
+    )
+    _ = spec.rows  # axes that are not the kernel's are an error here
+    return spec

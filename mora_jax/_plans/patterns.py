@@ -1,0 +1,43 @@
+"""Patterns over paths: regular expressions that match a whole path, or functions of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Pattern = str | Callable[[str], bool]
+
+
+def pairs_of(value: Any) -> tuple[tuple[Pattern, Any], ...]:
+    """A mapping by pattern, or pairs, as a tuple of pairs: hashable, in the same order."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return tuple((pattern, item) for pattern, item in pairs)
+
+
+def first_match(pairs: Any, path: str, default: Any) -> Any:
+    """The value of the first pattern that matches a path, or the default."""
+    return next((item for pattern, item in pairs_of(pairs) if matches(pattern, path)), default)
+
+
+def matches(pattern: Pattern, path: str) -> bool:
+    """Whether a pattern matches a whole path.
+
+    >>> matches(r".*_proj", "layers/q_proj"), matches("q_proj", "layers/q_proj")
+    (True, False)
+    """
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, path) is not None
+    return bool(pattern(path))
+
+
+def check_pattern(pattern: Pattern) -> None:
+    """Raises TypeError or ValueError unless it is a regular expression or a callable."""
+    if callable(pattern):
+        return
+    if not isinstance(pattern, str):
+        raise TypeError(f"a pattern must be a regular expression or a callable, got {pattern!r}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
