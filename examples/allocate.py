@@ -43,11 +43,11 @@ import tqdm
 import allocate_plots
 import chat_data
 import mora_jax
-import pretrained
 import prompts
 import text
 import uuids
-from llama import Llama
+from llama import pretrained
+from llama.model import Llama
 
 VARIANTS = ("uniform", "half", "allocated", "chosen", "reversed")
 SHAPE = jax.ShapeDtypeStruct((1, 8), jnp.int32)

@@ -21,7 +21,7 @@ import optax
 import tokenizers
 from jax.sharding import NamedSharding
 
-from llama import Llama
+from llama.model import Llama
 from prompts import Pair, Template
 
 

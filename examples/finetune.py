@@ -26,14 +26,14 @@ from jax.sharding import PartitionSpec as P
 import chat_data
 import finetune_results as results
 import mora_jax
-import pretrained
 import prompts
 import text
 import train_log
 from finetune_flags import FREE_TOO, parse_args
 from held_out import HeldOut
-from llama import Llama
-from llama_mesh import RULES, batch_sharding
+from llama import pretrained
+from llama.mesh import RULES, batch_sharding
+from llama.model import Llama
 from train_checkpoints import Checkpoints, OtherRunError
 from train_flags import of_the_run
 from train_llama import base_places, lay_out, mesh_of

@@ -13,8 +13,8 @@ import numpy as np
 import mora_jax
 import train_log
 from held_out import HeldOut
-from llama import Llama
-from llama_hf import load_hf
+from llama.loading import load_hf
+from llama.model import Llama
 from mora_jax import checkpoint, export
 from prompts import Pair
 

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 import chat_data
 import solve
 from chat_data import Example
-from llama import Llama
-from pretrained import Pretrained
+from llama.model import Llama
+from llama.pretrained import Pretrained
 from prompts import Pair
 
 

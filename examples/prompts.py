@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import smollm2
 import wheels
+from llama import smollm2
 
 WHEEL = "reasoning-gym==0.1.25"
 SHA256 = "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435"

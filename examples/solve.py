@@ -15,7 +15,7 @@ import tokenizers
 import tqdm
 
 from chat_data import Example
-from llama import Llama, generate
+from llama.model import Llama, generate
 
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
 
@@ -72,7 +72,7 @@ def solve(
     first prompts: one shape, compiled once.
 
     Args:
-      model: see `llama.generate`.
+      model: see `llama.model.generate`.
       params: its parameters.
       examples: of which only the prompts are read.
       tokenizer: turns tokens into text.

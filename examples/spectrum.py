@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 
 import mora_jax
-import pretrained
+from llama import pretrained
 from mora_jax import checkpoint
 
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Set
 from typing import Any
 
-from llama import LlamaConfig
+from llama.model import LlamaConfig
 
 
 def _sizes(features, hidden_features, num_layers, num_heads, num_kv_heads, **other):

@@ -26,8 +26,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import text
-from llama import Llama, LlamaConfig
-from llama_mesh import RULES, batch_sharding, make_mesh, param_shardings
+from llama.mesh import RULES, batch_sharding, make_mesh, param_shardings
+from llama.model import Llama, LlamaConfig
 from mora_jax.sharding import optimizer_shardings
 from train_checkpoints import Checkpoints, OtherRunError
 from train_flags import of_the_run, parse_args, sizes
@@ -40,7 +40,7 @@ def load(args: argparse.Namespace) -> tuple[LlamaConfig, Any, text.Windows]:
     """(sizes, pretrained parameters or None, text)."""
     pretrained, config, encode, end = None, None, text.encode_bytes, 0
     if "smollm2" in (args.model, args.tokenizer):
-        import smollm2  # needs packages that bytes do not
+        from llama import smollm2  # needs packages that bytes do not
 
         dtype = "float32" if args.method == "full" else args.param_dtype
         config, pretrained, tokenizer = smollm2.load(smollm2.fetch(), dtype)

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mora_jax
-from llama import Llama
-from llama_mesh import BATCH_AXES
+from llama.mesh import BATCH_AXES
+from llama.model import Llama
 from mora_jax.sharding import on_mesh, param_shardings
 from train_state import TrainState, part
 

@@ -14,8 +14,8 @@ from flax import nnx
 import allocate
 import mora_jax
 from conftest import GOLDEN, Block, adapted_network
-from llama import Llama
-from llama_hf import load_hf
+from llama.loading import load_hf
+from llama.model import Llama
 from mora_jax._analysis.allocate import gradient_moments
 
 

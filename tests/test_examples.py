@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models
 import allocate
 import memorize
 from conftest import GOLDEN
-from llama import Llama, LlamaConfig, generate
-from llama_hf import load_hf
+from llama.loading import load_hf
+from llama.model import Llama, LlamaConfig, generate
 
 BASE = GOLDEN / "llama_type1" / "base"
 

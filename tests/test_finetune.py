@@ -20,8 +20,8 @@ import train_log
 from chat_data import Example
 from conftest import GOLDEN
 from finetune_flags import parse_args
-from llama import Llama, LlamaConfig
-from llama_hf import load_hf
+from llama.loading import load_hf
+from llama.model import Llama, LlamaConfig
 from train_checkpoints import OtherRunError
 
 BASE = GOLDEN / "llama_type1" / "base"

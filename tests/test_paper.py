@@ -19,7 +19,7 @@ import recipes
 import study
 import training
 import uuid_pairs
-from llama import Llama
+from llama.model import Llama
 from paper_runs import ROOT, flags_of, trained
 from results import Results
 

@@ -24,7 +24,7 @@ from step import PLACEMENTS, SCHEMES, machine
 from tqdm import tqdm
 
 import mora_jax
-from llama import Llama, generate
+from llama.model import Llama, generate
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import Array
 
 import mora_jax
-from llama import Layer, LlamaConfig, rotary_angles
+from llama.model import Layer, LlamaConfig, rotary_angles
 
 LLAMA_3_8B = LlamaConfig(
     vocab_size=0,

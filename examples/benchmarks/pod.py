@@ -9,7 +9,7 @@ ever allocated: shapes and shardings go in, a compiled program comes out.
 
 A step is embedding, scanned layers with remat, head, cross-entropy, and AdamW on the adapters,
 which every chip holds whole (or with --split in parts); the base is bfloat16, sharded as
-examples/llama_mesh.py says. *Floor* is the same step with the base frozen and no adapter, gradients
+examples/llama/mesh.py says. *Floor* is the same step with the base frozen and no adapter, gradients
 of the embedded tokens included.
 Attention is written in XLA, softmax and all; a kernel of its own would make every step shorter.
 
@@ -48,8 +48,8 @@ from step import SCHEMES
 from tqdm import tqdm
 
 import mora_jax
-from llama import Llama
-from llama_mesh import RULES, batch_sharding
+from llama.mesh import RULES, batch_sharding
+from llama.model import Llama
 
 
 def measure(lowered: Any) -> tuple[dict[str, Any], Any]:

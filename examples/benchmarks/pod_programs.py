@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from layers import LLAMA_3_8B, TINY
 
 import mora_jax
-from llama import Llama
-from llama_mesh import BATCH_AXES, param_shardings
+from llama.mesh import BATCH_AXES, param_shardings
+from llama.model import Llama
 from mora_jax import sharding
 from mora_jax._merging import remora as _remora
 
@@ -63,7 +63,7 @@ TENSOR = {"8b": 4, "70b": 8, "tiny": 2}
 
 
 def make_mesh(pod: Pod, data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of the pod's chips with the axes of examples/llama_mesh.py."""
+    """A mesh of the pod's chips with the axes of examples/llama/mesh.py."""
     sizes = (data, fsdp, tensor)
     if pod.topology is None:
         devices = np.asarray(jax.devices()).reshape(sizes)

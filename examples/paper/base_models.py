@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import pretrained
 import python_model
-from llama import Llama
+from llama import pretrained
+from llama.model import Llama
 from train_flags import PRESETS
 from training import Rows, held_out_loss
 from trial import Measures, Task

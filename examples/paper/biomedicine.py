@@ -33,7 +33,7 @@ import base_models
 import study
 import text
 from figures import draw_tests
-from llama import Llama
+from llama.model import Llama
 from recipes import FINETUNING
 from results import COST, Columns, Results
 from training import Rows, losses

@@ -26,7 +26,7 @@ import prompts
 import solve
 import study
 from figures import draw_tests
-from llama import Llama
+from llama.model import Llama
 from recipes import FINETUNING
 from results import COST, Columns, Results
 from training import Rows

@@ -29,7 +29,7 @@ import libraries
 import study
 import text
 from figures import draw_curves, draw_dots, ranked
-from llama import Llama
+from llama.model import Llama
 from recipes import RECIPES
 from results import COST, Columns, Results, Run, note
 from train_flags import FROM_SCRATCH, PRESETS

@@ -24,7 +24,7 @@ import tqdm
 from flax import traverse_util
 
 import text
-from llama import Llama, LlamaConfig
+from llama.model import Llama, LlamaConfig
 from train_flags import PRESETS
 from training import Rows, losses
 

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import mora_jax
-from llama import Llama
+from llama.model import Llama
 from recipes import Groups, Recipe, inverse, permuted
 from train_state import TrainState, part
 

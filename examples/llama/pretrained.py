@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import tokenizers
 from jax.typing import DTypeLike
 
-import smollm2
-from llama import LlamaConfig
-from llama_hf import load_hf
+from llama import smollm2
+from llama.loading import load_hf
+from llama.model import LlamaConfig
 
 
 class Pretrained(NamedTuple):
