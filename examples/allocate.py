@@ -44,8 +44,7 @@ import allocate_plots
 import chat_data
 import mora_jax
 import prompts
-import text
-import uuids
+from data import text, uuids
 from llama import pretrained
 from llama.model import Llama
 

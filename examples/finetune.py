@@ -27,8 +27,8 @@ import chat_data
 import finetune_results as results
 import mora_jax
 import prompts
-import text
 import train_log
+from data import text
 from finetune_flags import FREE_TOO, parse_args
 from held_out import HeldOut
 from llama import pretrained

@@ -26,7 +26,7 @@ import optax
 import tqdm
 
 import mora_jax
-import uuids
+from data import uuids
 from llama import pretrained
 from llama.model import Llama, generate
 from mora_jax import checkpoint

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import wheels
+from data import wheels
 from llama import smollm2
 
 WHEEL = "reasoning-gym==0.1.25"

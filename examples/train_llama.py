@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import text
+from data import text
 from llama.mesh import RULES, batch_sharding, make_mesh, param_shardings
 from llama.model import Llama, LlamaConfig
 from mora_jax.sharding import optimizer_shardings

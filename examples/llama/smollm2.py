@@ -17,7 +17,7 @@ import tokenizers
 from jax.typing import DTypeLike
 from tokenizers import decoders, models, pre_tokenizers
 
-import wheels
+from data import wheels
 from llama.loading import params_from_hf
 from llama.model import LlamaConfig
 

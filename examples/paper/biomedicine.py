@@ -31,7 +31,7 @@ import numpy as np
 
 import base_models
 import study
-import text
+from data import text
 from figures import draw_tests
 from llama.model import Llama
 from recipes import FINETUNING

@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import tqdm
 
-import wheels
+from data import wheels
 
 #: Wheel -> its sha256.
 WHEELS = {

@@ -27,7 +27,7 @@ from flax import traverse_util
 
 import libraries
 import study
-import text
+from data import text
 from figures import draw_curves, draw_dots, ranked
 from llama.model import Llama
 from recipes import RECIPES

@@ -23,7 +23,7 @@ import safetensors.numpy
 import tqdm
 from flax import traverse_util
 
-import text
+from data import text
 from llama.model import Llama, LlamaConfig
 from train_flags import PRESETS
 from training import Rows, losses

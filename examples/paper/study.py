@@ -26,7 +26,7 @@ import numpy as np
 import tqdm
 
 import mora_jax
-import text
+from data import text
 from recipes import Recipe, draw_groups
 from results import Columns, Results, table
 from training import CompiledSteps, Training, make_optimizer, make_plan

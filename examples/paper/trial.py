@@ -18,7 +18,7 @@ import tqdm
 from etils import epath
 
 import mora_jax
-import text
+from data import text
 from llama.model import Llama
 from recipes import Groups, draw_groups, inverse, permuted
 from train_checkpoints import Checkpoints

@@ -24,7 +24,7 @@ import numpy as np
 import base_models
 import mora_jax
 import study
-import uuids
+from data import uuids
 from figures import dot_panels, ranked
 from llama.model import Llama, generate
 from mora_jax import LowRank, Sharing
