@@ -5,7 +5,7 @@
     python3 run.py finetune                  # examples/finetune.py, likewise
     python3 run.py allocate                  # examples/allocate.py, likewise
     python3 run.py spectrum DIRECTORY        # examples/spectrum.py, likewise
-    python3 run.py train                     # examples/train_llama.py, likewise
+    python3 run.py train                     # examples/train/train_llama.py, likewise
     python3 run.py uuid_pairs                # examples/paper/uuid_pairs.py, and the others there
     python3 run.py step                      # examples/benchmarks/step.py; generate, adapters too
 
@@ -27,7 +27,7 @@ SCRIPTS = {
     "memorize": "examples/memorize.py",
     "finetune": "examples/finetune.py",
     "spectrum": "examples/spectrum.py",
-    "train": "examples/train_llama.py",
+    "train": "examples/train/train_llama.py",
     "uuid_pairs": "examples/paper/uuid_pairs.py",
     "mathematics": "examples/paper/mathematics.py",
     "biomedicine": "examples/paper/biomedicine.py",

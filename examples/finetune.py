@@ -27,18 +27,18 @@ import chat_data
 import finetune_results as results
 import mora_jax
 import prompts
-import train_log
 from data import text
 from finetune_flags import FREE_TOO, parse_args
 from held_out import HeldOut
 from llama import pretrained
 from llama.mesh import RULES, batch_sharding
 from llama.model import Llama
-from train_checkpoints import Checkpoints, OtherRunError
-from train_flags import of_the_run
-from train_llama import base_places, lay_out, mesh_of
-from train_state import TrainState
-from train_step import make_method, make_optimizer, make_step
+from train import log as train_log
+from train.checkpoints import Checkpoints, OtherRunError
+from train.flags import of_the_run
+from train.state import TrainState
+from train.step import make_method, make_optimizer, make_step
+from train.train_llama import base_places, lay_out, mesh_of
 
 EVALUATIONS = ("step", "loss")
 

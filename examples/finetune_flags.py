@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from train_flags import FREE, add_training, check_training
+from train.flags import FREE, add_training, check_training
 
 #: What the losses of the training do not depend on.
 FREE_TOO = FREE | {"eval_every", "jsonl", "new_tokens", "test", "test_batch", "test_items"}

@@ -11,12 +11,12 @@ import matplotlib
 import numpy as np
 
 import mora_jax
-import train_log
 from held_out import HeldOut
 from llama.loading import load_hf
 from llama.model import Llama
 from mora_jax import checkpoint, export
 from prompts import Pair
+from train import log as train_log
 
 #: What is counted as right -> how a reader is told.
 LABELS = {"exact": "whole\nanswer", "last_number": "last\nnumber"}

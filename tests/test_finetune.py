@@ -16,13 +16,13 @@ import chat_data
 import finetune
 import prompts
 import solve
-import train_log
 from chat_data import Example
 from conftest import GOLDEN
 from finetune_flags import parse_args
 from llama.loading import load_hf
 from llama.model import Llama, LlamaConfig
-from train_checkpoints import OtherRunError
+from train import log as train_log
+from train.checkpoints import OtherRunError
 
 BASE = GOLDEN / "llama_type1" / "base"
 PLACE = jax.devices()[0]

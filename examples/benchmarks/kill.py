@@ -23,9 +23,9 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-import train_log
+from train import log as train_log
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "train_llama.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "train" / "train_llama.py"
 FLAGS = (
     "--model", "tiny", "--rank", "2", "--targets", ".*(q|up|down)_proj", "--length", "32",
     "--remora-every", "7", "--save-every", "10", "--keep", "2",

@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
-TRAIN = HERE.parent / "train_llama.py"
+TRAIN = HERE.parent / "train" / "train_llama.py"
 
 
 def parse_case(case: str) -> tuple[int, int, int, bool]:

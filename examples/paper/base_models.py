@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import python_model
 from llama import pretrained
 from llama.model import Llama
-from train_flags import PRESETS
+from train.flags import PRESETS
 from training import Rows, held_out_loss
 from trial import Measures, Task
 

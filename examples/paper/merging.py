@@ -19,7 +19,7 @@ from mora_jax import Sharing
 from pretrain import parameters_of
 from recipes import RECIPES
 from results import Results
-from train_flags import PRESETS
+from train.flags import PRESETS
 
 #: Methods that merge at all times, at every second and at every fourth.
 MERGED = "signs", "signs every 2nd", "signs every 4th"

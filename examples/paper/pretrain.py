@@ -32,7 +32,7 @@ from figures import draw_curves, draw_dots, ranked
 from llama.model import Llama
 from recipes import RECIPES
 from results import COST, Columns, Results, Run, note
-from train_flags import FROM_SCRATCH, PRESETS
+from train.flags import FROM_SCRATCH, PRESETS
 from training import Rows, held_out_loss
 from trial import Measures, Task
 

@@ -25,7 +25,7 @@ from flax import traverse_util
 
 from data import text
 from llama.model import Llama, LlamaConfig
-from train_flags import PRESETS
+from train.flags import PRESETS
 from training import Rows, losses
 
 STEPS, BATCH, LENGTH, RATE = 1500, 32, 64, 4e-3

@@ -25,7 +25,7 @@ import optax
 import mora_jax
 from llama.model import Llama
 from recipes import Groups, Recipe, inverse, permuted
-from train_state import TrainState, part
+from train.state import TrainState, part
 
 
 class Rows(NamedTuple):

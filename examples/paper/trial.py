@@ -21,8 +21,8 @@ import mora_jax
 from data import text
 from llama.model import Llama
 from recipes import Groups, draw_groups, inverse, permuted
-from train_checkpoints import Checkpoints
-from train_state import TrainState
+from train.checkpoints import Checkpoints
+from train.state import TrainState
 from training import CompiledSteps, Rows, Training, all_finite, make_rates, merges_of, parted
 
 #: What an evaluation found, by name; with the step it was made at.

@@ -19,7 +19,7 @@ import mora_jax
 from llama.mesh import BATCH_AXES
 from llama.model import Llama
 from mora_jax.sharding import on_mesh, param_shardings
-from train_state import TrainState, part
+from train.state import TrainState, part
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Trains a Llama on a mesh: fine-tuning or ReMoRA, on a laptop, on GPUs or on a TPU pod.
 
     python3 run.py train                                   # SmolLM2-135M, 2 CPU cores
-    python3 train_llama.py --model 8b --fsdp 4 --dtype bfloat16 --param-dtype bfloat16 --remat
-    srun python3 train_llama.py --distributed --fsdp 8     # one process for each GPU
+    python3 examples/train/train_llama.py --model 8b --fsdp 4 --dtype bfloat16 \
+        --param-dtype bfloat16 --remat
+    srun python3 examples/train/train_llama.py --distributed --fsdp 8    # one process for each GPU
 
-The mesh is data x fsdp x tensor, see llama_mesh.py. Started again with the same flags, it resumes
+The mesh is data x fsdp x tensor, see `llama/mesh.py`. Started again with the same flags, it resumes
 at its newest whole checkpoint, on as many devices as there are then, and goes on with the same
 losses.
 """
@@ -15,7 +16,11 @@ import functools
 import json
 import math
 import os
+import pathlib
+import sys
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +34,11 @@ from data import text
 from llama.mesh import RULES, batch_sharding, make_mesh, param_shardings
 from llama.model import Llama, LlamaConfig
 from mora_jax.sharding import optimizer_shardings
-from train_checkpoints import Checkpoints, OtherRunError
-from train_flags import of_the_run, parse_args, sizes
-from train_log import TrainLog
-from train_state import TrainState, part, place
-from train_step import Method, make_method, make_optimizer, make_step, merge
+from train.checkpoints import Checkpoints, OtherRunError
+from train.flags import of_the_run, parse_args, sizes
+from train.log import TrainLog
+from train.state import TrainState, part, place
+from train.step import Method, make_method, make_optimizer, make_step, merge
 
 
 def load(args: argparse.Namespace) -> tuple[LlamaConfig, Any, text.Windows]:

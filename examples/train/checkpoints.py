@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import mora_jax
-from train_state import TrainState
+from train.state import TrainState
 
 
 class OtherRunError(ValueError):
