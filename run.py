@@ -2,7 +2,7 @@
 
     python3 run.py test                      # all tests, two files at a time; or pytest's arguments
     python3 run.py memorize                  # examples/memorize.py; further arguments go to it
-    python3 run.py finetune                  # examples/finetune.py, likewise
+    python3 run.py finetune                  # examples/finetune/finetune_llama.py, likewise
     python3 run.py allocate                  # examples/allocate.py, likewise
     python3 run.py spectrum DIRECTORY        # examples/spectrum.py, likewise
     python3 run.py train                     # examples/train/train_llama.py, likewise
@@ -25,7 +25,7 @@ ENVIRONMENT = ROOT / ".venv"
 SCRIPTS = {
     "allocate": "examples/allocate.py",
     "memorize": "examples/memorize.py",
-    "finetune": "examples/finetune.py",
+    "finetune": "examples/finetune/finetune_llama.py",
     "spectrum": "examples/spectrum.py",
     "train": "examples/train/train_llama.py",
     "uuid_pairs": "examples/paper/uuid_pairs.py",

@@ -41,10 +41,9 @@ import optax
 import tqdm
 
 import allocate_plots
-import chat_data
 import mora_jax
-import prompts
 from data import text, uuids
+from finetune import chat_data, prompts
 from llama import pretrained
 from llama.model import Llama
 

@@ -21,11 +21,9 @@ from typing import Any
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import base_models
-import chat_data
-import prompts
-import solve
 import study
 from figures import draw_tests
+from finetune import chat_data, prompts, solve
 from llama.model import Llama
 from recipes import FINETUNING
 from results import COST, Columns, Results

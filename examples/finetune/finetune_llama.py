@@ -14,8 +14,11 @@ import csv
 import json
 import math
 import pathlib
+import sys
 import time
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 from etils import epath
@@ -23,13 +26,11 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import chat_data
-import finetune_results as results
 import mora_jax
-import prompts
 from data import text
-from finetune_flags import FREE_TOO, parse_args
-from held_out import HeldOut
+from finetune import chat_data, prompts, results
+from finetune.flags import FREE_TOO, parse_args
+from finetune.held_out import HeldOut
 from llama import pretrained
 from llama.mesh import RULES, batch_sharding
 from llama.model import Llama

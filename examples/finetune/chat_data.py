@@ -21,8 +21,8 @@ import optax
 import tokenizers
 from jax.sharding import NamedSharding
 
+from finetune.prompts import Pair, Template
 from llama.model import Llama
-from prompts import Pair, Template
 
 
 class Example(NamedTuple):

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-import chat_data
-import solve
-from chat_data import Example
+from finetune import chat_data, solve
+from finetune.chat_data import Example
+from finetune.prompts import Pair
 from llama.model import Llama
 from llama.pretrained import Pretrained
-from prompts import Pair
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,11 +11,11 @@ import matplotlib
 import numpy as np
 
 import mora_jax
-from held_out import HeldOut
+from finetune.held_out import HeldOut
+from finetune.prompts import Pair
 from llama.loading import load_hf
 from llama.model import Llama
 from mora_jax import checkpoint, export
-from prompts import Pair
 from train import log as train_log
 
 #: What is counted as right -> how a reader is told.

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 import tqdm
 
-from chat_data import Example
+from finetune.chat_data import Example
 from llama.model import Llama, generate
 
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")

@@ -1,4 +1,4 @@
-"""The flags of finetune.py: those of every training, and its own for data and evaluation."""
+"""The flags of finetune_llama.py: those of every training, and its own for data and evaluation."""
 
 import argparse
 import pathlib
