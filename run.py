@@ -3,8 +3,8 @@
     python3 run.py test                      # all tests, two files at a time; or pytest's arguments
     python3 run.py memorize                  # examples/memorize.py; further arguments go to it
     python3 run.py finetune                  # examples/finetune/finetune_llama.py, likewise
-    python3 run.py allocate                  # examples/allocate.py, likewise
-    python3 run.py spectrum DIRECTORY        # examples/spectrum.py, likewise
+    python3 run.py allocate                  # examples/analysis/allocate.py, likewise
+    python3 run.py spectrum DIRECTORY        # examples/analysis/spectrum.py, likewise
     python3 run.py train                     # examples/train/train_llama.py, likewise
     python3 run.py uuid_pairs                # examples/paper/uuid_pairs.py, and the others there
     python3 run.py step                      # examples/benchmarks/step.py; generate, adapters too
@@ -23,10 +23,10 @@ import venv
 ROOT = pathlib.Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
 SCRIPTS = {
-    "allocate": "examples/allocate.py",
+    "allocate": "examples/analysis/allocate.py",
     "memorize": "examples/memorize.py",
     "finetune": "examples/finetune/finetune_llama.py",
-    "spectrum": "examples/spectrum.py",
+    "spectrum": "examples/analysis/spectrum.py",
     "train": "examples/train/train_llama.py",
     "uuid_pairs": "examples/paper/uuid_pairs.py",
     "mathematics": "examples/paper/mathematics.py",

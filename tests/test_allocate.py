@@ -11,8 +11,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-import allocate
 import mora_jax
+from analysis import allocate
 from conftest import GOLDEN, Block, adapted_network
 from llama.loading import load_hf
 from llama.model import Llama

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
-import allocate
 import memorize
+from analysis import allocate
 from conftest import GOLDEN
 from llama.loading import load_hf
 from llama.model import Llama, LlamaConfig, generate

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 import mora_jax
-import spectrum
+from analysis import spectrum
 from conftest import FAMILIES, GOLDEN, adapted_network, perturb
 from llama.loading import load_hf
 from llama.model import Llama

@@ -1,12 +1,12 @@
 """Does half the budget, spent where `mora_jax.allocate` says, learn what uniform targeting learns?
 
     python3 run.py allocate --pairs 8 --steps 40 --seeds 0        # hours on 2 CPU cores
-    python3 examples/allocate.py --pairs 2000 --batch 200 --length 76 --steps 400 --warmup 25 \
-        --lrs 1e-3 2e-3 4e-3 8e-3 --variants uniform half allocated --dtype bfloat16 \
-        --out examples/allocation/uuid
-    python3 examples/allocate.py --data gsm8k_train.jsonl --test gsm8k_test.jsonl \
+    python3 examples/analysis/allocate.py --pairs 2000 --batch 200 --length 76 --steps 400 \
+        --warmup 25 --lrs 1e-3 2e-3 4e-3 8e-3 --variants uniform half allocated --dtype bfloat16 \
+        --out examples/analysis/allocation/uuid
+    python3 examples/analysis/allocate.py --data gsm8k_train.jsonl --test gsm8k_test.jsonl \
         --test-items 1000 --length 384 --batch 32 --steps 600 --warmup 50 --lrs 5e-4 1e-3 2e-3 \
-        --variants uniform half allocated --dtype bfloat16 --out examples/allocation/gsm8k
+        --variants uniform half allocated --dtype bfloat16 --out examples/analysis/allocation/gsm8k
 
 The first two memorise random UUIDs and are measured on these; the third is measured on held-out
 pairs. Every variant sees the same batches of a seed, and the best of the rates counts. Finished
@@ -30,9 +30,12 @@ import functools
 import json
 import pathlib
 import re
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +43,8 @@ import numpy as np
 import optax
 import tqdm
 
-import allocate_plots
 import mora_jax
+from analysis import allocate_plots
 from data import text, uuids
 from finetune import chat_data, prompts
 from llama import pretrained
