@@ -23,16 +23,19 @@ import functools
 import json
 import pathlib
 import statistics
+import sys
 import time
 from typing import Any
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 import jax
 import jax.numpy as jnp
-from layers import LLAMA_3_8B, TINY, Layers, make_params
-from step import SCHEMES, machine
 from tqdm import tqdm
 
 import mora_jax
+from benchmarks.layers import LLAMA_3_8B, TINY, Layers, make_params
+from benchmarks.step import SCHEMES, machine
 
 #: Everything that was compiled, an entry each.
 COMPILATIONS: list[str] = []

@@ -15,15 +15,18 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from layers import LLAMA_3_8B, TINY
-from step import PLACEMENTS, SCHEMES, machine
 from tqdm import tqdm
 
 import mora_jax
+from benchmarks.layers import LLAMA_3_8B, TINY
+from benchmarks.step import PLACEMENTS, SCHEMES, machine
 from llama.model import Llama, generate
 
 

@@ -9,7 +9,6 @@ has to be that of the uninterrupted run, bit for bit; exits with 1 where one is 
 """
 
 import argparse
-import os
 import pathlib
 import random
 import re
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from train import log as train_log
 

@@ -8,11 +8,7 @@ Shape letters: B batch, T tokens of a sequence, D features.
 
 import dataclasses
 import functools
-import os
-import sys
 from typing import Any
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp

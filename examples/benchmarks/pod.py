@@ -31,9 +31,12 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from importlib import metadata
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 # The compiler for TPUs is asked for by name; nothing here runs but on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -41,13 +44,13 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import jax.numpy as jnp
-from compiled import KINDS, Program
 from flax import linen as nn
-from pod_programs import MODELS, PODS, TENSOR, Variant, make_mesh
-from step import SCHEMES
 from tqdm import tqdm
 
 import mora_jax
+from benchmarks.compiled import KINDS, Program
+from benchmarks.pod_programs import MODELS, PODS, TENSOR, Variant, make_mesh
+from benchmarks.step import SCHEMES
 from llama.mesh import RULES, batch_sharding
 from llama.model import Llama
 

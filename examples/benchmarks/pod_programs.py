@@ -11,9 +11,9 @@ from flax import linen as nn
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from layers import LLAMA_3_8B, TINY
 
 import mora_jax
+from benchmarks.layers import LLAMA_3_8B, TINY
 from llama.mesh import BATCH_AXES, param_shardings
 from llama.model import Llama
 from mora_jax import sharding

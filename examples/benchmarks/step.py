@@ -24,14 +24,17 @@ import json
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from typing import Any
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 import jax
-from layers import Layers, Variant, make_layers, make_params, make_step
 from tqdm import tqdm
 
 import mora_jax
+from benchmarks.layers import Layers, Variant, make_layers, make_params, make_step
 
 SCHEMES = {
     "lora": mora_jax.LowRank(),
