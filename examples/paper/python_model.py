@@ -9,11 +9,8 @@ import fcntl
 import hashlib
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +22,8 @@ from flax import traverse_util
 
 from data import text
 from llama.model import Llama, LlamaConfig
+from paper.training import Rows, losses
 from train.flags import PRESETS
-from training import Rows, losses
 
 STEPS, BATCH, LENGTH, RATE = 1500, 32, 64, 4e-3
 
