@@ -156,3 +156,9 @@ def test_an_allocation_has_the_parameters_of_half_the_rank_and_compiles_once(
     assert capsys.readouterr().out.splitlines() == table
     allocate.main([*map(str, flags), "--draw"])
     assert (tmp_path / "out/losses.png").stat().st_size > 10_000
+    drawn = capsys.readouterr().out
+    (tmp_path / "out/results.jsonl").unlink()
+    (tmp_path / "out/losses.png").unlink()
+    allocate.main([*map(str, flags), "--draw"])  # from the summary that was written beside it
+    assert capsys.readouterr().out == drawn
+    assert (tmp_path / "out/losses.png").stat().st_size > 10_000

@@ -1,9 +1,10 @@
 """The figures of allocate.py: what layers would gain, and how the variants' losses fell."""
 
 import collections
+import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -39,20 +40,13 @@ def draw_scores(allocation: mora_jax.Allocation, path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
-def draw_losses(runs: list[dict[str, Any]], order: Sequence[str], path: pathlib.Path) -> None:
-    """Losses of the last twentieth of the steps so far, and over *uniform*'s, by step.
-
-    Each variant at the best of the rates that all have run with all seeds; between the seeds'
-    lowest and highest a shade.
+def best_rates(runs: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str, float]:
+    """Variant -> the best of the rates that all variants have run with all seeds.
 
     Args:
       runs: lines of `results.jsonl`.
-      order: of the variants, *uniform* first.
-      path: of the figure.
+      order: of the variants.
     """
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     found = {run["variant"] for run in runs}
     variants = [variant for variant in order if variant in found]
     seeds = {run["seed"] for run in runs}
@@ -62,12 +56,53 @@ def draw_losses(runs: list[dict[str, Any]], order: Sequence[str], path: pathlib.
         raise SystemExit(
             "nothing to draw: there is no rate that all variants have run with all seeds"
         )
+    loss = collections.Counter()
+    for run in runs:
+        loss[run["variant"], run["lr"]] += run["loss"]
+    return {variant: min(rates, key=lambda rate, v=variant: loss[v, rate]) for variant in variants}
+
+
+def write_summary(
+    runs: Sequence[Mapping[str, Any]], order: Sequence[str], path: pathlib.Path
+) -> None:
+    """Writes what the table and the figure need: the loss by step at the best rates alone.
+
+    Args:
+      runs: lines of `results.jsonl`.
+      order: of the variants.
+      path: of a JSON file, with a line for each run.
+    """
+    best = best_rates(runs, order)
+    common = {name: runs[0][name] for name in ("flags", "device", "jax")}
+    rows = []
+    for run in runs:
+        row = {name: run[name] for name in ("variant", "seed", "lr", "loss", "trained")}
+        if run["lr"] == best[run["variant"]]:
+            row["losses"] = [float(f"{loss:.5g}") for loss in run["losses"]]
+        rows.append(json.dumps(row, separators=(",", ":")))
+    head = "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in common.items())
+    path.write_text("{" + head + '"runs": [\n' + ",\n".join(rows) + "\n]}\n")
+
+
+def draw_losses(runs: list[dict[str, Any]], order: Sequence[str], path: pathlib.Path) -> None:
+    """Losses of the last twentieth of the steps so far, and over *uniform*'s, by step.
+
+    Each variant at the best of the rates that all have run with all seeds; between the seeds'
+    lowest and highest a shade.
+
+    Args:
+      runs: lines of `results.jsonl`, or the runs of `write_summary`.
+      order: of the variants, *uniform* first.
+      path: of the figure.
+    """
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     smooth: dict[str, np.ndarray] = {}
-    for number, variant in enumerate(variants):
-        of_rate = lambda rate: [r for r in runs if (r["variant"], r["lr"]) == (variant, rate)]  # noqa: B023
-        rate = min(rates, key=lambda rate: sum(run["loss"] for run in of_rate(rate)))
-        losses = np.array([r["losses"] for r in sorted(of_rate(rate), key=lambda r: r["seed"])])
+    for number, (variant, rate) in enumerate(best_rates(runs, order).items()):
+        found = [run for run in runs if (run["variant"], run["lr"]) == (variant, rate)]
+        losses = np.array([run["losses"] for run in sorted(found, key=lambda run: run["seed"])])
         width = max(1, losses.shape[1] // 20)
         kernel = np.ones(width) / width
         smooth[variant] = np.array([np.convolve(row, kernel, "valid") for row in losses])
