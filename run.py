@@ -1,7 +1,7 @@
 """Runs the tests or an example in an environment of its own: Python 3.11 or newer, nothing else.
 
     python3 run.py test                      # all tests, two files at a time; or pytest's arguments
-    python3 run.py quickstart                # an example: SCRIPTS below has all of their names
+    python3 run.py quickstart                # an example; without a name, lists them all
     python3 run.py memorize --method lora    # further arguments go to it
 
 `examples/README.md` says what each example shows.
@@ -74,7 +74,7 @@ def main() -> int:
         print(f"mora_jax needs Python 3.11 or newer, this is {sys.version.split()[0]}")
         return 2
     if len(sys.argv) < 2 or sys.argv[1] not in EXTRAS:
-        print(__doc__)
+        print(__doc__, f"Examples: {', '.join(SCRIPTS)}", sep="\n")
         return 2
     name, arguments = sys.argv[1], sys.argv[2:]
     python = python_with(EXTRAS[name])
