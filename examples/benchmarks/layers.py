@@ -78,7 +78,7 @@ class Variant:
 
     Attributes:
       name: as printed.
-      config: how it is adapted; None is the floor, the frozen base.
+      config: how it is adapted; None is the frozen baseline.
       path: "module", as a linen model; "function", the model's `apply` as a function of parameters;
         "merge", by `mora_jax.merge` within the step, which any code could do.
     """

@@ -84,10 +84,10 @@ def placed(tree: Any, sharding: Any) -> Any:
 
 
 class Variant:
-    """The programs of one method: a frozen base, with adapters or (the floor) without.
+    """The programs of one method: a frozen base, with adapters or (the frozen baseline) without.
 
     Attributes:
-      plan: what was adapted, None for the floor.
+      plan: what was adapted, None for the frozen baseline.
       arguments: (trainable, optimizer state, scale, frozen, tokens), all shapes.
     """
 

@@ -36,7 +36,7 @@ PRESETS = {
     "70b": _sizes(8192, 28672, 80, 64, 8, **_LLAMA_3),
 }
 
-LEARNING_RATES = {"mora": 1e-3, "lora": 1e-3, "full": 1e-4, "floor": 1e-3}
+LEARNING_RATES = {"mora": 1e-3, "lora": 1e-3, "full": 1e-4, "baseline": 1e-3}
 
 #: What ReMoRA trains in full beside the adapters where the base is random.
 FROM_SCRATCH = r".*norm/scale|embed_tokens/embedding|lm_head/kernel"
@@ -97,9 +97,14 @@ def add_training(parser: argparse.ArgumentParser, methods: list[str]) -> None:
     add("--param-dtype", default="float32", help="of frozen parameters; trained ones are float32")
     add("--remat", action="store_true", help="recompute layers: less memory")
     add = parser.add_argument_group("method").add_argument
-    floor = "; floor: through the frozen base alone, which the others are compared to"
-    add("--method", choices=methods, default="mora", help="what is trained"
-        + floor * ("floor" in methods))  # fmt: skip
+    baseline = "; baseline: through the frozen base alone, which the others are compared to"
+    add(
+        "--method",
+        choices=methods,
+        default="mora",
+        help="what is trained" + baseline * ("baseline" in methods),
+        type=lambda name: "baseline" if name == "floor" else name,  # its former name
+    )
     add("--scheme", default="sharing", help="MoRA's scheme, by name, or auto")
     add("--rank", type=int, default=8, help="LoRA's rank; MoRA trains as much")
     add("--size-multiple", type=int, default=1, help="of which matrices' sizes are multiples, such "

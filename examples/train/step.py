@@ -29,12 +29,12 @@ class Method:
     Attributes:
       plan: of the adapters, in the scheme of their cycle that is current; None without adapters.
       split: mesh axis that adapters and their optimizer's state are kept in parts over, or None.
-      floor: a vector [D] added to the embeddings is trained and nothing else, so that every layer
-        goes forward and back as it does under adapters.
+      baseline: a vector [D] added to the embeddings is trained and nothing else, so that every
+        layer goes forward and back as it does under adapters.
     """
 
     plan: mora_jax.Plan | None
-    floor: bool = False
+    baseline: bool = False
     split: str | None = None
 
     def adapt(self, base_model: Llama) -> Llama:
@@ -45,14 +45,14 @@ class Method:
         """The base's parameters with what is added, at its start."""
         if self.plan is not None:
             return mora_jax.attach(self.plan, base, key=key)
-        return {**base, "shift": jnp.zeros(features)} if self.floor else {**base}
+        return {**base, "shift": jnp.zeros(features)} if self.baseline else {**base}
 
     def shardings(self, base_shardings: Mapping[str, Any]) -> dict[str, Any]:
         """Where these parameters lie."""
         if self.plan is not None:
             return param_shardings(self.plan, base_shardings, split=self.split)
         everywhere = NamedSharding(jax.tree.leaves(base_shardings)[0].mesh, P())
-        return {**base_shardings, "shift": everywhere} if self.floor else {**base_shardings}
+        return {**base_shardings, "shift": everywhere} if self.baseline else {**base_shardings}
 
     def on_mesh(self, base_shardings: Mapping[str, Any]) -> "Method":
         """The method, told which features are split over devices."""
@@ -65,13 +65,13 @@ class Method:
         """Whether the parameter at `path` is trained."""
         if self.plan is not None:
             return self.plan.group(path) != "frozen"
-        return path == "shift" or not self.floor
+        return path == "shift" or not self.baseline
 
 
 def make_method(args: argparse.Namespace, base_model: Llama, cycle: Any = "auto") -> Method:
     """The method that the flags name; `cycle` as in `MoRAConfig`."""
-    if args.method in ("full", "floor"):
-        return Method(None, floor=args.method == "floor")
+    if args.method in ("full", "baseline"):
+        return Method(None, baseline=args.method == "baseline")
     scheme = mora_jax.LowRank() if args.method == "lora" else args.scheme
     config = mora_jax.MoRAConfig(
         rank=args.rank,
