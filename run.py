@@ -1,13 +1,10 @@
 """Runs the tests or an example in an environment of its own: Python 3.11 or newer, nothing else.
 
     python3 run.py test                      # all tests, two files at a time; or pytest's arguments
-    python3 run.py memorize                  # examples/memorize.py; further arguments go to it
-    python3 run.py finetune                  # examples/finetune.py, likewise
-    python3 run.py allocate                  # examples/allocate.py, likewise
-    python3 run.py spectrum DIRECTORY        # examples/spectrum.py, likewise
-    python3 run.py train                     # examples/train_llama.py, likewise
-    python3 run.py uuid_pairs                # examples/paper/uuid_pairs.py, and the others there
-    python3 run.py step                      # examples/benchmarks/step.py; generate, adapters too
+    python3 run.py quickstart                # an example; without a name, lists them all
+    python3 run.py memorize --method lora    # further arguments go to it
+
+`examples/README.md` says what each example shows.
 
 The first call makes `.venv` beside this file and installs the library there with what the tests and
 examples need. Later calls start at once, until pyproject.toml changes.
@@ -23,21 +20,30 @@ import venv
 ROOT = pathlib.Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
 SCRIPTS = {
-    "allocate": "examples/allocate.py",
+    "quickstart": "examples/quickstart.py",
+    "with_nnx": "examples/with_nnx.py",
+    "any_function": "examples/any_function.py",
+    "remora": "examples/remora.py",
+    "adapter_bank": "examples/adapter_bank.py",
+    "quantised": "examples/quantised.py",
+    "to_pytorch": "examples/to_pytorch.py",
     "memorize": "examples/memorize.py",
-    "finetune": "examples/finetune.py",
-    "spectrum": "examples/spectrum.py",
-    "train": "examples/train_llama.py",
+    "train": "examples/train/train_llama.py",
+    "finetune": "examples/finetune/finetune_llama.py",
+    "spectrum": "examples/analysis/spectrum.py",
+    "allocate": "examples/analysis/allocate.py",
     "uuid_pairs": "examples/paper/uuid_pairs.py",
     "mathematics": "examples/paper/mathematics.py",
     "biomedicine": "examples/paper/biomedicine.py",
     "pretrain": "examples/paper/pretrain.py",
     "parallel": "examples/paper/parallel.py",
+    "rank": "examples/paper/rank.py",
     "step": "examples/benchmarks/step.py",
     "generate": "examples/benchmarks/generate.py",
     "adapters": "examples/benchmarks/adapters.py",
 }
 EXTRAS = {"test": "test"} | dict.fromkeys(SCRIPTS, "examples")
+EXTRAS["quantised"] = "examples,quantized"
 
 #: On a CPU XLA takes its buffers from malloc at every step, and glibc returns them to the kernel.
 #: In pages of 2 MB instead of 4 KB that costs the kernel half as much, and `memorize` takes a tenth
@@ -68,7 +74,7 @@ def main() -> int:
         print(f"mora_jax needs Python 3.11 or newer, this is {sys.version.split()[0]}")
         return 2
     if len(sys.argv) < 2 or sys.argv[1] not in EXTRAS:
-        print(__doc__)
+        print(__doc__, f"Examples: {', '.join(SCRIPTS)}", sep="\n")
         return 2
     name, arguments = sys.argv[1], sys.argv[2:]
     python = python_with(EXTRAS[name])

@@ -26,9 +26,9 @@ import optax
 import tqdm
 
 import mora_jax
-import pretrained
-import uuids
-from llama import Llama, generate
+from data import uuids
+from llama import pretrained
+from llama.model import Llama, generate
 from mora_jax import checkpoint
 
 # Rates at which each method memorises 8 pairs with SmolLM2 in some forty steps.

@@ -2,7 +2,7 @@
 
 import pathlib
 
-import study
+from paper import study
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -11,11 +11,11 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-import allocate
 import mora_jax
+from analysis import allocate
 from conftest import GOLDEN, Block, adapted_network
-from llama import Llama
-from llama_hf import load_hf
+from llama.loading import load_hf
+from llama.model import Llama
 from mora_jax._analysis.allocate import gradient_moments
 
 

@@ -27,12 +27,12 @@ def run(script, *arguments):
 
 def test_step(tmp_path):
     rows, picture = tmp_path / "rows.json", tmp_path / "rows.png"
-    flags = ("--tokens", 64, "--rank", 2, "--turns", 1, "--turn-seconds", 0, "--json", rows)
+    flags = ("--tokens", 64, "--rank", 2, "--repeats", 1, "--repeat-seconds", 0, "--json", rows)
     flags += ("--picture", picture)
     table = run("step.py", *flags, "--schemes", "lora", "sharing", "--placements", "auto")
     written = json.loads(rows.read_text())
     assert [(r["remat"], r["scheme"]) for r in written["rows"]] == [
-        (remat, scheme) for remat in (False, True) for scheme in ("floor", "lora", "sharing")
+        (remat, scheme) for remat in (False, True) for scheme in ("baseline", "lora", "sharing")
     ]
     assert all(row["ms"] > 0 and row["temp_gb"] > 0 for row in written["rows"])
     assert written["machine"]["device"] in table
@@ -42,7 +42,7 @@ def test_step(tmp_path):
 def test_generate(tmp_path):
     rows = tmp_path / "rows.json"
     flags = (
-        "--turns",
+        "--repeats",
         1,
         "--batch",
         2,
@@ -57,13 +57,13 @@ def test_generate(tmp_path):
     )
     table = run("generate.py", *flags)
     written = json.loads(rows.read_text())
-    assert [row["variant"] for row in written["rows"]] == ["floor", "cycled auto", "merged"]
+    assert [row["variant"] for row in written["rows"]] == ["baseline", "cycled auto", "merged"]
     assert "batch 2" in table
 
 
 def test_adapters(tmp_path):
     rows = tmp_path / "rows.json"
-    flags = ("--turns", 1, "--adapters", 3, "--tokens", 2, "--switches", 2, "--json", rows)
+    flags = ("--repeats", 1, "--adapters", 3, "--tokens", 2, "--switches", 2, "--json", rows)
     table = run("adapters.py", *flags, "--dtype", "float32")
     (case,) = json.loads(rows.read_text())["cases"]
     assert [row["variant"] for row in case["rows"]] == ["base", "kernel", "activation", "mixed"]
@@ -76,16 +76,16 @@ def test_adapters(tmp_path):
 def test_pod(tmp_path):
     rows = tmp_path / "rows.json"
     table = run("pod.py", "--schemes", "sharing", "--json", rows)
-    floor, sharing = json.loads(rows.read_text())["rows"]
+    baseline, sharing = json.loads(rows.read_text())["rows"]
     assert "tiny, 2 layers on cpu-8" in table
     # For 32 tokens, 16 a sequence, on 2 parts: kernels forward, again in the backward but for the
     # last one of a layer, and for the inputs' gradients; 8 products of attention; the head.
     kernels = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160
     layer = 3 * kernels - 160 * 64 + 8 * 16 * 64
-    assert floor["step"]["tflop"] * 1e12 == 2 * 32 * (2 * layer + 2 * 64 * 256) / 2
-    # The forward pass sends nothing that the floor does not, and a merge nothing at all.
-    assert sharing["forward"] == floor["forward"]
-    assert floor["forward"]["all-gather"]["count"] == 2 * 7 + 1  # kernels in parts, and the head
+    assert baseline["step"]["tflop"] * 1e12 == 2 * 32 * (2 * layer + 2 * 64 * 256) / 2
+    # The forward pass sends nothing that the baseline does not, and a merge nothing at all.
+    assert sharing["forward"] == baseline["forward"]
+    assert baseline["forward"]["all-gather"]["count"] == 2 * 7 + 1  # kernels in parts, and the head
     merge = sharing["merge"]
     assert merge["shardings_kept"]
     assert merge["collectives"] == {}

@@ -12,11 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
-import allocate
 import memorize
+from analysis import allocate
 from conftest import GOLDEN
-from llama import Llama, LlamaConfig, generate
-from llama_hf import load_hf
+from llama.loading import load_hf
+from llama.model import Llama, LlamaConfig, generate
 
 BASE = GOLDEN / "llama_type1" / "base"
 
@@ -155,4 +155,10 @@ def test_an_allocation_has_the_parameters_of_half_the_rank_and_compiles_once(
     allocate.main([*map(str, flags)])  # nothing is left to do
     assert capsys.readouterr().out.splitlines() == table
     allocate.main([*map(str, flags), "--draw"])
+    assert (tmp_path / "out/losses.png").stat().st_size > 10_000
+    drawn = capsys.readouterr().out
+    (tmp_path / "out/results.jsonl").unlink()
+    (tmp_path / "out/losses.png").unlink()
+    allocate.main([*map(str, flags), "--draw"])  # from the summary that was written beside it
+    assert capsys.readouterr().out == drawn
     assert (tmp_path / "out/losses.png").stat().st_size > 10_000

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import mora_jax
 from conftest import GOLDEN, assert_same_bits
-from llama_hf import load_hf
+from llama.loading import load_hf
 from mora_jax import export, peft
 from mora_jax._arrays.paths import flatten, unflatten
 from mora_jax._plans.layer import LayerConfig

@@ -12,17 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 
-import chat_data
-import finetune
-import prompts
-import solve
-import train_log
-from chat_data import Example
 from conftest import GOLDEN
-from finetune_flags import parse_args
-from llama import Llama, LlamaConfig
-from llama_hf import load_hf
-from train_checkpoints import OtherRunError
+from finetune import chat_data, finetune_llama, prompts, solve
+from finetune.chat_data import Example
+from finetune.flags import parse_args
+from llama.loading import load_hf
+from llama.model import Llama, LlamaConfig
+from train import log as train_log
+from train.checkpoints import OtherRunError
 
 BASE = GOLDEN / "llama_type1" / "base"
 PLACE = jax.devices()[0]
@@ -139,7 +136,7 @@ def flags(tmp_path):
 
 
 def run(out, *flags):
-    return finetune.finetune(parse_args([*map(str, (*flags, "--out", out))]))
+    return finetune_llama.finetune(parse_args([*map(str, (*flags, "--out", out))]))
 
 
 def test_the_script_in_miniature_goes_on_where_it_stopped(flags, tmp_path, capsys):

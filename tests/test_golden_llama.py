@@ -8,8 +8,8 @@ import pytest
 
 import mora_jax
 from conftest import GOLDEN
-from llama import Llama
-from llama_hf import load_hf
+from llama.loading import load_hf
+from llama.model import Llama
 from mora_jax import peft
 
 

@@ -9,19 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import biomedicine
-import libraries
-import mathematics
 import mora_jax
-import pretrain
-import python_model
-import recipes
-import study
-import training
-import uuid_pairs
-from llama import Llama
+from llama.model import Llama
+from paper import (
+    biomedicine,
+    libraries,
+    mathematics,
+    pretrain,
+    python_model,
+    recipes,
+    study,
+    training,
+    uuid_pairs,
+)
+from paper.results import Results
 from paper_runs import ROOT, flags_of, trained
-from results import Results
 
 SHORT = {
     "rank": 1, "steps": 2, "evaluate_at": 1, "merge_every": 1, "warmup": 0, "batch": 2,

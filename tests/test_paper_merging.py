@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-import merging
-import pretrain
-import report
-from results import Results
+from paper import merging, pretrain, report
+from paper.results import Results
 
 LOSSES = {  # of seeds 0, which chose the rates, 1, 2 and 3
     "MoRA": (0.0, 2.0, 2.5, 3.0), "signs": (9.0, 1.9, 2.5, 2.7),

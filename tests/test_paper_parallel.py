@@ -8,9 +8,8 @@ import time
 
 import pytest
 
-import parallel
-import study
-from results import Results
+from paper import parallel, study
+from paper.results import Results
 
 DONE = f"print({study.DONE!r})"
 OLD_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"

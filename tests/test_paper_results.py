@@ -11,19 +11,21 @@ import types
 import numpy as np
 import pytest
 
-import biomedicine
-import mathematics
-import parallel
-import pretrain
-import recipes
-import report
-import study
-import training
-import uuid_pairs
-from differences import matrix, paired
-from figures import draw_dots, ranked
+from paper import (
+    biomedicine,
+    mathematics,
+    parallel,
+    pretrain,
+    recipes,
+    report,
+    study,
+    training,
+    uuid_pairs,
+)
+from paper.differences import matrix, paired
+from paper.figures import draw_dots, ranked
+from paper.results import COST, Results, note, spread, table
 from paper_runs import ROOT, flags_of, trained
-from results import COST, Results, note, spread, table
 
 
 def test_the_search_for_a_rate_follows_the_best_until_it_lies_inside(tmp_path):

@@ -4,7 +4,7 @@ import itertools
 import json
 
 import mora_jax
-import rank
+from paper import rank
 
 MERGES = 3
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from conftest import GOLDEN
-from llama import Llama
-from llama_hf import load_hf
+from llama.loading import load_hf
+from llama.model import Llama
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 

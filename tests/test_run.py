@@ -30,3 +30,12 @@ def test_pages_are_large_unless_the_user_says_otherwise(monkeypatch, own):
     assert command[1:] == [str(ROOT / "examples/memorize.py"), "--steps", "1"]
     assert variables["GLIBC_TUNABLES"] == (own or "glibc.malloc.hugetlb=1")
     assert variables["OTHER"] == "7"
+
+
+def test_every_name_is_a_script_that_the_examples_table_has():
+    table = (ROOT / "examples" / "README.md").read_text()
+    for name, path in run.SCRIPTS.items():
+        assert (ROOT / path).is_file()
+        assert f"run.py {name}`" in table or f"`{name}`" in table or f"run.py {name} " in table
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"examples/{path.name}" in run.SCRIPTS.values()

@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Tokenizer, models
 
 import mora_jax
-import spectrum
+from analysis import spectrum
 from conftest import FAMILIES, GOLDEN, adapted_network, perturb
-from llama import Llama
-from llama_hf import load_hf
+from llama.loading import load_hf
+from llama.model import Llama
 from mora_jax import checkpoint, quantized
 from test_projection import deltas, stacked
 

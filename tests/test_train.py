@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-import train_llama
-import train_log
-from train_checkpoints import OtherRunError
-from train_flags import parse_args
+from train import log as train_log
+from train import train_llama
+from train.checkpoints import OtherRunError
+from train.flags import parse_args
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -76,7 +76,7 @@ def test_resumes_at_the_last_whole_checkpoint_bit_for_bit(whole, tmp_path, capsy
 def start(environment, out, devices, *flags):
     """The script as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", EXAMPLES / "train_llama.py",
+        [sys.executable, "-W", "error", EXAMPLES / "train" / "train_llama.py",
          *map(str, (*FLAGS, "--out", out, *flags))],
         env={**environment, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

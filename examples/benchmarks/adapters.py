@@ -5,14 +5,14 @@
 
 The first wants an environment with JAX for the accelerator. What is timed is the forward pass of a
 batch with an example for each adapter, some tokens long, without a key-value cache, in variants
-that run in turns in one process over the same weights:
+that run one after the other, several times, in one process over the same weights:
 
-    base         no adapter: the floor
+    base         no adapter: the frozen baseline
     kernel       one adapter for all examples, its delta in the kernel
     activation   one adapter for all examples, its delta in the activations
     mixed        each example with an adapter of its own
 
-Columns: ms a pass; its ratio to the base's of the same turn (median, lowest and highest); temp
+Columns: ms a pass; its ratio to the base's of the same repeat (median, lowest and highest); temp
 memory of the compiled pass in GB. *Differs* is the largest difference between the mixed batch and
 as many single runs, over the largest output; ask for --dtype float32 to see it without rounding.
 """
@@ -23,16 +23,19 @@ import functools
 import json
 import pathlib
 import statistics
+import sys
 import time
 from typing import Any
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 import jax
 import jax.numpy as jnp
-from layers import LLAMA_3_8B, TINY, Layers, make_params
-from step import SCHEMES, machine
 from tqdm import tqdm
 
 import mora_jax
+from benchmarks.layers import LLAMA_3_8B, TINY, Layers, make_params
+from benchmarks.step import SCHEMES, machine
 
 #: Everything that was compiled, an entry each.
 COMPILATIONS: list[str] = []
@@ -134,7 +137,7 @@ class Case:
         return {name: found[name] for name in order} | {"mixed": (jax.jit(mixed), every)}
 
 
-def measure_switching(case: Case, turns: int, combines: bool) -> dict[str, Any]:
+def measure_switching(case: Case, repeats: int, combines: bool) -> dict[str, Any]:
     """Seconds to have another adapter's parameters, and what that compiles.
 
     `combines` is false for LoRA, which has no weighted sum.
@@ -151,8 +154,8 @@ def measure_switching(case: Case, turns: int, combines: bool) -> dict[str, Any]:
         run(mora_jax.join(case.bank.combine(weights), case.base), x)
     COMPILATIONS.clear()
     switches, combinations = [], []
-    for turn in range(turns):
-        name = case.bank.names[turn % len(case.bank.names)]
+    for repeat in range(repeats):
+        name = case.bank.names[repeat % len(case.bank.names)]
         seconds, params = timed(switch, name)
         switches.append(seconds)
         jax.block_until_ready(run(params, x))
@@ -213,10 +216,10 @@ def measure(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
             for name, (run, params) in tqdm(passes.items(), "compile", leave=False)
         }
         times = collections.defaultdict(list)
-        for turn in tqdm(range(args.turns + 1), "time", leave=False):
+        for repeat in tqdm(range(args.repeats + 1), "time", leave=False):
             for name, (run, params) in compiled.items():
                 seconds, _ = timed(run, params, ids, x)
-                if turn:  # the first one warms up
+                if repeat:  # the first one warms up
                     times[name].append(seconds)
         differs = difference(case, passes, ids, x)
         print(f"\n{args.adapters} examples of {tokens} tokens; mixed differs by {differs:.1e}")
@@ -254,7 +257,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--bank-dtype", default="float32", choices=["bfloat16", "float32"])
     parser.add_argument("--scan", action="store_true", help="scan over the layers")
-    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--repeats", "--turns", type=int, default=10)
     parser.add_argument("--switches", type=int, default=20)
     parser.add_argument("--tiny", action="store_true", help="two layers of 64 features")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all of it")

@@ -4,9 +4,9 @@
     python3 run.py generate --tiny             # any machine, seconds: does it run?
 
 Layers of Llama-3-8B's shape with a key-value cache, random weights. Merged parameters are those of
-a base model, so their time is the floor's; unmerged adapters stay beside the frozen kernels, as
-when many of them share one base. All variants run in one process, in turns; the prompt is short,
-and its time is part of the tokens'.
+a base model, so their time is the frozen baseline's; unmerged adapters stay beside the frozen
+kernels, as when many of them share one base. All variants run in one process, one after the other,
+several times. The prompt is short, and its time is part of the tokens'.
 """
 
 import argparse
@@ -15,16 +15,19 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import sys
 import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from layers import LLAMA_3_8B, TINY
-from step import PLACEMENTS, SCHEMES, machine
 from tqdm import tqdm
 
 import mora_jax
-from llama import Llama, generate
+from benchmarks.layers import LLAMA_3_8B, TINY
+from benchmarks.step import PLACEMENTS, SCHEMES, machine
+from llama.model import Llama, generate
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--placements", nargs="+", default=["auto"], choices=PLACEMENTS)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--repeats", "--turns", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="two layers of 64 features")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all rows")
     args = parser.parse_args()
@@ -50,7 +53,7 @@ def main() -> None:
     base = Llama(config, dtype=dtype, param_dtype=dtype)
     tokens = jnp.zeros((1, 8), jnp.int32)
     params = jax.jit(lambda: base.init(jax.random.key(0), tokens)["params"])()
-    variants = {"floor": (base, params)}
+    variants = {"baseline": (base, params)}
     for scheme in args.schemes:
         for placement in args.placements:
             chosen = mora_jax.MoRAConfig(
@@ -77,13 +80,13 @@ def main() -> None:
         for name in tqdm(variants, f"batch {batch}: compile", leave=False):
             seconds(name)
         times = collections.defaultdict(list)
-        for _ in tqdm(range(args.turns), f"batch {batch}: time", leave=False):
+        for _ in tqdm(range(args.repeats), f"batch {batch}: time", leave=False):
             for name in variants:
                 times[name].append(seconds(name) / args.new)
         print(f"\nbatch {batch}, {args.prompt} + {args.new} tokens, rank {args.rank}")
-        print(f"{'':22}{'ms a token':>11}{'x floor':>9}{'low':>7}{'high':>7}")
+        print(f"{'':22}{'ms a token':>11}{'x baseline':>12}{'low':>7}{'high':>7}")
         for name, values in times.items():
-            ratios = [a / b for a, b in zip(values, times["floor"], strict=True)]
+            ratios = [a / b for a, b in zip(values, times["baseline"], strict=True)]
             row = {
                 "batch": batch,
                 "variant": name,
@@ -94,7 +97,7 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"{name:22}{row['ms']:11.3f}{row['ratio']:9.3f}{row['low']:7.3f}{row['high']:7.3f}"
+                f"{name:22}{row['ms']:11.3f}{row['ratio']:12.3f}{row['low']:7.3f}{row['high']:7.3f}"
             )
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))

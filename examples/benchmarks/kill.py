@@ -9,7 +9,6 @@ has to be that of the uninterrupted run, bit for bit; exits with 1 where one is 
 """
 
 import argparse
-import os
 import pathlib
 import random
 import re
@@ -21,11 +20,11 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import train_log
+from train import log as train_log
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "train_llama.py"
+SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "train" / "train_llama.py"
 FLAGS = (
     "--model", "tiny", "--rank", "2", "--targets", ".*(q|up|down)_proj", "--length", "32",
     "--remora-every", "7", "--save-every", "10", "--keep", "2",

@@ -8,11 +8,7 @@ Shape letters: B batch, T tokens of a sequence, D features.
 
 import dataclasses
 import functools
-import os
-import sys
 from typing import Any
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +17,7 @@ from flax import linen as nn
 from jax import Array
 
 import mora_jax
-from llama import Layer, LlamaConfig, rotary_angles
+from llama.model import Layer, LlamaConfig, rotary_angles
 
 LLAMA_3_8B = LlamaConfig(
     vocab_size=0,
@@ -82,7 +78,7 @@ class Variant:
 
     Attributes:
       name: as printed.
-      config: how it is adapted; None is the floor, the frozen base.
+      config: how it is adapted; None is the frozen baseline.
       path: "module", as a linen model; "function", the model's `apply` as a function of parameters;
         "merge", by `mora_jax.merge` within the step, which any code could do.
     """

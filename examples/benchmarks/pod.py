@@ -9,16 +9,16 @@ ever allocated: shapes and shardings go in, a compiled program comes out.
 
 A step is embedding, scanned layers with remat, head, cross-entropy, and AdamW on the adapters,
 which every chip holds whole (or with --split in parts); the base is bfloat16, sharded as
-examples/llama_mesh.py says. *Floor* is the same step with the base frozen and no adapter, gradients
-of the embedded tokens included.
+examples/llama/mesh.py says. The *frozen baseline* is the same step with the base frozen
+and no adapter, gradients of the embedded tokens included.
 Attention is written in XLA, softmax and all; a kernel of its own would make every step shorter.
 
 Columns, all for one chip: memory of the arguments and at most in use, in GB; products in TFLOP; the
 compiler's own estimate for its kernels in millions of cycles, loops multiplied out, and over the
-floor's; its other estimate (`optimal_seconds`, in ms), which counts the body of each loop once and
-cannot be taken apart, over the floor's ("-" where it comes out negative, as on v6e); collectives of
-the forward pass alone and of the step, how often each kind runs and GB that enter it; seconds to
-compile. Neither estimate has the time of the collectives on the links.
+baseline's; its other estimate (`optimal_seconds`, in ms), which counts the body of each loop once
+and cannot be taken apart, over the baseline's ("-" where it comes out negative, as on v6e);
+collectives of the forward pass alone and of the step, how often each kind runs and GB that enter
+it; seconds to compile. Neither estimate has the time of the collectives on the links.
 
 *merge* is `merge_and_reset` on the same shardings, its inputs donated.
 """
@@ -31,9 +31,12 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from importlib import metadata
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 # The compiler for TPUs is asked for by name; nothing here runs but on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -41,15 +44,15 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import jax.numpy as jnp
-from compiled import KINDS, Program
 from flax import linen as nn
-from pod_programs import MODELS, PODS, TENSOR, Variant, make_mesh
-from step import SCHEMES
 from tqdm import tqdm
 
 import mora_jax
-from llama import Llama
-from llama_mesh import RULES, batch_sharding
+from benchmarks.compiled import KINDS, Program
+from benchmarks.pod_programs import MODELS, PODS, TENSOR, Variant, make_mesh
+from benchmarks.step import SCHEMES
+from llama.mesh import RULES, batch_sharding
+from llama.model import Llama
 
 
 def measure(lowered: Any) -> tuple[dict[str, Any], Any]:
@@ -111,14 +114,16 @@ def show(title: str, rows: list[dict[str, Any]], memory_gb: float) -> None:
         f"{'':16}{'args GB':>8}{'peak GB':>8}{'of':>5}{'TFLOP':>9}{'x':>6}{'Mcycles':>9}{'x':>6}"
         f"{'ms, once':>9}{'x':>6}{'compile':>9}"
     )
-    floor = rows[0].get("step")
+    frozen = rows[0].get("step")
     for row in rows:
         if "error" in row:
             tqdm.write(f"{row['variant']:16}{row['error']}")
             continue
         step = row["step"]
         ratio = lambda key, step=step: (
-            f"{step[key] / floor[key]:6.3f}" if floor and floor[key] and step[key] else f"{'-':>6}"
+            f"{step[key] / frozen[key]:6.3f}"
+            if frozen and frozen[key] and step[key]
+            else f"{'-':>6}"
         )
         tqdm.write(
             f"{row['variant']:16}{step['argument_gb']:8.2f}{step['peak_gb']:8.2f}{memory_gb:5g}"
@@ -173,7 +178,7 @@ def setting(args: argparse.Namespace, model: str, name: str, bar: tqdm) -> list[
         "size_multiple": args.size_multiple,
     }
     rows = []
-    for scheme, rank in [("floor", 0), *itertools.product(args.schemes, args.ranks)]:
+    for scheme, rank in [("baseline", 0), *itertools.product(args.schemes, args.ranks)]:
         label = f"{scheme} {rank}" if rank else scheme
         bar.set_description(f"{model} on {name}: {label}")
         chosen = None

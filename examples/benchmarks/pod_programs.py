@@ -11,11 +11,11 @@ from flax import linen as nn
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from layers import LLAMA_3_8B, TINY
 
 import mora_jax
-from llama import Llama
-from llama_mesh import BATCH_AXES, param_shardings
+from benchmarks.layers import LLAMA_3_8B, TINY
+from llama.mesh import BATCH_AXES, param_shardings
+from llama.model import Llama
 from mora_jax import sharding
 from mora_jax._merging import remora as _remora
 
@@ -63,7 +63,7 @@ TENSOR = {"8b": 4, "70b": 8, "tiny": 2}
 
 
 def make_mesh(pod: Pod, data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of the pod's chips with the axes of examples/llama_mesh.py."""
+    """A mesh of the pod's chips with the axes of examples/llama/mesh.py."""
     sizes = (data, fsdp, tensor)
     if pod.topology is None:
         devices = np.asarray(jax.devices()).reshape(sizes)
@@ -84,10 +84,10 @@ def placed(tree: Any, sharding: Any) -> Any:
 
 
 class Variant:
-    """The programs of one method: a frozen base, with adapters or (the floor) without.
+    """The programs of one method: a frozen base, with adapters or (the frozen baseline) without.
 
     Attributes:
-      plan: what was adapted, None for the floor.
+      plan: what was adapted, None for the frozen baseline.
       arguments: (trainable, optimizer state, scale, frozen, tokens), all shapes.
     """
 

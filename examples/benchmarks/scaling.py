@@ -1,4 +1,4 @@
-"""Trains Llamas on 1, 2, 4, ... GPUs of a host, over the frozen floor on the same mesh.
+"""Trains Llamas on 1, 2, 4, ... GPUs of a host, over the frozen baseline on the same mesh.
 
     python3 scaling.py --cases 1 2:2x1 4:4x1 4:2x2 4:4x1p -- --model 8b --remat
 
@@ -7,7 +7,7 @@ Each line is runs of train_llama.py, one for each method; what follows `--` goes
 a fixed number of sequences a device.
 
 Columns: tokens a second on all devices, of the median step; that over one device's, a device; and
-the time of a step over the floor's.
+the time of a step over the baseline's.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
-TRAIN = HERE.parent / "train_llama.py"
+TRAIN = HERE.parent / "train" / "train_llama.py"
 
 
 def parse_case(case: str) -> tuple[int, int, int, bool]:
@@ -87,7 +87,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", type=parse_case, default=[parse_case("1")])
-    parser.add_argument("--methods", nargs="+", default=["floor", "lora", "mora"])
+    parser.add_argument("--methods", nargs="+", default=["baseline", "lora", "mora"])
     parser.add_argument("--batch", type=int, default=4, help="sequences a device")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a sequence")
     parser.add_argument("--steps", type=int, default=16)
@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("rest", nargs="*", help="flags of train_llama.py, after --")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    print(f"{'devices  mesh':24}{'':10}{'tokens/s':>10}{'scaling':>9}{'x floor':>9}{'peak GB':>9}")
+    print(
+        f"{'devices  mesh':24}{'':10}{'tokens/s':>10}{'scaling':>9}{'x baseline':>12}{'peak GB':>9}"
+    )
     bar = tqdm(total=len(args.cases) * len(args.methods))
     for case in args.cases:
         devices, fsdp, tensor, many = case
@@ -115,12 +117,12 @@ def main() -> None:
             speed = row["tokens_per_second_median"]
             same = [r for r in rows if r["method"] == row["method"] and r["case"][0] == 1]
             alone = same[0]["tokens_per_second_median"] if same else float("nan")
-            floor = next((r for r in found if r["method"] == "floor"), None)
-            ratio = floor["tokens_per_second_median"] / speed if floor else float("nan")
+            baseline = next((r for r in found if r["method"] == "baseline"), None)
+            ratio = baseline["tokens_per_second_median"] / speed if baseline else float("nan")
             name = f"{devices}  fsdp {fsdp} tensor {tensor}{', a process each' * many}"
             tqdm.write(
                 f"{name:24}{row['method']:>10}{speed:10,.0f}{speed / devices / alone:9.3f}"
-                f"{ratio:9.3f}{(row['peak_bytes'] or 0) / 1e9:9.1f}"
+                f"{ratio:12.3f}{(row['peak_bytes'] or 0) / 1e9:9.1f}"
             )
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1))

@@ -1,4 +1,4 @@
-"""Times the whole training step of Llama-3-8B-shaped layers, adapted, over its frozen floor.
+"""Times the whole training step of Llama-3-8B-shaped layers, adapted, over the frozen baseline.
 
     python3 examples/benchmarks/step.py                  # half an hour of compiling on a large GPU
     python3 examples/benchmarks/step.py --tokens 4096 --rank 8 --no-remat --placements auto
@@ -6,12 +6,13 @@
 
 The first two want an environment with JAX for the accelerator; `run.py` makes one for the CPU.
 
-*Floor* is the same step with the base frozen and no adapter: forward and input gradients, which
-every method that trains through a frozen model pays. All variants of a row run in one process on
-the same weights, in turns, and each figure is the median over the turns.
+The *frozen baseline* is the same step with the base frozen and no adapter: forward and input
+gradients, which every method that trains through a frozen model pays. All variants of a row run in
+one process on the same weights, one after the other, several times; each figure is the median of
+these repeats.
 
-Columns: ms a step; its ratio to the floor of the same turn (median, lowest and highest); temp
-memory of the compiled step in GB; seconds to compile it, the tuning of its products included;
+Columns: ms a step; its ratio to the baseline of the same repeat (median, lowest and highest);
+temp memory of the compiled step in GB; seconds to compile it, the tuning of its products included;
 trained parameters.
 """
 
@@ -24,14 +25,17 @@ import json
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from typing import Any
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 import jax
-from layers import Layers, Variant, make_layers, make_params, make_step
 from tqdm import tqdm
 
 import mora_jax
+from benchmarks.layers import Layers, Variant, make_layers, make_params, make_step
 
 SCHEMES = {
     "lora": mora_jax.LowRank(),
@@ -89,8 +93,8 @@ class Run:
 
 
 def variants(args: argparse.Namespace, rank: int) -> list[Variant]:
-    """The floor first, then every scheme in every placement, plain and with DoRA if asked."""
-    found = [Variant("floor", None)]
+    """The baseline first, then every scheme in every placement, plain and with DoRA if asked."""
+    found = [Variant("baseline", None)]
     for scheme, placement, path in itertools.product(args.schemes, args.placements, args.paths):
         config = mora_jax.MoRAConfig(
             rank=rank, scheme=SCHEMES[scheme], placement=placement, targets=".*_proj",
@@ -120,14 +124,14 @@ def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> li
         runs = list(tqdm(compiled, f"{title}: compile", len(runs)))
     for run in runs:
         run.seconds(1)
-    steps = max(1, round(args.turn_seconds / runs[0].seconds(2)))
+    steps = max(1, round(args.repeat_seconds / runs[0].seconds(2)))
     times = collections.defaultdict(list)
-    for _ in tqdm(range(args.turns), f"{title}: time"):
+    for _ in tqdm(range(args.repeats), f"{title}: time"):
         for run in runs:
             times[run.name].append(run.seconds(steps))
     rows = []
     for run in runs:
-        ratios = [a / b for a, b in zip(times[run.name], times["floor"], strict=True)]
+        ratios = [a / b for a, b in zip(times[run.name], times["baseline"], strict=True)]
         scheme, _, placement = run.name.partition(" ")
         row = {
             "tokens": tokens,
@@ -146,14 +150,14 @@ def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> li
             "trained": run.trained,
         }
         rows.append(row)
-    print(f"\n{title}; {args.turns} turns of {steps} steps")
+    print(f"\n{title}; {args.repeats} repeats of {steps} steps")
     print(
-        f"{'':30}{'ms':>9}{'x floor':>9}{'low':>7}{'high':>7}{'temp GB':>9}{'x':>6}{'compile':>9}"
-        f"{'trained':>12}"
+        f"{'':30}{'ms':>9}{'x baseline':>12}{'low':>7}{'high':>7}{'temp GB':>9}{'x':>6}"
+        f"{'compile':>9}{'trained':>12}"
     )
     for row in rows:
         print(
-            f"{row['scheme'] + ' ' + row['placement']:30}{row['ms']:9.2f}{row['ratio']:9.3f}"
+            f"{row['scheme'] + ' ' + row['placement']:30}{row['ms']:9.2f}{row['ratio']:12.3f}"
             f"{row['low']:7.3f}{row['high']:7.3f}{row['temp_gb']:9.2f}{row['temp_ratio']:6.2f}"
             f"{row['compile_s']:8.1f}s{row['trained']:12,}"
         )
@@ -161,7 +165,7 @@ def measure(args: argparse.Namespace, tokens: int, rank: int, remat: bool) -> li
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-    """Bars of time over the floor: a group for each setting, a bar for each scheme in "auto"."""
+    """Bars of time over the baseline: a group for each setting, a bar for each scheme in "auto"."""
     from matplotlib import pyplot as plt
 
     settings = sorted({(r["tokens"], r["rank"], r["remat"]) for r in rows})
@@ -206,8 +210,10 @@ def main() -> None:
         help="how adapters get into the model",
     )  # fmt: skip
     parser.add_argument("--dora", action="store_true", help="each also with a magnitude (DoRA)")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--turn-seconds", type=float, default=0.5, help="of each variant")
+    parser.add_argument("--repeats", "--turns", type=int, default=5)
+    parser.add_argument(
+        "--repeat-seconds", "--turn-seconds", type=float, default=0.5, help="of each variant"
+    )
     parser.add_argument(
         "--compile-threads", type=int, default=1, help="more is sooner, but tunes products badly"
     )
@@ -225,7 +231,7 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     if args.picture:
-        draw(rows, args.picture, f"A training step over its frozen floor, {machine()['device']}")
+        draw(rows, args.picture, f"A training step over the frozen baseline, {machine()['device']}")
 
 
 if __name__ == "__main__":

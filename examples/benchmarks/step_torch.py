@@ -2,10 +2,11 @@
 """Times the training step in PyTorch: MoRA as its authors compute it, PEFT's LoRA, no adapter.
 
 The step of `step.py`: a frozen bfloat16 base, float32 adapters that are cast on use (PEFT's too,
-which by default widens its input instead), AdamW. Ratios are medians over the floor (no adapter) of
-the same mode and round. "compiled" is `torch.compile` of a layer, recomputation included. Types 1
-(sharing) and 6 (rotation): the algorithm is that of the authors of MoRA (arXiv 2405.12130), in the
-activations as in their PyTorch code, written anew here. Needs torch, tqdm and, for LoRA, peft.
+which by default widens its input instead), AdamW. Ratios are medians over the frozen baseline (no
+adapter) of the same mode and round. "compiled" is `torch.compile` of a layer, recomputation
+included. Types 1 (sharing) and 6 (rotation): the algorithm is that of the authors of MoRA (arXiv
+2405.12130), in the activations as in their PyTorch code, written anew here. Needs torch, tqdm and,
+for LoRA, peft.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # Each variant, and what `step.py` calls the same.
-SCHEMES = {"floor": "floor", "type 1": "sharing", "type 6": "rotation", "peft lora": "lora"}
+SCHEMES = {"baseline": "baseline", "type 1": "sharing", "type 6": "rotation", "peft lora": "lora"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA_3_8B, TINY = (4096, 14336, 32, 8, 128), (64, 160, 4, 2, 16)
 
@@ -113,7 +114,7 @@ def adapt(layers: nn.ModuleList, variant: str, rank: int) -> None:
             module.cast_input_dtype_enabled = False
             if isinstance(module, nn.Linear) and module.weight.requires_grad:
                 module.__class__ = CastLinear
-    elif variant != "floor":
+    elif variant != "baseline":
         for layer, name in itertools.product(layers, PROJECTIONS):
             setattr(layer, name, MoRALinear(getattr(layer, name), rank, variant == "type 6"))
 
@@ -195,10 +196,10 @@ def measure(args: argparse.Namespace, base: nn.ModuleList, tokens: int, rank: in
             ms = attempt(rows[key], time_steps, steps[key], args.steps, x.is_cuda)
             times[key].append(ms) if ms else steps.pop(key)
     for key in steps:
-        mine, floor = times[key], times["floor", key[1]]
+        mine, frozen = times[key], times["baseline", key[1]]
         rows[key] |= {"ms": statistics.median(mine), "low": min(mine), "high": max(mine)}
-        if len(floor) == len(mine):
-            rows[key]["ratio"] = statistics.median(a / b for a, b in zip(mine, floor, strict=True))
+        if len(frozen) == len(mine):
+            rows[key]["ratio"] = statistics.median(a / b for a, b in zip(mine, frozen, strict=True))
     torch.compiler.reset()
     return list(rows.values())
 
@@ -221,8 +222,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 128])
     parser.add_argument("--remat", action="store_true", help="recompute each layer going back")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5, help="in each, every variant has a turn")
-    parser.add_argument("--steps", type=int, default=5, help="timed in each turn")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="in each, every variant is timed once"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="timed in each round")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="64 features, 2 layers")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all rows")
@@ -247,7 +250,7 @@ def main() -> None:
     show(rows, machine, "ms", "low", "high", "ratio", "peak_mb")
     if ours:
         at = lambda row, scheme: (row["tokens"], row["rank"], row["remat"], scheme)
-        auto = [r for r in ours["rows"] if r["placement"] == "auto" or r["scheme"] == "floor"]
+        auto = [r for r in ours["rows"] if r["placement"] == "auto" or r["scheme"] == "baseline"]
         known = {at(r, r["scheme"]): r["ms"] for r in auto}
         for row in rows:
             ms = known.get(at(row, SCHEMES[row["variant"]]))

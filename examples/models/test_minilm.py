@@ -10,7 +10,7 @@ import tokenizers
 from check import check
 
 import mora_jax
-import wheels
+from data import wheels
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own future

@@ -16,9 +16,9 @@ import optax
 import pytest
 from flax import nnx
 
-import llama
 import mora_jax
-import smollm2
+from llama import smollm2
+from llama.model import model as llama
 from mora_jax.nnx import MoRAParam, merge, merge_and_reset
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of tunix and its dependencies

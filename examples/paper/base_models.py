@@ -8,24 +8,20 @@ run.
 import argparse
 import dataclasses
 import hashlib
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import pretrained
-import python_model
-from llama import Llama
-from train_flags import PRESETS
-from training import Rows, held_out_loss
-from trial import Measures, Task
+from llama import pretrained
+from llama.model import Llama
+from paper import python_model
+from paper.training import Rows, held_out_loss
+from paper.trial import Measures, Task
+from train.flags import PRESETS
 
 NAMES = ["smollm2", "mini", "tiny"]
 

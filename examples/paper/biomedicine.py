@@ -18,26 +18,24 @@ import argparse
 import hashlib
 import json
 import lzma
-import os
 import pathlib
 import re
 import sys
 from typing import Any
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
 
-import base_models
-import study
-import text
-from figures import draw_tests
-from llama import Llama
-from recipes import FINETUNING
-from results import COST, Columns, Results
-from training import Rows, losses
-from trial import Measures, Task
+from data import text
+from llama.model import Llama
+from paper import base_models, study
+from paper.figures import draw_tests
+from paper.recipes import FINETUNING
+from paper.results import COST, Columns, Results
+from paper.training import Rows, losses
+from paper.trial import Measures, Task
 
 #: What MedQuAD asks, up to the disease.
 _ASKS = re.compile(

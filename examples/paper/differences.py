@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from results import Columns, Results
+from paper.results import Columns, Results
 
 
 def paired(numbers: Mapping[int, float], others: Mapping[int, float]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from results import COST, Columns, Results, Run, note
+from paper.results import COST, Columns, Results, Run, note
 
 
 def ranked(results: Results, number: Callable[[Run], float | None]) -> list[str]:

@@ -5,16 +5,12 @@ same everywhere. It stays under its own licences: BSD (sympy, networkx, django, 
 (nova, neutron, jax), MIT (twisted).
 """
 
-import os
-import sys
 import zipfile
 from collections.abc import Iterator
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-
 import tqdm
 
-import wheels
+from data import wheels
 
 #: Wheel -> its sha256.
 WHEELS = {

@@ -13,24 +13,20 @@ on, nor in a loss; they are asked all the same.
 
 import argparse
 import functools
-import os
 import pathlib
 import sys
 from typing import Any
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import base_models
-import chat_data
-import prompts
-import solve
-import study
-from figures import draw_tests
-from llama import Llama
-from recipes import FINETUNING
-from results import COST, Columns, Results
-from training import Rows
-from trial import Measures, Task
+from finetune import chat_data, prompts, solve
+from llama.model import Llama
+from paper import base_models, study
+from paper.figures import draw_tests
+from paper.recipes import FINETUNING
+from paper.results import COST, Columns, Results
+from paper.training import Rows
+from paper.trial import Measures, Task
 
 COLUMNS: Columns = {
     "test loss|.4f": lambda run: run["curve"][-1].get("test"),

@@ -5,21 +5,17 @@ is never merged is compared to ReMoRA by `"signs"`, each at its own rate, within
 """
 
 import itertools
-import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-
 import mora_jax
-from differences import paired
 from mora_jax import Sharing
-from pretrain import parameters_of
-from recipes import RECIPES
-from results import Results
-from train_flags import PRESETS
+from paper.differences import paired
+from paper.pretrain import parameters_of
+from paper.recipes import RECIPES
+from paper.results import Results
+from train.flags import PRESETS
 
 #: Methods that merge at all times, at every second and at every fourth.
 MERGED = "signs", "signs every 2nd", "signs every 4th"

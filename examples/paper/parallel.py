@@ -25,13 +25,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import tqdm
 
-import study
-from report import EXPERIMENTS
-from results import Results
+from paper import study
+from paper.report import EXPERIMENTS
+from paper.results import Results
 
 HERE = pathlib.Path(__file__).parent
 

@@ -12,29 +12,27 @@ the other half is what is told.
 import argparse
 import dataclasses
 import functools
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-import libraries
-import study
-import text
-from figures import draw_curves, draw_dots, ranked
-from llama import Llama
-from recipes import RECIPES
-from results import COST, Columns, Results, Run, note
-from train_flags import FROM_SCRATCH, PRESETS
-from training import Rows, held_out_loss
-from trial import Measures, Task
+from data import text
+from llama.model import Llama
+from paper import libraries, study
+from paper.figures import draw_curves, draw_dots, ranked
+from paper.recipes import RECIPES
+from paper.results import COST, Columns, Results, Run, note
+from paper.training import Rows, held_out_loss
+from paper.trial import Measures, Task
+from train.flags import FROM_SCRATCH, PRESETS
 
 
 def reference(results: Results) -> str:

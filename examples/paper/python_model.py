@@ -9,11 +9,8 @@ import fcntl
 import hashlib
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +20,10 @@ import safetensors.numpy
 import tqdm
 from flax import traverse_util
 
-import text
-from llama import Llama, LlamaConfig
-from train_flags import PRESETS
-from training import Rows, losses
+from data import text
+from llama.model import Llama, LlamaConfig
+from paper.training import Rows, losses
+from train.flags import PRESETS
 
 STEPS, BATCH, LENGTH, RATE = 1500, 32, 64, 4e-3
 

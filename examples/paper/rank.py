@@ -14,13 +14,12 @@ Shape letters: I input features, O output features, K merges.
 import argparse
 import itertools
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ import numpy as np
 import tqdm
 
 import mora_jax
-from recipes import RECIPES, Recipe, draw_groups, permuted
+from paper.recipes import RECIPES, Recipe, draw_groups, permuted
 
 METHODS = (
     "ReLoRA", "one grouping", "two groupings", "four groupings", "shifts", "signs",

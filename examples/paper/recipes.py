@@ -12,12 +12,8 @@ Shape letters: I input features, O output features.
 """
 
 import dataclasses
-import os
-import sys
 from collections.abc import Mapping
 from typing import Any
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax.numpy as jnp
 import numpy as np

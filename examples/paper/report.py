@@ -9,21 +9,16 @@ a figure is drawn where README.md shows one.
 
 import argparse
 import functools
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import biomedicine
-import mathematics
-import merging
-import pretrain
-import uuid_pairs
-from differences import matrix
-from results import Results, note, table
+from paper import biomedicine, mathematics, merging, pretrain, uuid_pairs
+from paper.differences import matrix
+from paper.results import Results, note, table
 
 EXPERIMENTS: dict[str, Any] = {
     "uuid_pairs": uuid_pairs, "mathematics": mathematics, "biomedicine": biomedicine,

@@ -10,15 +10,11 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import os
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +22,11 @@ import numpy as np
 import tqdm
 
 import mora_jax
-import text
-from recipes import Recipe, draw_groups
-from results import Columns, Results, table
-from training import CompiledSteps, Training, make_optimizer, make_plan
-from trial import Task, Trial, begin, run
+from data import text
+from paper.recipes import Recipe, draw_groups
+from paper.results import Columns, Results, table
+from paper.training import CompiledSteps, Training, make_optimizer, make_plan
+from paper.trial import Task, Trial, begin, run
 
 #: Flags that the losses of a run do not depend on.
 FREE = {"mode", "methods", "seeds", "minutes", "json", "picture", "out", "rate_scale", "save_every"}

@@ -10,12 +10,8 @@ Shape letters: N rows, B rows of a step, T tokens of a row that are read.
 import argparse
 import dataclasses
 import functools
-import os
-import sys
 import time
 from typing import Any, NamedTuple
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +19,9 @@ import numpy as np
 import optax
 
 import mora_jax
-from llama import Llama
-from recipes import Groups, Recipe, inverse, permuted
-from train_state import TrainState, part
+from llama.model import Llama
+from paper.recipes import Groups, Recipe, inverse, permuted
+from train.state import TrainState, part
 
 
 class Rows(NamedTuple):

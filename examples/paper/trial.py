@@ -3,14 +3,10 @@
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +14,12 @@ import tqdm
 from etils import epath
 
 import mora_jax
-import text
-from llama import Llama
-from recipes import Groups, draw_groups, inverse, permuted
-from train_checkpoints import Checkpoints
-from train_state import TrainState
-from training import CompiledSteps, Rows, Training, all_finite, make_rates, merges_of, parted
+from data import text
+from llama.model import Llama
+from paper.recipes import Groups, draw_groups, inverse, permuted
+from paper.training import CompiledSteps, Rows, Training, all_finite, make_rates, merges_of, parted
+from train.checkpoints import Checkpoints
+from train.state import TrainState
 
 #: What an evaluation found, by name; with the step it was made at.
 Measures = dict[str, float]

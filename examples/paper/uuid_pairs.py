@@ -10,28 +10,26 @@ is right shows how much an adapter can store. `--model tiny` is a random model, 
 
 import argparse
 import functools
-import os
 import pathlib
 import sys
 from typing import Any
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import base_models
 import mora_jax
-import study
-import uuids
-from figures import dot_panels, ranked
-from llama import Llama, generate
+from data import uuids
+from llama.model import Llama, generate
 from mora_jax import LowRank, Sharing
-from recipes import STAGGERED, Recipe, adapters
-from results import COST, Columns, Results, Run, note
-from training import Rows
-from trial import Measures, Task
+from paper import base_models, study
+from paper.figures import dot_panels, ranked
+from paper.recipes import STAGGERED, Recipe, adapters
+from paper.results import COST, Columns, Results, Run, note
+from paper.training import Rows
+from paper.trial import Measures, Task
 
 METHODS = {
     "all parameters": Recipe(None, rate=4e-4),

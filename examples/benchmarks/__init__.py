@@ -1,0 +1,1 @@
+"""What adapters cost: time, memory and communication, beside the frozen baseline's."""
