@@ -8,8 +8,11 @@ A directory of two files, as `PeftModel.save_pretrained` writes it:
 An optional module: it needs `pip install 'mora_jax[peft]'`.
 """
 
-from mora_jax._torch.names import Name
-from mora_jax._torch.tensors import LLAMA
-from mora_jax.peft._load import load_adapters, save_adapters
+from mora_jax._extras import needs_extra
+
+with needs_extra("peft", "safetensors", "regex"):
+    from mora_jax._torch.names import Name
+    from mora_jax._torch.tensors import LLAMA
+    from mora_jax.peft._load import load_adapters, save_adapters
 
 __all__ = ["LLAMA", "Name", "load_adapters", "save_adapters"]

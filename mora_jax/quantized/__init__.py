@@ -3,6 +3,9 @@
 An optional module: it needs `pip install 'mora_jax[quantized]'`.
 """
 
-from mora_jax.quantized._params import dequantize, dequantize_within, merge, quantize
+from mora_jax._extras import needs_extra
+
+with needs_extra("quantized", "qwix"):
+    from mora_jax.quantized._params import dequantize, dequantize_within, merge, quantize
 
 __all__ = ["dequantize", "dequantize_within", "merge", "quantize"]
