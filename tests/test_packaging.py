@@ -51,3 +51,23 @@ def test_the_readme_links_to_files_of_this_repository():
             headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
     assert ours
+
+
+def test_pre_commit_runs_the_versions_of_the_extra():
+    pinned = dict(
+        requirement.split("==")
+        for requirement in PROJECT["project"]["optional-dependencies"]["test"]
+        if "==" in requirement
+    )
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    hooks = dict(re.findall(r"repo: https://\S+/([a-z]+)-\S+\n +rev: v(\S+)", config))
+    assert hooks == {name: pinned[name] for name in ("pyright", "ruff")}
+    assert config.count("rev:") == len(hooks)
+
+
+def test_the_citation_is_of_the_latest_release():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.search(r"^## \[(\d.*)\] - (\S+)$", changelog, re.MULTILINE).groups()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == version
+    assert re.search(r'^date-released: "(.*)"$', citation, re.MULTILINE)[1] == date
