@@ -42,7 +42,7 @@ SCHEMES = {
     "sharing": mora_jax.Sharing(),
     "shift": mora_jax.Sharing(shift=1),
     "rotation": mora_jax.Rotation(),
-    "cycled": mora_jax.Rotation(cycle=True),
+    "cycled": mora_jax.Rotation(wrap=True),
 }
 PLACEMENTS = ("kernel", "activation", "auto")
 LONGEST_SEQUENCE = 4096

@@ -73,14 +73,14 @@ RECIPES = {
     "staggered shifts": Recipe(Sharing(), cycle="shifts", merges=True, schemes=STAGGERED),
     "random groups": Recipe(Sharing(), merges=True, random=True),
     "rotation": Recipe(Rotation(), merges=True),
-    "cycled rotation": Recipe(Rotation(cycle=True), merges=True),
+    "cycled rotation": Recipe(Rotation(wrap=True), merges=True),
 }
 
 #: MoRA's schemes, and at what multiple of sharing's rate the search for theirs begins.
 SCHEMES = {
     "sharing": (Sharing(), 1),
     "rotation": (Rotation(), 2),
-    "cycled rotation": (Rotation(cycle=True), 2),
+    "cycled rotation": (Rotation(wrap=True), 2),
     "decoupling": (Decoupling(), 2),
     "truncation": (Truncation(), 2),
 }

@@ -125,8 +125,8 @@ def allocate(
     A layer gets the share of the budget that it has of all gains, and no layer with a gain is left
     out while the budget buys it the smallest rank. `budget.spend` says why not more, nor less.
     Gains are those of the first step. What they are worth at the last one is to be measured against
-    a smaller rank everywhere (`examples/analysis/allocate.py`): with one, SmolLM2 learned GSM8K as well, and
-    UUIDs better at all rates but the highest.
+    a smaller rank everywhere (`examples/analysis/allocate.py`): with one, SmolLM2 learned GSM8K as
+    well, and UUIDs better at all rates but the highest.
 
     A batch costs a backward pass of adapters, less than a training step. No gradient of a kernel is
     formed.

@@ -1,1 +1,1 @@
-"""What keeps older programs and files working."""
+"""Names that have changed, and packages that may be missing."""

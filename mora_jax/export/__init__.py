@@ -14,9 +14,12 @@ the rest.
 An optional module: it needs `pip install 'mora_jax[export]'`.
 """
 
-from mora_jax._torch.names import Name
-from mora_jax._torch.tensors import LLAMA, Kept
-from mora_jax.export._lora import save_lora
-from mora_jax.export._merged import save_merged
+from mora_jax._compat.extras import needs_extra
+
+with needs_extra("export", "safetensors", "regex"):
+    from mora_jax._torch.names import Name
+    from mora_jax._torch.tensors import LLAMA, Kept
+    from mora_jax.export._lora import save_lora
+    from mora_jax.export._merged import save_merged
 
 __all__ = ["LLAMA", "Kept", "Name", "save_lora", "save_merged"]

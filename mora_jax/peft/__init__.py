@@ -14,9 +14,12 @@ Pickles (`adapter_model.bin`) are refused: opening one runs code.
 An optional module: it needs `pip install 'mora_jax[peft]'`.
 """
 
-from mora_jax._torch.names import Name
-from mora_jax._torch.tensors import LLAMA
-from mora_jax.peft._load import load_adapters
-from mora_jax.peft._save import save_adapters
+from mora_jax._compat.extras import needs_extra
+
+with needs_extra("peft", "safetensors", "regex"):
+    from mora_jax._torch.names import Name
+    from mora_jax._torch.tensors import LLAMA
+    from mora_jax.peft._load import load_adapters
+    from mora_jax.peft._save import save_adapters
 
 __all__ = ["LLAMA", "Name", "load_adapters", "save_adapters"]

@@ -19,6 +19,9 @@ Called without `dequantize_within`, a model fails where it first computes with a
 An optional module: it needs `pip install 'mora_jax[quantized]'`.
 """
 
-from mora_jax.quantized._params import dequantize, dequantize_within, merge, quantize
+from mora_jax._compat.extras import needs_extra
+
+with needs_extra("quantized", "qwix"):
+    from mora_jax.quantized._params import dequantize, dequantize_within, merge, quantize
 
 __all__ = ["dequantize", "dequantize_within", "merge", "quantize"]
