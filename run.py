@@ -28,6 +28,7 @@ SCRIPTS = {
     "quantised": "examples/quantised.py",
     "to_pytorch": "examples/to_pytorch.py",
     "memorize": "examples/memorize.py",
+    "custom_scheme": "examples/custom_scheme.py",
     "train": "examples/train/train_llama.py",
     "finetune": "examples/finetune/finetune_llama.py",
     "spectrum": "examples/analysis/spectrum.py",
