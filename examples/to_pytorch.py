@@ -16,7 +16,7 @@ import mora_jax
 from mora_jax import export, peft
 from quickstart import CONFIG, Model, make_task, train
 
-NAMES = (peft.Name("up/kernel", "mlp.fc_in"), peft.Name("down/kernel", "mlp.fc_out"))
+NAMES = (peft.KernelName("up/kernel", "mlp.fc_in"), peft.KernelName("down/kernel", "mlp.fc_out"))
 
 
 def show(directory: pathlib.Path) -> None:

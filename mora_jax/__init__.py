@@ -5,8 +5,9 @@ Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", ar
 
 from mora_jax._adapt import adapt, plan
 from mora_jax._analysis.allocate import Allocation, LayerScore, allocate
-from mora_jax._analysis.projection import Projected, ProjectionReport, project_to_lora
+from mora_jax._analysis.projection import LayerProjection, ProjectionReport, project_to_lora
 from mora_jax._analysis.spectrum import Spectrum, SpectrumReport, spectrum
+from mora_jax._compat.renamed import renamed_names
 from mora_jax._merging.losses import MergeLoss, MergeWarning
 from mora_jax._merging.merge import merge, merge_losses
 from mora_jax._merging.prune import Prune
@@ -45,6 +46,7 @@ __all__ = [
     "Allocation",
     "Decoupling",
     "KernelAxes",
+    "LayerProjection",
     "LayerScore",
     "Leaf",
     "LowRank",
@@ -53,7 +55,6 @@ __all__ = [
     "MoRAConfig",
     "MoRADense",
     "Plan",
-    "Projected",
     "ProjectionReport",
     "Prune",
     "ResetReport",
@@ -95,3 +96,5 @@ __all__ = [
     "unmerge",
     "unmerge_losses",
 ]
+
+__getattr__ = renamed_names(__name__, {"Projected": ("LayerProjection", LayerProjection)})

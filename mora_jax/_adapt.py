@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx as flax_nnx
 
 from mora_jax import linen, nnx
-from mora_jax._arrays.paths import listing
+from mora_jax._arrays.paths import list_paths
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
 from mora_jax._tracing import function as _function
@@ -143,7 +143,7 @@ def plan(
     if dead := {path: spec.dead_entries for path, spec in found.items() if spec.dead_entries}:
         warnings.warn(
             f"the square matrix is larger than its layer in {len(dead)} layers, so that up to "
-            f"{max(dead.values()):,} entries a matrix cannot act: {listing(dead)}. "
+            f"{max(dead.values()):,} entries a matrix cannot act: {list_paths(dead)}. "
             "A smaller rank there (MoRAConfig.ranks) trains as much.",
             stacklevel=2,
         )

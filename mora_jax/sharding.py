@@ -20,10 +20,11 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.mesh import UNKNOWN, Spread, axes_of, split_over
-from mora_jax._arrays.paths import flatten, join_path, parameter_path, rebuild
-from mora_jax._arrays.places import beside
+from mora_jax._arrays.boxes import unbox
+from mora_jax._arrays.mesh import UNKNOWN, FeatureSharding, axes_of, split_over
+from mora_jax._arrays.paths import flatten, join_path, parameter_path, unflatten_like
+from mora_jax._arrays.places import sharding_beside_kernel
+from mora_jax._compat.renamed import renamed_names
 from mora_jax._params.checks import check_paths
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
@@ -64,9 +65,9 @@ def param_shardings(
     places = {path: _place(path, leaf) for path, leaf in leaves.items()}
     shapes = plan.adapter_leaves()
     for path, (kernel, axes) in plan.adapter_owners().items():
-        place = beside(places[kernel], len(shapes[path].shape), axes)
+        place = sharding_beside_kernel(places[kernel], len(shapes[path].shape), axes)
         places[path] = _split_rows(place, shapes[path].shape, axes, split) if split else place
-    return rebuild(places, base)
+    return unflatten_like(places, base)
 
 
 def _split_rows(
@@ -112,8 +113,8 @@ def on_mesh(plan: Plan, base: Mapping[str, Any], batch: str | Sequence[str]) -> 
     >>> plan = mora_jax.plan(model, jnp.ones((1, 3)))
     >>> specs = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec()}
     >>> plan = on_mesh(plan, specs, batch=("data", "fsdp"))
-    >>> plan[""].config.spread
-    Spread(inputs=(), outputs=('tensor',), rows=('data', 'fsdp'), kernel=('fsdp', 'tensor'))
+    >>> plan[""].config.feature_sharding.outputs
+    ('tensor',)
     """
     leaves = flatten(base)
     check_paths(plan, leaves)
@@ -123,7 +124,9 @@ def on_mesh(plan: Plan, base: Mapping[str, Any], batch: str | Sequence[str]) -> 
         kernel = join_path(path, spec.kernel_name)
         place = _place(kernel, leaves[kernel])
         _check_batch(batch, place)
-        config = dataclasses.replace(spec.config, spread=_spread(place, spec, batch))
+        config = dataclasses.replace(
+            spec.config, feature_sharding=_feature_sharding(place, spec, batch)
+        )
         layers.append((path, dataclasses.replace(spec, config=config)))
     return dataclasses.replace(plan, layers=tuple(layers))
 
@@ -138,7 +141,7 @@ def _check_batch(batch: tuple[str, ...], place: NamedSharding | PartitionSpec) -
         )
 
 
-def _spread(place: Any, spec: AdapterSpec, batch: tuple[str, ...]) -> Spread:
+def _feature_sharding(place: Any, spec: AdapterSpec, batch: tuple[str, ...]) -> FeatureSharding:
     names = place.spec if isinstance(place, NamedSharding) else place
     kept = []
     for name in names:
@@ -150,7 +153,9 @@ def _spread(place: Any, spec: AdapterSpec, batch: tuple[str, ...]) -> Spread:
         kept.append(left or None)
     own, layout = PartitionSpec(*kept), spec.kernel_axes
     sides = (split_over(own, axes, spec.kernel_shape) for axes in (layout.inputs, layout.outputs))
-    return Spread(*sides, rows=batch, kernel=axes_of(names, (*layout.inputs, *layout.outputs)))
+    return FeatureSharding(
+        *sides, rows=batch, kernel=axes_of(names, (*layout.inputs, *layout.outputs))
+    )
 
 
 def optimizer_shardings(
@@ -177,8 +182,8 @@ def optimizer_shardings(
     >>> state[0].trace["kernel"].spec
     P('data',)
     """
-    known = {path: value_of(leaf) for path, leaf in flatten(shardings).items()}
-    shapes = {path: value_of(leaf).shape for path, leaf in flatten(params).items()}
+    known = {path: unbox(leaf) for path, leaf in flatten(shardings).items()}
+    shapes = {path: unbox(leaf).shape for path, leaf in flatten(params).items()}
     everywhere = NamedSharding(next(iter(known.values())).mesh, PartitionSpec())
 
     def place(keys, leaf):
@@ -190,7 +195,7 @@ def optimizer_shardings(
 
 
 def _place(path: str, leaf: Any) -> Any:
-    leaf = value_of(leaf)
+    leaf = unbox(leaf)
     place = leaf if isinstance(leaf, NamedSharding | PartitionSpec) else None
     if place is None and isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding):
         place = sharding
@@ -200,3 +205,6 @@ def _place(path: str, leaf: Any) -> Any:
             "NamedSharding, a PartitionSpec, or an array that lies on a mesh."
         )
     return place
+
+
+__getattr__ = renamed_names(__name__, {"Spread": ("FeatureSharding", FeatureSharding)})

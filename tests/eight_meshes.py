@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 import mora_jax.sharding
 from eight_devices import collectives
 from mora_jax import export
-from mora_jax._arrays.mesh import Spread, spread_is
+from mora_jax._arrays.mesh import FeatureSharding, feature_sharding_is
 from mora_jax._plans.layer import LayerConfig
 from mora_jax._schemes.block_grid import BlockGrid
 from mora_jax._schemes.groups import Groups
@@ -129,7 +129,7 @@ def check_parts_of_shards():
         for (left, right), axes in sides.items():
 
             def gradient(x, dy, axes=axes, grid=grid):
-                with spread_is(Spread(*axes)):
+                with feature_sharding_is(FeatureSharding(*axes)):
                     return grid.gradient(x, dy)
 
             with jax.set_mesh(mesh):
@@ -153,7 +153,11 @@ def check_double_precision():
     """Parts of shards in float64, whose Python integers are 64 bits wide."""
     mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
     grid = BlockGrid(32, 16, 4, False)
-    with jax.enable_x64(True), jax.set_mesh(mesh), spread_is(Spread(("tensor",), ())):
+    with (
+        jax.enable_x64(True),
+        jax.set_mesh(mesh),
+        feature_sharding_is(FeatureSharding(("tensor",), ())),
+    ):
         x, dy = jnp.ones((2, 32), jnp.float64), jnp.ones((2, 16), jnp.float64)
         parts = jax.jit(grid.gradient)(x, dy)
     assert parts.dtype == np.float64

@@ -311,7 +311,7 @@ def test_what_is_refused(tmp_path):
             x,
         ),
         "not saved: DoRA": lambda: peft.save_adapters(
-            tmp_path / "peft", params, plan, names=[peft.Name("kernel", "dense")]
+            tmp_path / "peft", params, plan, names=[peft.KernelName("kernel", "dense")]
         ),
         "not decomposed: DoRA": lambda: mora_jax.spectrum(params, plan),
         "dora must be a bool": lambda: mora_jax.MoRAConfig(dora=1),  # pyright: ignore

@@ -99,11 +99,13 @@ def test_kernels_of_many_axes_and_parameters_of_the_host(tmp_path):
     shapes |= {"experts/bias": (3, 10), "mlp/kernel": (6, 8)}
     leaves = {p: rng.standard_normal(shape).astype(np.float32) for p, shape in shapes.items()}
     names = [
-        export.Name("attention/out/kernel", "attention.out", mora_jax.KernelAxes((0, 1), (2,))),
-        export.Name("attention/*/kernel", "attention.*", mora_jax.KernelAxes((0,), (1, 2))),
-        export.Name("experts/kernel", "{e}.{n}.fc", mora_jax.KernelAxes((0,), (3,), (2, 1))),
-        export.Name("*/kernel", "*"),
-        export.Kept("experts/bias", "{n}.bias"),
+        export.KernelName(
+            "attention/out/kernel", "attention.out", mora_jax.KernelAxes((0, 1), (2,))
+        ),
+        export.KernelName("attention/*/kernel", "attention.*", mora_jax.KernelAxes((0,), (1, 2))),
+        export.KernelName("experts/kernel", "{e}.{n}.fc", mora_jax.KernelAxes((0,), (3,), (2, 1))),
+        export.KernelName("*/kernel", "*"),
+        export.TensorName("experts/bias", "{n}.bias"),
     ]
     params, config = unflatten(leaves), {"tie_word_embeddings": True}
     export.save_merged(tmp_path / "model", params, plan, config=config, names=names)
@@ -126,7 +128,7 @@ def refusals(params, plan, empty):
     headless, bad = without(params, "lm_head/kernel"), jax.tree.map(lambda x: x * jnp.nan, params)
     extra = {**params, "extra": {"kernel": jnp.ones((3, 3))}}
     norms = {**params, "final": params["norm"]}
-    twice = (export.Kept("final/scale", "model.norm.weight"), *export.LLAMA)
+    twice = (export.TensorName("final/scale", "model.norm.weight"), *export.LLAMA)
     wide = without(params, "norm/scale") | {"norm": {"scale": jnp.ones(49)}}
     yield (
         "config ties .* would not be read",
@@ -211,7 +213,7 @@ def test_what_a_lora_cannot_hold(golden, tmp_path):
 
 def test_a_number_alone_is_a_parameter_too(tmp_path):
     params = {"scale": jnp.float32(3), "none": jnp.zeros((0, 2))}
-    names = [export.Kept("scale", "logit_scale"), export.Kept("none", "none")]
+    names = [export.TensorName("scale", "logit_scale"), export.TensorName("none", "none")]
     config = {"tie_word_embeddings": True}
     export.save_merged(tmp_path / "model", params, None, config=config, names=names)
     saved = load_file(tmp_path / "model" / "model.safetensors")

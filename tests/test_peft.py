@@ -165,7 +165,9 @@ def test_kernels_of_other_shapes_where_names_state_their_axes(tmp_path):
     axes = {"q_proj": KernelAxes((0,), (1, 2)), "o_proj": KernelAxes((0, 1), (2,))}
     shapes = {"q_proj": (10, 3, 4), "o_proj": (3, 4, 10)}
     names = [
-        peft.Name(f"layers/{{n}}/attn/{name}/w", f"model.layers.{{n}}.self_attn.{name}", kernel)
+        peft.KernelName(
+            f"layers/{{n}}/attn/{name}/w", f"model.layers.{{n}}.self_attn.{name}", kernel
+        )
         for name, kernel in axes.items()
     ]
     attention = {name: {"w": nnx.Param(np.zeros(shape))} for name, shape in shapes.items()}
@@ -189,7 +191,7 @@ def test_kernels_of_other_shapes_where_names_state_their_axes(tmp_path):
     assert loaded_plan.kernel_paths() == plan.kernel_paths()
     assert isinstance(loaded["layers"][0]["attn"]["q_proj"]["mora"]["a"], MoRAParam)
     assert_same_bits(nnx.to_pure_dict(loaded), nnx.to_pure_dict(params))
-    plain = [peft.Name("layers/{n}/attn/*/w", "model.layers.{n}.self_attn.*")]
+    plain = [peft.KernelName("layers/{n}/attn/*/w", "model.layers.{n}.self_attn.*")]
     with pytest.raises(ValueError, match=r"has shape \(10, 3, 4\).*State its axes: Name\("):
         peft.load_adapters(tmp_path / "lora", state, names=plain)
 
@@ -214,7 +216,7 @@ def test_names_are_those_of_whole_models(tmp_path):
 )
 def test_names_that_cannot_be_are_refused(path, module, axes, message):
     with pytest.raises(ValueError, match=message):
-        peft.Name(path, module, axes)
+        peft.KernelName(path, module, axes)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_what_else_is_not_saved(tmp_path, monkeypatch):
     message = r"'layers/\S+' has a matrix of 8 rows \(size_multiple=8\); the authors' code makes it"
     with pytest.raises(ValueError, match=message):
         peft.save_adapters(tmp_path / "adapter", mora_jax.attach(Plan(layers), base), Plan(layers))
-    two = [peft.Name(f"layers/mlp/{name}_proj/kernel", "mlp.{n}") for name in ("up", "down")]
+    two = [peft.KernelName(f"layers/mlp/{name}_proj/kernel", "mlp.{n}") for name in ("up", "down")]
     with pytest.raises(ValueError, match=r"one module, 'mlp\.0'"):
         peft.save_adapters(tmp_path / "adapter", params, plan, names=two)
     broken = flatten(params)
@@ -277,8 +279,8 @@ def test_what_else_is_not_saved(tmp_path, monkeypatch):
 def test_modules_that_peft_would_confuse_are_refused(tmp_path):
     """PEFT tells modules by the ends of their names."""
     alike = [
-        peft.Name("layers/mlp/up_proj/kernel", "proj.{n}"),
-        peft.Name("layers/mlp/down_proj/kernel", "x.proj.{n}"),
+        peft.KernelName("layers/mlp/up_proj/kernel", "proj.{n}"),
+        peft.KernelName("layers/mlp/down_proj/kernel", "x.proj.{n}"),
     ]
     for ranks, kept, message in (
         ({"layers/mlp/up_proj": 3}, ["down", "up"], r"'x\.proj\.\d' \(layer 'layers/mlp/d"),

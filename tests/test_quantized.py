@@ -12,7 +12,7 @@ from flax import nnx
 import mora_jax
 from conftest import adapted_network, assert_same_bits, perturb
 from mora_jax import checkpoint, quantized
-from mora_jax.quantized._kernels import Quantized
+from mora_jax.quantized._kernels import QuantizedView
 
 CONFIG = {"rank": 2, "placement": "activation", "scheme": "sharing"}
 TILE = {"int8": None, "int4": 8, "nf4": 8}
@@ -129,7 +129,7 @@ def test_adapted_products_are_known_by_their_mark(inside, monkeypatch):
     """Without it the whole kernel would be dequantised, and kept for the gradient."""
     _, run, plan, params = linen_model(x := jnp.ones((1, 5, 16)))
     params = quantized.quantize(params, plan, "int8")
-    products, product = [], Quantized.product
+    products, product = [], QuantizedView.product
 
     def counted(view, *args, **params):
         products.append(view.shape)
@@ -142,7 +142,7 @@ def test_adapted_products_are_known_by_their_mark(inside, monkeypatch):
             return jax.grad(lambda x: run(params, x).sum())(x)
         return inside(lambda x: run(params, x))(x)
 
-    monkeypatch.setattr(Quantized, "product", counted)
+    monkeypatch.setattr(QuantizedView, "product", counted)
     jax.make_jaxpr(quantized.dequantize_within(forward))(params, x)
     assert {(16, 16), (16, 2, 12)} <= {*products}
 

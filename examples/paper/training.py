@@ -160,7 +160,7 @@ def all_finite(tree: Any) -> jax.Array:
 
 def parted(params: Any, plan: mora_jax.Plan | None, opt_state: Any) -> tuple[Any, Any, Any]:
     """(trainable, opt_state, frozen): the fields of a `TrainState`."""
-    trains = lambda path: plan is None or plan.group(path) != "frozen"
+    trains = lambda path: plan is None or plan.role(path) != "frozen"
     trainable, frozen = part(params, trains)
     return trainable, opt_state, frozen
 

@@ -64,7 +64,7 @@ class Method:
     def trains(self, path: str) -> bool:
         """Whether the parameter at `path` is trained."""
         if self.plan is not None:
-            return self.plan.group(path) != "frozen"
+            return self.plan.role(path) != "frozen"
         return path == "shift" or not self.baseline
 
 

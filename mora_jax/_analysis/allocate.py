@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._analysis.budget import check_budget, offers_of, spend
-from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
+from mora_jax._arrays.boxes import unbox
+from mora_jax._arrays.paths import flatten, is_adapter, list_paths, unflatten_like
 from mora_jax._arrays.places import on_host
 from mora_jax._params.checks import check_adapted
 from mora_jax._params.split import Params, join
@@ -195,8 +195,12 @@ _Moments = dict[str, tuple[jax.Array, jax.Array]]
 def _moments(loss: Loss, params: Params, batches: Iterable[Any]) -> tuple[_Moments, int]:
     """(moments of the gradients over the batches, number of batches)."""
     leaves = flatten(params)
-    adapters = rebuild({path: leaf for path, leaf in leaves.items() if is_adapter(path)}, params)
-    base = rebuild({path: leaf for path, leaf in leaves.items() if not is_adapter(path)}, params)
+    adapters = unflatten_like(
+        {path: leaf for path, leaf in leaves.items() if is_adapter(path)}, params
+    )
+    base = unflatten_like(
+        {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}, params
+    )
     moments, count = None, 0
     for batch in batches:
         found = gradient_moments(loss, adapters, base, batch)
@@ -205,7 +209,7 @@ def _moments(loss: Loss, params: Params, batches: Iterable[Any]) -> tuple[_Momen
         raise ValueError("batches is empty; two batches tell a gradient from its noise.")
     finite = {path: jnp.isfinite(squares).all() for path, (_, squares) in moments.items()}
     if bad := [path for path, good in jax.device_get(finite).items() if not good]:
-        raise ValueError(f"not allocated: the gradients of {listing(bad)} are not finite.")
+        raise ValueError(f"not allocated: the gradients of {list_paths(bad)} are not finite.")
     return moments, count
 
 
@@ -215,7 +219,7 @@ def gradient_moments(loss: Loss, adapters: Params, base: Params, batch: Any) -> 
     gradients = jax.grad(lambda adapters: loss(join(adapters, base), batch))(adapters)
     found = {}
     for path, leaf in flatten(gradients).items():
-        gradient = value_of(leaf).astype(jnp.float32)
+        gradient = unbox(leaf).astype(jnp.float32)
         found[path] = gradient, gradient**2
     return found
 

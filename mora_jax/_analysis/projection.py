@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mora_jax._analysis.singular_values import cores, layer_names
+from mora_jax._analysis.singular_values import core_matrices, layer_names
 from mora_jax._arrays.boxes import put_beside
-from mora_jax._arrays.paths import flatten, is_adapter, rebuild
+from mora_jax._arrays.paths import flatten, is_adapter, unflatten_like
 from mora_jax._params.checks import check_adapted, check_adapters_finite, refuse_dora
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec
@@ -27,7 +27,7 @@ from mora_jax._schemes.low_rank import LowRank
 from mora_jax._schemes.operators import check_rank
 
 
-class Projected(NamedTuple):
+class LayerProjection(NamedTuple):
     """How well one layer's delta is approximated.
 
     Attributes:
@@ -50,18 +50,19 @@ class ProjectionReport:
 
     Attributes:
       rank: of the LoRA.
-      layers: name of a layer -> `Projected`; layers of a stack are numbered, `"layers/up[3]"`.
+      layers: name of a layer -> `LayerProjection`; layers of a stack are numbered,
+        `"layers/up[3]"`.
     """
 
     rank: int
-    layers: Mapping[str, Projected]
+    layers: Mapping[str, LayerProjection]
 
     @property
-    def total(self) -> Projected:
+    def total(self) -> LayerProjection:
         """The deltas of all layers taken as one vector."""
         norm = math.hypot(*(layer.norm for layer in self.layers.values()))
         missing = math.hypot(*(layer.error * layer.norm for layer in self.layers.values()))
-        return Projected(missing / norm if norm else 0.0, norm)
+        return LayerProjection(missing / norm if norm else 0.0, norm)
 
     def __str__(self) -> str:
         """A row for each layer, and one for all."""
@@ -118,8 +119,8 @@ def project_to_lora(
     layers = tuple((path, _low_rank(spec, rank)) for path, spec in plan.items())
     lora = dataclasses.replace(plan, layers=layers)
     factors: dict[str, dict[str, np.ndarray]] = {}
-    found: dict[str, dict[tuple[int, ...], Projected]] = {path: {} for path in plan}
-    for path, index, core in cores(plan, leaves):
+    found: dict[str, dict[tuple[int, ...], LayerProjection]] = {path: {} for path in plan}
+    for path, index, core in core_matrices(plan, leaves):
         spec = plan[path]
         if path not in factors:
             a = np.zeros((*spec.batch, spec.features[0], rank), np.float32)
@@ -137,7 +138,7 @@ def project_to_lora(
             new[leaf] = put_beside(leaves[kernel], value, axes)
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     report = ProjectionReport(rank, layer_names(plan, found))
-    return rebuild(base | new, params), lora, report
+    return unflatten_like(base | new, params), lora, report
 
 
 def _low_rank(spec: AdapterSpec, rank: int) -> AdapterSpec:
@@ -148,7 +149,7 @@ def _low_rank(spec: AdapterSpec, rank: int) -> AdapterSpec:
     return dataclasses.replace(spec, config=config)
 
 
-def _loss(energies: np.ndarray, rank: int) -> Projected:
+def _loss(energies: np.ndarray, rank: int) -> LayerProjection:
     """What is lost of a delta of these squared singular values, largest first."""
     total, missing = energies.sum(), energies[rank:].sum()
-    return Projected(float(np.sqrt(missing / total)) if total else 0.0, float(np.sqrt(total)))
+    return LayerProjection(float(np.sqrt(missing / total)) if total else 0.0, float(np.sqrt(total)))

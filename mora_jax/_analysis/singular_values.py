@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.places import on_host
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
 from mora_jax._schemes.operators import delta_kernel
 
 
-class Core(NamedTuple):
+class CoreMatrix(NamedTuple):
     """One layer's delta, `Q_in @ matrix @ Q_out.T`.
 
     Attributes:
@@ -52,7 +52,9 @@ class Core(NamedTuple):
         return self.sides[0] @ u, self.sides[1] @ v, energies
 
 
-def cores(plan: Plan, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], Core]]:
+def core_matrices(
+    plan: Plan, leaves: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[int, ...], CoreMatrix]]:
     """(path, index on the stack, core) of every delta, layers of one kind after another."""
     kinds: dict[AdapterSpec, list[str]] = {}
     for path, spec in plan.items():
@@ -62,7 +64,7 @@ def cores(plan: Plan, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tuple[in
         for path in paths:
             host = {
                 name: np.moveaxis(
-                    on_host(value_of(leaves[leaf])).astype(np.float64), axes, range(len(axes))
+                    on_host(unbox(leaves[leaf])).astype(np.float64), axes, range(len(axes))
                 )
                 for name, leaf in plan.leaf_paths(path).items()
             }
@@ -97,18 +99,20 @@ def _maps(spec: AdapterSpec) -> tuple[jax.Array, jax.Array] | None:
     return spec.scheme.maps(*spec.features, spec.size)
 
 
-def _core(spec: AdapterSpec, sides: _Sides | None, adapter: Mapping[str, Any]) -> Core:
+def _core(spec: AdapterSpec, sides: _Sides | None, adapter: Mapping[str, Any]) -> CoreMatrix:
     """The core of one adapter, of the adapter's size where its delta has one."""
     if (factors := spec.scheme.factors(adapter)) is not None:
         first, matrix, second = factors
         sides = np.linalg.qr(first), np.linalg.qr(second.T)
     elif sides is None:
         single = {name: leaf.astype(np.float32) for name, leaf in adapter.items()}
-        return Core(np.asarray(_kernel(single, *spec.features, spec.scheme), np.float64), None)
+        return CoreMatrix(
+            np.asarray(_kernel(single, *spec.features, spec.scheme), np.float64), None
+        )
     else:
         matrix = adapter["matrix"]
     (q_in, r_in), (q_out, r_out) = sides
-    return Core(r_in @ matrix @ r_out.T, (q_in, q_out))
+    return CoreMatrix(r_in @ matrix @ r_out.T, (q_in, q_out))
 
 
 _kernel = jax.jit(delta_kernel, static_argnums=(1, 2, 3))

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._analysis.singular_values import cores, layer_names
-from mora_jax._arrays.boxes import dense, value_of
+from mora_jax._analysis.singular_values import core_matrices, layer_names
+from mora_jax._arrays.boxes import to_array, unbox
 from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, join_path
 from mora_jax._arrays.places import on_host
@@ -150,11 +150,11 @@ def spectrum(params: Params, plan: Plan, *, threshold: float = 0.1) -> SpectrumR
         "scales the columns of the base too, so that what was learned is more than a delta",
     )
     norms = {
-        path: on_host(_norms(value_of(leaves[join_path(path, spec.kernel_name)]), spec))
+        path: on_host(_norms(unbox(leaves[join_path(path, spec.kernel_name)]), spec))
         for path, spec in plan.items()
     }
     found: dict[str, dict[tuple[int, ...], Spectrum]] = {path: {} for path in plan}
-    for path, index, core in cores(plan, leaves):
+    for path, index, core in core_matrices(plan, leaves):
         found[path][index] = Spectrum(core.singular_values, float(norms[path][index]))
     return SpectrumReport(layer_names(plan, found), threshold)
 
@@ -162,7 +162,7 @@ def spectrum(params: Params, plan: Plan, *, threshold: float = 0.1) -> SpectrumR
 @functools.partial(jax.jit, static_argnames="spec")
 def _norms(kernel: Any, spec: AdapterSpec) -> jax.Array:
     """Frobenius norms of a stack's kernels: [B...]."""
-    kernel = dense(kernel)
+    kernel = to_array(kernel)
     axes = spec.kernel_axes
     squares = jnp.square(kernel.astype(wide_dtype(kernel.dtype)))
     squares = squares.transpose(axes.batch + axes.inputs + axes.outputs)

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import NamedSharding
 
-from mora_jax._arrays.places import beside, sharding_of
+from mora_jax._arrays.places import sharding_beside_kernel, sharding_of
 
 
 class MoRAParam(nnx.LoRAParam):
@@ -34,12 +34,12 @@ class AdapterIds(nnx.Variable):
 _BOXES = (nnx.Variable, meta.AxisMetadata)
 
 
-def value_of(leaf: Any) -> Any:
+def unbox(leaf: Any) -> Any:
     """The array in a box; anything else as it is."""
     return jax.tree.leaves(leaf)[0] if isinstance(leaf, _BOXES) else leaf
 
 
-def with_value(leaf: Any, value: Any) -> Any:
+def rebox(leaf: Any, value: Any) -> Any:
     """A box like this one with another array in it; the array itself where there is no box."""
     if not isinstance(leaf, _BOXES):
         return value
@@ -82,8 +82,8 @@ def place_for(kernel: Any, ndim: int, axes: Mapping[int, int]) -> NamedSharding 
       ndim: axes of the leaf.
       axes: as for `box_like`.
     """
-    place = sharding_of(value_of(kernel))
-    return None if place is None else beside(place, ndim, axes)
+    place = sharding_of(unbox(kernel))
+    return None if place is None else sharding_beside_kernel(place, ndim, axes)
 
 
 def put_beside(kernel: Any, value: Any, axes: Mapping[int, int]) -> Any:
@@ -98,6 +98,6 @@ def put_beside(kernel: Any, value: Any, axes: Mapping[int, int]) -> Any:
 
 
 @functools.singledispatch
-def dense(kernel: Any) -> jax.Array:
+def to_array(kernel: Any) -> jax.Array:
     """The kernel as an array; a door registers types of its own."""
     return jnp.asarray(kernel)

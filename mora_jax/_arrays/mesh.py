@@ -31,7 +31,7 @@ def may_be_sharded() -> bool:
 MeshAxes = tuple[str, ...]
 
 
-class Spread(NamedTuple):
+class FeatureSharding(NamedTuple):
     """How a layer's activations are known to lie on a mesh.
 
     Attributes:
@@ -47,14 +47,16 @@ class Spread(NamedTuple):
     kernel: MeshAxes = ()
 
 
-UNKNOWN = Spread()
-_AT_HAND: contextvars.ContextVar[Spread] = contextvars.ContextVar("_AT_HAND", default=UNKNOWN)
+UNKNOWN = FeatureSharding()
+_AT_HAND: contextvars.ContextVar[FeatureSharding] = contextvars.ContextVar(
+    "_AT_HAND", default=UNKNOWN
+)
 
 
 @contextlib.contextmanager
-def spread_is(spread: Spread) -> Iterator[None]:
+def feature_sharding_is(sharding: FeatureSharding) -> Iterator[None]:
     """Within it, how the layer at hand is known to lie."""
-    token = _AT_HAND.set(spread)
+    token = _AT_HAND.set(sharding)
     try:
         yield
     finally:
@@ -75,11 +77,11 @@ def feature_axes() -> tuple[MeshAxes | None, MeshAxes | None]:
         split = (name for name in axes if kinds[name] != AxisType.Manual)
         return tuple(name for name in split if mesh.shape[name] > 1)
 
-    spread = _AT_HAND.get()
-    return here(spread.inputs), here(spread.outputs)
+    sharding = _AT_HAND.get()
+    return here(sharding.inputs), here(sharding.outputs)
 
 
-def gather_adapter(adapter: Mapping[str, Any], spread: Spread) -> dict[str, Any]:
+def gather_adapter(adapter: Mapping[str, Any], sharding: FeatureSharding) -> dict[str, Any]:
     """An adapter's leaves [B..., N, M], gathered on every device if they are kept in parts.
 
     Said where a layer uses them, and not of a whole stack before its scan, it makes a device hold
@@ -87,7 +89,7 @@ def gather_adapter(adapter: Mapping[str, Any], spread: Spread) -> dict[str, Any]
     it is not known how the layer lies, nothing is said.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    stated = spread.inputs is not None or spread.outputs is not None
+    stated = sharding.inputs is not None or sharding.outputs is not None
     if not stated or mesh.empty or AxisType.Manual in mesh.axis_types:
         return {**adapter}
 

@@ -84,7 +84,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def rebuild(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
+def unflatten_like(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
     """`unflatten` with the keys of other trees, and an `nnx.State` where one of them is.
 
     >>> state = nnx.State({"layers": {0: {"kernel": 1}}})
@@ -117,7 +117,7 @@ def _note_keys(tree: Mapping[Any, Any], prefix: str, keys: dict[str, Any]) -> No
             _note_keys(value, path, keys)
 
 
-def checksum(path: str) -> int:
+def path_seed(path: str) -> int:
     """A number for a path, the same everywhere, to derive random keys by.
 
     >>> checksum("dense/kernel")
@@ -135,7 +135,7 @@ def is_adapter(path: str) -> bool:
     return ADAPTER in path.split("/")[:-1]
 
 
-def listing(paths: Iterable[str], limit: int = 8) -> str:
+def list_paths(paths: Iterable[str], limit: int = 8) -> str:
     """Paths for an error message: the first few, and how many more there are."""
     paths = sorted(paths)
     more = f", and {len(paths) - limit} more" if len(paths) > limit else ""

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 Places = tuple[tuple[str, NamedSharding], ...]
 
 
-def beside(kernel: Any, ndim: int, axes: Mapping[int, int]) -> Any:
+def sharding_beside_kernel(kernel: Any, ndim: int, axes: Mapping[int, int]) -> Any:
     """Where an adapter's leaf lies, given where its kernel does.
 
     Its stacks and experts are split as the kernel's are; its matrices are whole on every device,
@@ -59,7 +59,7 @@ def places_of(leaves: Mapping[str, Any]) -> Places:
     return tuple((path, sharding) for path, sharding in found if sharding is not None)
 
 
-def put(leaves: dict[str, Any], places: Places) -> dict[str, Any]:
+def constrain(leaves: dict[str, Any], places: Places) -> dict[str, Any]:
     """Inside jit: the arrays where they are said to lie."""
     known = dict(places)
 

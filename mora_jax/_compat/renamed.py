@@ -13,7 +13,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 def warn_renamed(old: str, new: str, *, stacklevel: int = 2) -> None:
     """Warns that `old` is called `new` now, at the line of the caller's caller."""
     warnings.warn(
-        f"{old} is called {new} now; the old name goes in the next release.",
+        f"{old} has been renamed to {new}; the old name will be removed in the next release.",
         DeprecationWarning,
         stacklevel=stacklevel + 1,
     )

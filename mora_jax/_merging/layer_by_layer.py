@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mora_jax._arrays.mesh import may_be_sharded, platform
-from mora_jax._arrays.paths import checksum
+from mora_jax._arrays.paths import path_seed
 from mora_jax._arrays.rounding import as_bits, is_narrow, random_bits
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
@@ -32,7 +32,7 @@ def adapter_of(leaves: Mapping[str, Any], plan: Plan, path: str) -> dict[str, ja
 
 def layer_key(key: jax.Array | None, kernel_path: str) -> jax.Array | None:
     """A layer's own key, by its path's checksum: its bits do not depend on other layers."""
-    return None if key is None else jax.random.fold_in(_threefry(key), checksum(kernel_path))
+    return None if key is None else jax.random.fold_in(_threefry(key), path_seed(kernel_path))
 
 
 def change_kernels(

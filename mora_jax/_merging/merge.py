@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from mora_jax._arrays.boxes import value_of, with_value
+from mora_jax._arrays.boxes import rebox, unbox
 from mora_jax._arrays.dtypes import wide_dtype
-from mora_jax._arrays.paths import flatten, is_adapter, rebuild
-from mora_jax._arrays.places import Places, places_of, put
+from mora_jax._arrays.paths import flatten, is_adapter, unflatten_like
+from mora_jax._arrays.places import Places, constrain, places_of
 from mora_jax._arrays.rounding import Rounding, check_rounding, is_narrow, rounded
 from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merging.losses import MergeLoss, as_numbers, loss_of_sums, loss_sums, warn_of_losses
@@ -62,15 +62,15 @@ def merge(
     check_rounding(rounding, key)
     leaves = flatten(params)
     check_merge(plan, leaves)
-    values = {path: value_of(leaf) for path, leaf in leaves.items()}
+    values = {path: unbox(leaf) for path, leaf in leaves.items()}
     if rounding == "nearest":
         key = None
         if not any(isinstance(value, Tracer) for value in values.values()):
             warn_of_losses(losses_of(values, plan, key), stacklevel=2)
     merged = _merge_jitted(values, plan, places_of(values), key)
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
-    merged = {path: with_value(leaves[path], kernel) for path, kernel in merged.items()}
-    return rebuild(base | merged, params)
+    merged = {path: rebox(leaves[path], kernel) for path, kernel in merged.items()}
+    return unflatten_like(base | merged, params)
 
 
 def merge_losses(
@@ -103,7 +103,7 @@ def merge_losses(
     check_rounding(rounding, key)
     leaves = flatten(params)
     check_merge(plan, leaves)
-    values = {path: value_of(leaf) for path, leaf in leaves.items()}
+    values = {path: unbox(leaf) for path, leaf in leaves.items()}
     return losses_of(values, plan, None if rounding == "nearest" else key)
 
 
@@ -163,7 +163,7 @@ def why_unmergeable(kernel: Any, plan: Plan, leaves: Mapping[str, Any]) -> str:
 
 @functools.partial(jax.jit, static_argnames=("plan", "places"))
 def _merge_jitted(leaves, plan: Plan, places: Places, key: jax.Array | None):
-    return put(merged_kernels(leaves, plan, key), places)
+    return constrain(merged_kernels(leaves, plan, key), places)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

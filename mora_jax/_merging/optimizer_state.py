@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._arrays.paths import KeyPath, field_name, listing, out_of_box, parameter_path
+from mora_jax._arrays.paths import KeyPath, field_name, list_paths, out_of_box, parameter_path
 
 #: Fields of optax states that are shaped like the parameters and start at zero.
 _MOMENTS = {
@@ -71,7 +71,7 @@ def find_adapter_state(opt_state: Any, adapters: Iterable[str]) -> AdapterState:
     if not moments and (arrays := [keys for _, (keys, leaf) in entries if np.ndim(leaf)]):
         raise ValueError(
             "the optimizer state holds arrays, but none at an adapter's path, so there is nothing "
-            f"to restart: {listing(map(jax.tree_util.keystr, arrays))}. Was it made for these "
+            f"to restart: {list_paths(map(jax.tree_util.keystr, arrays))}. Was it made for these "
             "parameters?"
         )
     # A tree of moments is one field of the state that owns it.
@@ -121,6 +121,6 @@ def _check_not_shared(count: KeyPath, trees, adapters, entries) -> None:
     if others:
         raise ValueError(
             f"opt_state{jax.tree_util.keystr(count)} counts the steps of adapters and of other "
-            f"parameters together ({listing(others)}), so it cannot restart for the adapters "
+            f"parameters together ({list_paths(others)}), so it cannot restart for the adapters "
             "alone. Give them states of their own: freeze_base(optimizer, plan)."
         )

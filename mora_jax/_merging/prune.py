@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mora_jax._arrays.mesh import explicit_mesh
-from mora_jax._arrays.paths import checksum
+from mora_jax._arrays.paths import path_seed
 from mora_jax._arrays.rounding import as_bits
 
 By = Literal["magnitude", "random"]
@@ -81,7 +81,7 @@ def pruned(
     else:
         assert key is not None
         # A key of its own: adapters are drawn by the path, and so are the bits of rounding.
-        own = jax.random.fold_in(jax.random.fold_in(key, checksum("moments")), checksum(path))
+        own = jax.random.fold_in(jax.random.fold_in(key, path_seed("moments")), path_seed(path))
         keep = jax.random.uniform(own, moment.shape) >= prune.share
         if explicit_mesh(moment) is not None:
             keep = jax.sharding.reshard(keep, jax.typeof(moment).sharding)

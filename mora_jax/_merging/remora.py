@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.paths import flatten, rebuild
-from mora_jax._arrays.places import places_of, put
+from mora_jax._arrays.boxes import rebox, unbox
+from mora_jax._arrays.paths import flatten, unflatten_like
+from mora_jax._arrays.places import constrain, places_of
 from mora_jax._arrays.rounding import Rounding, check_rounding
 from mora_jax._merging.losses import MergeLoss, warn_of_losses
 from mora_jax._merging.merge import check_merge, merge_losses, merged_kernels
@@ -132,7 +132,7 @@ def merge_and_reset(
     losses = merge_losses(params, plan, rounding=rounding, key=key)
     # Only what changes goes through the jitted call; the rest is handed on, untouched.
     changing = {
-        path: value_of(leaves[path]) for path in (*plan.kernel_paths(), *plan.adapter_leaves())
+        path: unbox(leaves[path]) for path in (*plan.kernel_paths(), *plan.adapter_leaves())
     }
     state, structure = jax.tree.flatten(opt_state)
     resetting = {str(index): state[index] for index in (*found.moments, *found.counts)}
@@ -147,7 +147,7 @@ def merge_and_reset(
     for index, leaf in anew.items():
         state[int(index)] = leaf
     return ResetResult(
-        rebuild(leaves | {p: with_value(leaves[p], v) for p, v in changed.items()}, params),
+        unflatten_like(leaves | {p: rebox(leaves[p], v) for p, v in changed.items()}, params),
         structure.unflatten(state),
         next_plan,
         ResetReport(len(plan), len(found.moments), len(found.counts), losses),
@@ -198,7 +198,7 @@ def _merge_and_start_anew(leaves, state, key, plan, places, rounding="nearest", 
         moment.index: pruned(state[moment.index], moment.prune, moment.path, moment.stacks, key)
         for moment in pruning
     }
-    return put(kernels | adapters, places[0]), put(anew, places[1])
+    return constrain(kernels | adapters, places[0]), constrain(anew, places[1])
 
 
 _STATIC = ("plan", "places", "rounding", "pruning")

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._arrays.boxes import value_of, with_value
+from mora_jax._arrays.boxes import rebox, unbox
 from mora_jax._arrays.dtypes import wide_dtype
-from mora_jax._arrays.paths import flatten, is_adapter, rebuild
-from mora_jax._arrays.places import Places, places_of, put
+from mora_jax._arrays.paths import flatten, is_adapter, unflatten_like
+from mora_jax._arrays.places import Places, constrain, places_of
 from mora_jax._arrays.rounding import Rounding, check_rounding, neighbour, rounded
 from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merging.losses import as_numbers
@@ -62,10 +62,10 @@ def unmerge(
     """
     params, key = _joined(merged, adapters, plan, rounding, key)
     leaves = flatten(params)
-    values = {path: value_of(leaf) for path, leaf in leaves.items()}
+    values = {path: unbox(leaf) for path, leaf in leaves.items()}
     found = _unmerge_jitted(values, plan, places_of(values), key)
-    found = {path: with_value(leaves[path], kernel) for path, kernel in found.items()}
-    return rebuild(leaves | found, params)
+    found = {path: rebox(leaves[path], kernel) for path, kernel in found.items()}
+    return unflatten_like(leaves | found, params)
 
 
 def unmerge_losses(
@@ -101,7 +101,7 @@ def unmerge_losses(
     {'': 0.0}
     """
     params, key = _joined(merged, adapters, plan, rounding, key)
-    values = {path: value_of(leaf) for path, leaf in flatten(params).items()}
+    values = {path: unbox(leaf) for path, leaf in flatten(params).items()}
     shares = {}
     for (path, spec), kernel in zip(plan.items(), plan.kernel_paths(), strict=True):
         adapter, own = adapter_of(values, plan, path), layer_key(key, kernel)
@@ -120,7 +120,7 @@ def _joined(merged, adapters, plan, rounding, key) -> tuple[Params, jax.Array | 
     )
     leaves = {path: leaf for path, leaf in flatten(adapters).items() if is_adapter(path)}
     check_base(plan, flatten(merged))
-    params = join(merged, rebuild(leaves, adapters))
+    params = join(merged, unflatten_like(leaves, adapters))
     check_merge(plan, flatten(params))
     return params, None if rounding == "nearest" else key
 
@@ -145,7 +145,7 @@ def _take_out(kernel, value, bits):
 
 @functools.partial(jax.jit, static_argnames=("plan", "places"))
 def _unmerge_jitted(leaves, plan: Plan, places: Places, key: jax.Array | None):
-    return put(change_kernels(leaves, plan, lambda *layer: _take_out(*layer)[0], key), places)
+    return constrain(change_kernels(leaves, plan, lambda *layer: _take_out(*layer)[0], key), places)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

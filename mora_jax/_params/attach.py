@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from mora_jax._arrays.boxes import box_like, place_for
-from mora_jax._arrays.paths import checksum, flatten, listing, rebuild
+from mora_jax._arrays.paths import flatten, list_paths, path_seed, unflatten_like
 from mora_jax._params.checks import check_unadapted
 from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
@@ -57,7 +57,7 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
         make = jax.jit(make, out_shardings={path: places.get(path) for path in owners})
     new = make(key)
     boxed = {p: box_like(leaves[kernel], new[p], axes) for p, (kernel, axes) in owners.items()}
-    return rebuild(leaves | boxed, params)
+    return unflatten_like(leaves | boxed, params)
 
 
 def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
@@ -66,12 +66,12 @@ def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
     if drawing and key is None:
         raise ValueError(
             f"key is missing: {plan[drawing[0]].scheme} draws random numbers "
-            f"(layers {listing(drawing)}). Pass key=jax.random.key(...)."
+            f"(layers {list_paths(drawing)}). Pass key=jax.random.key(...)."
         )
     leaves = {}
     for path, spec in plan.items():
         for name, leaf in plan.leaf_paths(path).items():
             # By the path's checksum, so that a layer's numbers do not depend on the others.
-            own = None if key is None else jax.random.fold_in(key, checksum(leaf))
+            own = None if key is None else jax.random.fold_in(key, path_seed(leaf))
             leaves[leaf] = spec.leaves[name].start(own, spec.shapes[name], spec.config.dtype)
     return leaves

@@ -26,10 +26,10 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mora_jax._arrays.boxes import value_of, with_value
+from mora_jax._arrays.boxes import rebox, unbox
 from mora_jax._arrays.dtypes import wide_dtype
-from mora_jax._arrays.paths import flatten, is_adapter, listing, rebuild
-from mora_jax._arrays.places import Places, places_of, put, sharding_of
+from mora_jax._arrays.paths import flatten, is_adapter, list_paths, unflatten_like
+from mora_jax._arrays.places import Places, constrain, places_of, sharding_of
 from mora_jax._params.checks import check_adapters, refuse_dora
 from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
@@ -68,7 +68,7 @@ class AdapterBank:
           KeyError: for a name that the bank has not.
         """
         if name not in self.names:
-            raise KeyError(f"no adapter {name!r} in the bank; there are: {listing(self.names)}.")
+            raise KeyError(f"no adapter {name!r} in the bank; there are: {list_paths(self.names)}.")
         return self.slots.index(name)
 
     def adapter_ids(self, names: Iterable[str | None]) -> jax.Array:
@@ -109,7 +109,7 @@ class AdapterBank:
             )
         new, index = _leaves_of(name, params, plan, self.plan), self.slots.index(None)
         leaves = flatten(self.adapters)
-        held = {path: value_of(leaf) for path, leaf in leaves.items()}
+        held = {path: unbox(leaf) for path, leaf in leaves.items()}
         for path, leaf in new.items():
             if leaf.dtype != held[path].dtype:
                 raise TypeError(
@@ -166,9 +166,9 @@ class AdapterBank:
         """
         if low := [path for path, spec in self.plan.items() if not spec.scheme.is_linear]:
             raise ValueError(
-                f"not combined: LowRank's delta is a product of two trained matrices, and a sum of "
-                f"such products has another rank (layers {listing(low)}). Merge them instead, or "
-                "give examples adapters of their own."
+                "not combined: LowRank's delta is a product of two trained matrices, and a sum of "
+                "such products has another rank. Merge the adapters instead, or give each example "
+                f"its own (layers {list_paths(low)})."
             )
         refuse_dora(
             self.plan,
@@ -186,7 +186,7 @@ class AdapterBank:
         return _like(self.adapters, _combine(held, vector, self.plan, places_of(held)))
 
     def _values(self) -> dict[str, jax.Array]:
-        return {path: value_of(leaf) for path, leaf in flatten(self.adapters).items()}
+        return {path: unbox(leaf) for path, leaf in flatten(self.adapters).items()}
 
 
 def stack_adapters(
@@ -236,8 +236,8 @@ def stack_adapters(
     name, (params, plan) = next(iter(adapters.items()))
     if plan.also_train:
         raise ValueError(
-            f"the plan trains {listing(dict(plan.also_train))} in full (also_train): adapters that "
-            "come with such parameters have no base in common, and make no bank."
+            f"the plan trains {list_paths(dict(plan.also_train))} in full (also_train): adapters "
+            "that come with such parameters have no base in common, and make no bank."
         )
     first = {path: leaf for path, leaf in flatten(params).items() if is_adapter(path)}
     values = _leaves_of(name, params, plan, plan)
@@ -245,12 +245,12 @@ def stack_adapters(
     make = functools.partial(_zeros, plan, capacity, dtypes)
     if places := {p: place for p, leaf in values.items() if (place := sharding_of(leaf))}:
         make = jax.jit(make, out_shardings={path: places.get(path) for path in values})
-    boxed = {path: with_value(first[path], leaf) for path, leaf in make().items()}
-    bank = AdapterBank(plan, rebuild(boxed, params), (None,) * capacity)
+    boxed = {path: rebox(first[path], leaf) for path, leaf in make().items()}
+    bank = AdapterBank(plan, unflatten_like(boxed, params), (None,) * capacity)
     for name, (params, own) in adapters.items():
         leaves = _leaves_of(name, params, own, plan)
         cast = {p: leaf.astype(dtypes[p] if dtype else leaf.dtype) for p, leaf in leaves.items()}
-        bank = bank.add(name, rebuild(cast), own, donate=True)
+        bank = bank.add(name, unflatten_like(cast), own, donate=True)
     return bank
 
 
@@ -261,7 +261,7 @@ def _leaves_of(name: str, params: Params, plan: Plan, wanted: Plan) -> dict[str,
         raise ValueError(f"{name!r} has another plan than the bank:{lines}")
     leaves = {path: leaf for path, leaf in flatten(params).items() if is_adapter(path)}
     check_adapters(wanted, leaves)
-    return {path: value_of(leaf) for path, leaf in leaves.items()}
+    return {path: unbox(leaf) for path, leaf in leaves.items()}
 
 
 def _differences(wanted: Plan, plan: Plan) -> list[str]:
@@ -282,7 +282,7 @@ def _differences(wanted: Plan, plan: Plan) -> list[str]:
 def _like(adapters: Params, values: Mapping[str, jax.Array]) -> dict[str, Any]:
     """A tree of adapters in the boxes and under the keys of another."""
     boxes = flatten(adapters)
-    return rebuild({p: with_value(boxes[p], value) for p, value in values.items()}, adapters)
+    return unflatten_like({p: rebox(boxes[p], value) for p, value in values.items()}, adapters)
 
 
 def _zeros(plan: Plan, capacity: int, dtypes: Mapping[str, str]) -> dict[str, jax.Array]:
@@ -304,7 +304,7 @@ def _written(leaves: dict[str, jax.Array], new: dict[str, jax.Array], index, pla
     for path, (rows, axis) in _rows_of(plan).items():
         start = index * rows
         written[path] = lax.dynamic_update_slice_in_dim(leaves[path], new[path], start, axis)
-    return put(written, places)
+    return constrain(written, places)
 
 
 _write = jax.jit(_written, static_argnames=("plan", "places"))
@@ -317,7 +317,7 @@ def _select(leaves: dict[str, jax.Array], index: Any, plan: Plan, places: Places
         path: lax.dynamic_slice_in_dim(leaves[path], index * rows, rows, axis)
         for path, (rows, axis) in _rows_of(plan).items()
     }
-    return put(chosen, places)
+    return constrain(chosen, places)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "places"))
@@ -332,4 +332,4 @@ def _combine(leaves: dict[str, jax.Array], weights: jax.Array, plan: Plan, place
         return terms.sum(axis).astype(leaf.dtype)
 
     rows_of = _rows_of(plan)
-    return put({path: combine(leaves[path], *rows_of[path]) for path in rows_of}, places)
+    return constrain({path: combine(leaves[path], *rows_of[path]) for path in rows_of}, places)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.checksums import all_finite
-from mora_jax._arrays.paths import is_adapter, join_path, listing
+from mora_jax._arrays.paths import is_adapter, join_path, list_paths
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import bank_size, holds_bank
 
@@ -19,7 +19,7 @@ from mora_jax._product.per_example import bank_size, holds_bank
 def check_unadapted(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError unless the leaves are a base model's, and the plan's."""
     if present := [path for path in leaves if is_adapter(path)]:
-        raise ValueError(f"the parameters have adapters already: {listing(present)}.")
+        raise ValueError(f"the parameters have adapters already: {list_paths(present)}.")
     check_base(plan, leaves)
 
 
@@ -28,7 +28,7 @@ def check_base(plan: Plan, leaves: Mapping[str, Any]) -> None:
     wanted = {join_path(path, spec.kernel_name): spec.kernel_shape for path, spec in plan.items()}
     _check_shapes(wanted | dict(plan.also_train), leaves, "base model")
     for path in wanted:
-        dtype = value_of(leaves[path]).dtype
+        dtype = unbox(leaves[path]).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{path!r} is {dtype}; a kernel must be floating to take a delta.")
 
@@ -49,7 +49,9 @@ def check_adapters(plan: Plan, leaves: Mapping[str, Any], *, count: int = 1) -> 
     if not present:
         raise ValueError("the parameters hold no adapters; call attach(plan, params) first.")
     if surplus := present - wanted.keys():
-        raise ValueError(f"the parameters hold adapters that the plan lacks: {listing(surplus)}.")
+        raise ValueError(
+            f"the parameters hold adapters that the plan lacks: {list_paths(surplus)}."
+        )
     if count == 1 and (held := adapters_per_layer(plan, leaves)) > 1:
         raise holds_bank(held, "the parameters")
     _check_shapes({path: leaf.shape for path, leaf in wanted.items()}, leaves, "adapters")
@@ -59,7 +61,7 @@ def adapters_per_layer(plan: Plan, leaves: Mapping[str, Any]) -> int:
     """How many adapters each layer holds; 1 if the shapes of the first layer do not tell."""
     for path, spec in plan.items():
         names = {name: leaf for name, leaf in plan.leaf_paths(path).items() if leaf in leaves}
-        held = {name: value_of(leaves[leaf]) for name, leaf in names.items()}
+        held = {name: unbox(leaves[leaf]) for name, leaf in names.items()}
         if held and all(getattr(leaf, "ndim", 0) > spec.row_axis for leaf in held.values()):
             return bank_size(held, spec.rows, spec.row_axis)
     return 1
@@ -73,8 +75,8 @@ def check_paths(plan: Plan, leaves: Mapping[str, Any]) -> None:
 def _check_present(wanted: Iterable[str], leaves: Mapping[str, Any], what: str) -> None:
     if missing := set(wanted) - leaves.keys():
         raise ValueError(
-            f"the plan does not fit the {what}: no parameter at {listing(missing)}. "
-            f"There are: {listing(leaves)}. Was the plan made for another model?"
+            f"the plan does not fit the {what}: no parameter at {list_paths(missing)}. "
+            f"There are: {list_paths(leaves)}. Was the plan made for another model?"
         )
 
 
@@ -83,7 +85,7 @@ def _check_shapes(
 ) -> None:
     _check_present(wanted, leaves, what)
     for path, shape in wanted.items():
-        value = value_of(leaves[path])
+        value = unbox(leaves[path])
         if not hasattr(value, "shape"):
             raise TypeError(f"{path!r} is a {type(value).__name__}, not an array.")
         if tuple(value.shape) != shape:
@@ -97,7 +99,7 @@ def _check_shapes(
 def refuse_dora(plan: Plan, done: str, why: str) -> None:
     """Raises ValueError where layers have DoRA, for what needs a delta alone."""
     if layers := [path for path, spec in plan.items() if spec.config.dora]:
-        raise ValueError(f"not {done}: DoRA {why} (layers {listing(layers)}).")
+        raise ValueError(f"not {done}: DoRA {why} (layers {list_paths(layers)}).")
 
 
 def check_finite(leaves: Mapping[str, Any], done: str) -> None:
@@ -109,13 +111,13 @@ def check_finite(leaves: Mapping[str, Any], done: str) -> None:
       leaves: path -> array, in its box or without one.
       done: what is not done then, such as "merged", for the error.
     """
-    found = all_finite({path: value_of(leaf) for path, leaf in leaves.items()})
+    found = all_finite({path: unbox(leaf) for path, leaf in leaves.items()})
     if any(isinstance(finite, Tracer) for finite in found.values()):
         return
     bad = [path for path, finite in jax.device_get(found).items() if not finite]
     if bad:
         raise ValueError(
-            f"not {done}: trained parameters hold numbers that are not finite: {listing(bad)}. "
+            f"not {done}: trained parameters hold numbers that are not finite: {list_paths(bad)}. "
             "The parameters are as they were; training has probably diverged."
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import optax
 
-from mora_jax._arrays.paths import flatten, listing, rebuild
+from mora_jax._arrays.paths import flatten, list_paths, unflatten_like
 from mora_jax._plans.plan import Plan
 
 
@@ -48,10 +48,10 @@ def freeze_base(
         leaves = flatten(params)
         if missing := wanted - leaves.keys():
             raise ValueError(
-                f"the tree lacks what the plan trains: {listing(missing)}; it has "
-                f"{listing(leaves)}. Give the parameters themselves, with adapters."
+                f"the tree lacks what the plan trains: {list_paths(missing)}; it has "
+                f"{list_paths(leaves)}. Give the parameters themselves, with adapters."
             )
-        groups = rebuild({path: plan.group(path) for path in leaves}, params)
+        groups = unflatten_like({path: plan.role(path) for path in leaves}, params)
         # A FrozenDict wants labels in a FrozenDict.
         return groups if isinstance(groups, type(params)) else type(params)(groups)
 

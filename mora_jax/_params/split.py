@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mora_jax._arrays.paths import flatten, listing, rebuild
+from mora_jax._arrays.paths import flatten, list_paths, unflatten_like
 from mora_jax._params.checks import check_adapted
 from mora_jax._plans.plan import Plan
 
@@ -37,9 +37,9 @@ def split(params: Params, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     leaves = flatten(params)
     check_adapted(plan, leaves)
-    trainable = {path: leaf for path, leaf in leaves.items() if plan.group(path) != "frozen"}
+    trainable = {path: leaf for path, leaf in leaves.items() if plan.role(path) != "frozen"}
     frozen = {path: leaf for path, leaf in leaves.items() if path not in trainable}
-    return rebuild(trainable, params), rebuild(frozen, params)
+    return unflatten_like(trainable, params), unflatten_like(frozen, params)
 
 
 def join(first: Params, second: Params) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def join(first: Params, second: Params) -> dict[str, Any]:
     """
     ours, theirs = flatten(first), flatten(second)
     if both := ours.keys() & theirs.keys():
-        raise ValueError(f"the trees share leaves: {listing(both)}.")
-    return rebuild(ours | theirs, first, second)
+        raise ValueError(f"the trees share leaves: {list_paths(both)}.")
+    return unflatten_like(ours | theirs, first, second)
 
 
 def trainable_mask(params: Params, plan: Plan) -> dict[str, Any]:
@@ -73,4 +73,4 @@ def trainable_mask(params: Params, plan: Plan) -> dict[str, Any]:
     """
     leaves = flatten(params)
     check_adapted(plan, leaves)
-    return rebuild({path: plan.group(path) != "frozen" for path in leaves}, params)
+    return unflatten_like({path: plan.role(path) != "frozen" for path in leaves}, params)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mora_jax._arrays.paths import join_path, listing
+from mora_jax._arrays.paths import join_path, list_paths
 from mora_jax._plans.cycles import Cycle
 from mora_jax._plans.layer import LayerConfig
 from mora_jax._plans.patterns import Pattern, check_pattern, first_match, matches, pairs_of
@@ -168,7 +168,7 @@ def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterabl
         near = difflib.get_close_matches(str(pattern), paths, n=8, cutoff=0.2) or paths
         raise ValueError(
             f"MoRAConfig.{name}={pattern!r} matches none of the {len(paths)} {kind} "
-            f"(a pattern must match a whole path, from the root). Near it: {listing(near)}."
+            f"(a pattern must match a whole path, from the root). Near it: {list_paths(near)}."
         )
     if not any(config.selects(path) for path in layers):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from mora_jax._arrays.mesh import UNKNOWN, Spread
+from mora_jax._arrays.mesh import UNKNOWN, FeatureSharding
 from mora_jax._plans.cycles import Cycle, check_cycle, next_scheme
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
@@ -32,7 +32,7 @@ class LayerConfig:
       dropout: rate at which the adapter's input is dropped where an rng stream `mora` is given.
       dtype: name of the adapter's dtype.
       train_kernel: whether the kernel itself is trained beside its adapter (`also_train`).
-      spread: how its activations lie on a mesh; stated by `mora_jax.sharding.on_mesh`.
+      feature_sharding: how its activations lie on a mesh; stated by `mora_jax.sharding.on_mesh`.
       keep_sums: see `MoRAConfig`.
       dora: likewise.
       size_multiple: see `MoRAConfig`.
@@ -45,7 +45,7 @@ class LayerConfig:
     dropout: float = 0.0
     dtype: str = "float32"
     train_kernel: bool = False
-    spread: Spread = UNKNOWN
+    feature_sharding: FeatureSharding = UNKNOWN
     keep_sums: bool = False
     dora: bool = False
     size_multiple: int = 1
@@ -193,7 +193,7 @@ class AdapterSpec:
 
 def spec_to_dict(spec: AdapterSpec) -> dict[str, Any]:
     fields = dataclasses.asdict(spec)
-    del fields["config"]["spread"]  # of a mesh, not of the adapter
+    del fields["config"]["feature_sharding"]  # of a mesh, not of the adapter
     fields["config"]["scheme"] = spec.scheme.to_dict()
     if isinstance(spec.config.cycle, tuple):
         fields["config"]["cycle"] = [scheme.to_dict() for scheme in spec.config.cycle]

@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from mora_jax._arrays.paths import adapter_path, is_adapter, join_path
+from mora_jax._compat.renamed import renamed_argument, warn_renamed
 from mora_jax._plans.layer import AdapterSpec, LayerConfig, spec_from_dict, spec_to_dict
 from mora_jax._plans.table import plan_table
 
 _FORMAT = 1
 
 
+@renamed_argument("left", "unadapted")
 @jax.tree_util.register_static  # pyright: ignore
 @dataclasses.dataclass(frozen=True)
 class Plan(Mapping[str, AdapterSpec]):
@@ -30,14 +32,14 @@ class Plan(Mapping[str, AdapterSpec]):
       layers: (path, spec) of every adapted layer, in the model's order.
       also_train: (path, shape) of every parameter trained in full beside the adapters.
       base_parameters: how many numbers the base model has.
-      left: (path, why) of every other layer, and of other parameters that are matrices; printed,
-        and no part of what the plan is compared by or saves.
+      unadapted: (path, why) of every other layer, and of other parameters that are matrices. It is
+        printed; plans are not compared by it, and it is not saved.
     """
 
     layers: tuple[tuple[str, AdapterSpec], ...]
     also_train: tuple[tuple[str, tuple[int, ...]], ...] = ()
     base_parameters: int = 0
-    left: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+    unadapted: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
 
     def __getitem__(self, path: str) -> AdapterSpec:
         for layer, spec in self.layers:
@@ -55,11 +57,16 @@ class Plan(Mapping[str, AdapterSpec]):
         """What the layer at `path` gets, or None where it is left alone."""
         return self[path].config if path in self else None
 
-    def group(self, path: str) -> str:
+    def role(self, path: str) -> str:
         """ "adapter", "also_train" or "frozen": how the parameter at `path` is treated."""
         if is_adapter(path):
             return "adapter"
         return "also_train" if self.trains(path) else "frozen"
+
+    def group(self, path: str) -> str:
+        """The old name of `role`."""
+        warn_renamed("Plan.group", "Plan.role")
+        return self.role(path)
 
     def adapter_leaves(self, count: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
         """Path, shape and dtype of every leaf of every adapter, or of banks of `count` adapters."""

@@ -35,7 +35,7 @@ def plan_table(plan: Plan) -> str:
         (path, " x ".join(map(str, shape)), "(trained in full)", "", f"{math.prod(shape):,}")
         for path, shape in plan.also_train
     ]
-    return "\n".join([*table(rows), _totals(plan), *_reasons(plan.left)])
+    return "\n".join([*table(rows), _totals(plan), *_reasons(plan.unadapted)])
 
 
 def _rows_of_layers(

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mora_jax._arrays.dtypes import add_delta, wide_dtype
-from mora_jax._arrays.mesh import UNKNOWN, Spread, shards_of, spread_is
+from mora_jax._arrays.mesh import UNKNOWN, FeatureSharding, feature_sharding_is, shards_of
 from mora_jax._product.axes import DotDimensionNumbers, KernelAxes, kernel_axes
 from mora_jax._product.cost import Place, Placement, Splits, cheapest_placements
 from mora_jax._product.dora import scaled
@@ -48,7 +48,7 @@ class AdaptedProduct:
       precision: of the base product.
       preferred_element_type: of the base product.
       frozen: whether the kernel is a constant.
-      spread: mesh axes over which features and rows are split.
+      feature_sharding: mesh axes over which features and rows are split.
       keep_sums: whether the sum of kernel and delta is kept for the backward pass.
       placement: where the forward pass has the delta.
     """
@@ -61,7 +61,7 @@ class AdaptedProduct:
     precision: Any = None
     preferred_element_type: Any = None
     frozen: bool = False
-    spread: Spread = UNKNOWN
+    feature_sharding: FeatureSharding = UNKNOWN
     keep_sums: bool = False
     placement: Placement = "activation"
 
@@ -149,7 +149,7 @@ class AdaptedProduct:
         """The function mapped over the batch axes, and told how features lie."""
 
         def one(*args: Any) -> Any:
-            with spread_is(self.spread):
+            with feature_sharding_is(self.feature_sharding):
                 return function(*args)
 
         for _ in self.axes.batch:
@@ -197,9 +197,9 @@ class AdaptedProduct:
         rows = math.prod(lhs.shape) // math.prod((*batch, in_features))
         if not isinstance(rows, int):  # a symbol, in a function to export
             return ("kernel" if self.placement == "auto" else self.placement), "kernel"
-        spread = self.spread
-        rows = max(1, rows // shards_of(spread.rows))
-        sides = (spread.inputs or (), spread.outputs or (), spread.kernel)
+        lies = self.feature_sharding
+        rows = max(1, rows // shards_of(lies.rows))
+        sides = (lies.inputs or (), lies.outputs or (), lies.kernel)
         splits = Splits(*map(shards_of, sides))
         size = self.scheme.size_of(adapter)
         forward, backward = cheapest_placements(

@@ -27,7 +27,7 @@ from jax import lax
 
 from mora_jax._arrays.mesh import (
     UNKNOWN,
-    Spread,
+    FeatureSharding,
     axes_of,
     explicit_mesh,
     gather_adapter,
@@ -35,6 +35,7 @@ from mora_jax._arrays.mesh import (
     split_over,
     vary_alike,
 )
+from mora_jax._compat.renamed import renamed_argument
 from mora_jax._product.axes import DotDimensionNumbers
 from mora_jax._product.call import AdaptedProduct
 from mora_jax._product.cost import Placement
@@ -44,6 +45,7 @@ from mora_jax._product.per_example import ExampleIds
 from mora_jax._schemes.base import Adapter, Scheme
 
 
+@renamed_argument("spread", "feature_sharding")
 def mora_dot_general(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -57,7 +59,7 @@ def mora_dot_general(
     adapter_lhs: jax.Array | None = None,
     adapter_ids: jax.Array | None = None,
     frozen: bool = False,
-    spread: Spread = UNKNOWN,
+    feature_sharding: FeatureSharding = UNKNOWN,
     keep_sums: bool = False,
     out_sharding: Any = None,
     dot_general: Callable[..., jax.Array] = lax.dot_general,
@@ -88,10 +90,10 @@ def mora_dot_general(
         whatever `placement` says.
       frozen: take the kernel as a constant: its gradient is zero, and never formed. Unlike with
         `jax.lax.stop_gradient`, a scan over stacked kernels keeps no copy of them.
-      spread: mesh axes over which inputs and outputs are split by their features, as in tensor
-        parallelism, and those of the rows: a tuple of names for each, empty where they are whole on
-        every device, None where it is not known; compressing is then dearer, and "auto" counts the
-        rows of all devices. `AxisType.Explicit` axes tell.
+      feature_sharding: mesh axes over which inputs and outputs are split by their features, as in
+        tensor parallelism, and those of the rows: a tuple of names for each, empty where they are
+        whole on every device, None where it is not known; compressing is then dearer, and "auto"
+        counts the rows of all devices. `AxisType.Explicit` axes tell.
       keep_sums: keep the sum of kernel and delta for the backward pass, where both passes have one,
         instead of making it again. For what runs under remat, which keeps it no longer than a
         layer; elsewhere it is a second copy of the kernel.
@@ -125,7 +127,7 @@ def mora_dot_general(
         precision=precision,
         preferred_element_type=preferred_element_type,
         frozen=frozen,
-        spread=spread,
+        feature_sharding=feature_sharding,
         keep_sums=keep_sums,
         placement=placement,
     )
@@ -135,8 +137,8 @@ def mora_dot_general(
         return _adapted(call, *arrays)
     # Its shardings are those of the base product, or what JAX says of that is raised.
     result = jax.eval_shape(call.product, lhs, rhs)
-    spread = _spread_of_explicit_axes(call, lhs, rhs, result)
-    inner = dataclasses.replace(call, dot_general=dot_general, spread=spread)
+    sharding = _explicit_feature_sharding(call, lhs, rhs, result)
+    inner = dataclasses.replace(call, dot_general=dot_general, feature_sharding=sharding)
     return in_auto_axes(functools.partial(_adapted, inner), mesh, result.sharding, *arrays)
 
 
@@ -171,15 +173,15 @@ def _check(
         )
 
 
-def _spread_of_explicit_axes(
+def _explicit_feature_sharding(
     call: AdaptedProduct, lhs: jax.Array, rhs: jax.Array, result: Any
-) -> Spread:
+) -> FeatureSharding:
     """How the layer lies on a mesh, where the arrays' types say it."""
     outputs = range(result.ndim - len(call.axes.outputs), result.ndim)
     inputs = call.dimension_numbers[0][0]
     names = jax.typeof(lhs).sharding.spec
     rows = (axis for axis in call.lhs_free if names[axis] is not None)
-    return Spread(
+    return FeatureSharding(
         split_over(names, inputs, lhs.shape),
         split_over(result.sharding.spec, outputs, result.shape),
         sum((split_over(names, [axis], lhs.shape) or () for axis in rows), ()),
@@ -197,7 +199,7 @@ def _adapted(
 ) -> jax.Array:
     """The product of arrays that have been checked."""
     direction, magnitude = split_magnitude(adapter)
-    direction = gather_adapter(direction, call.spread)
+    direction = gather_adapter(direction, call.feature_sharding)
     scale = None
     if magnitude is not None:
         scale = column_scale(rhs, adapter, call.axes, call.scheme, after=lhs)

@@ -1,7 +1,7 @@
 """Names of PyTorch modules for kernels in a tree of parameters, as data.
 
-A `Name` is a pair of patterns. Of a Llama whose layers stand side by side, and of one whose layers
-are stacked (the stack is the kernel's first axis, each element is a module of its own):
+A `KernelName` is a pair of patterns. Of a Llama whose layers stand side by side, and of one whose
+layers are stacked (the stack is the kernel's first axis, each element is a module of its own):
 
     model/layers/{layer}/*/*/kernel    model.layers.{layer}.*.*
     layers/*/*/kernel                  model.layers.{layer}.*.*
@@ -21,7 +21,7 @@ _FIELD = re.compile(r"(\*|\{\w+\})")
 
 
 @dataclasses.dataclass(frozen=True)
-class Name:
+class KernelName:
     """Which PyTorch modules the kernels at some paths are.
 
     In both patterns `{word}` stands for a number and `*` for a part of the path between slashes
@@ -35,7 +35,7 @@ class Name:
       axes: which axes of the kernel are inputs, outputs and batch. None for `[..., I, O]`, with as
         many batch axes as the module has numbers of its own.
 
-    >>> Name("layers/*/*/kernel", "model.layers.{layer}.*.*").modules(
+    >>> KernelName("layers/*/*/kernel", "model.layers.{layer}.*.*").modules(
     ...     "layers/mlp/up_proj/kernel", (2, 64, 172)).modules
     ('model.layers.0.mlp.up_proj', 'model.layers.1.mlp.up_proj')
     """
@@ -79,7 +79,8 @@ class Name:
             said = f"{self.axes}" if self.axes else f"{len(stack)} stacked axes, inputs, outputs"
             raise ValueError(
                 f"{path!r} has shape {tuple(shape)}, but {self.module!r} is for a kernel of "
-                f"{said}. State its axes: Name({self.path!r}, {self.module!r}, KernelAxes(...))."
+                f"{said}. State its axes: "
+                f"KernelName({self.path!r}, {self.module!r}, KernelAxes(...))."
             )
         counts = [range(size) for size in axes.sizes(shape)[0]]
         numbers = (dict(zip(stack, index, strict=True)) for index in itertools.product(*counts))
@@ -132,18 +133,18 @@ class TorchKernel(NamedTuple):
 
 #: Kernels of Llama and its relatives: layers side by side, or stacked for a scan.
 LLAMA_KERNELS = (
-    Name("lm_head/kernel", "lm_head"),
-    Name("model/layers/{layer}/*/*/kernel", "model.layers.{layer}.*.*"),
-    Name("model/layers_{layer}/*/*/kernel", "model.layers.{layer}.*.*"),
-    Name("model/layers/*/*/kernel", "model.layers.{layer}.*.*"),
-    Name("layers/{layer}/*/*/kernel", "model.layers.{layer}.*.*"),
-    Name("layers_{layer}/*/*/kernel", "model.layers.{layer}.*.*"),
-    Name("layers/*/*/kernel", "model.layers.{layer}.*.*"),
+    KernelName("lm_head/kernel", "lm_head"),
+    KernelName("model/layers/{layer}/*/*/kernel", "model.layers.{layer}.*.*"),
+    KernelName("model/layers_{layer}/*/*/kernel", "model.layers.{layer}.*.*"),
+    KernelName("model/layers/*/*/kernel", "model.layers.{layer}.*.*"),
+    KernelName("layers/{layer}/*/*/kernel", "model.layers.{layer}.*.*"),
+    KernelName("layers_{layer}/*/*/kernel", "model.layers.{layer}.*.*"),
+    KernelName("layers/*/*/kernel", "model.layers.{layer}.*.*"),
 )
 
 
 def torch_kernels(
-    shapes: Mapping[str, Sequence[int]], names: Iterable[Name]
+    shapes: Mapping[str, Sequence[int]], names: Iterable[KernelName]
 ) -> tuple[dict[str, TorchKernel], dict[str, str]]:
     """(path -> modules of a kernel, path -> why it is none); the first name that matches counts.
 

@@ -2,7 +2,7 @@
 
 `names.py` says which modules the kernels are. A kernel is `x @ W`, its inputs first, and a
 torch linear layer holds the transpose; stacked layers are one array here and one tensor each there.
-All else, embeddings and norms and biases, is kept as it is; `Kept` says what that is called.
+All else, embeddings and norms and biases, is kept as it is; `TensorName` says what that is called.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from mora_jax._product.axes import KernelAxes
-from mora_jax._torch.names import LLAMA_KERNELS, Name, TorchKernel, torch_kernels
+from mora_jax._torch.names import LLAMA_KERNELS, KernelName, TorchKernel, torch_kernels
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept(Name):
+class TensorName(KernelName):
     """Which PyTorch tensors the parameters at some paths are, where both keep them alike.
 
-    Patterns are those of `Name`, but `module` is the whole name of the tensor, `.weight` or `.bias`
-    included. A number that it alone has counts the parameter's first axis.
+    Patterns are those of `KernelName`, but `module` is the whole name of the tensor, `.weight` or
+    `.bias` included. A number that it alone has counts the parameter's first axis.
 
-    >>> Kept("layers/*/scale", "model.layers.{layer}.*.weight").tensors("layers/norm/scale", (2, 8))
+    >>> name = TensorName("layers/*/scale", "model.layers.{layer}.*.weight")
+    >>> name.tensors("layers/norm/scale", (2, 8))
     ('model.layers.0.norm.weight', 'model.layers.1.norm.weight')
     """
 
@@ -34,7 +35,7 @@ class Kept(Name):
 
     def tensors(self, path: str, shape: Sequence[int]) -> tuple[str, ...]:
         """The names of its tensors, one for each element of its stack, in their order."""
-        return Name(self.path, self.module, self.axes_of(shape)).modules(path, shape).modules
+        return KernelName(self.path, self.module, self.axes_of(shape)).modules(path, shape).modules
 
     def axes_of(self, shape: Sequence[int]) -> KernelAxes:
         """The axes of its stack, and all others as outputs."""
@@ -76,7 +77,7 @@ class TorchTensor:
 
 
 def torch_tensors(
-    shapes: Mapping[str, Sequence[int]], names: Iterable[Name]
+    shapes: Mapping[str, Sequence[int]], names: Iterable[KernelName]
 ) -> dict[str, TorchTensor]:
     """Name in PyTorch -> tensor, for every parameter of a model; its own inverse.
 
@@ -103,10 +104,10 @@ def torch_tensors(
             own = [f"{module}.weight" for module in modules]
         else:
             name = next((name for name in names if name.matches(path)), None)
-            if not isinstance(name, Kept):
+            if not isinstance(name, TensorName):
                 raise ValueError(
-                    f"what is it called in PyTorch? {left[path]}. names=(Kept(path, tensor), "
-                    "*LLAMA) names a parameter, Name(path, module) a kernel."
+                    f"what is it called in PyTorch? {left[path]}. names=(TensorName(path, tensor), "
+                    "*LLAMA) names a parameter, KernelName(path, module) a kernel."
                 )
             axes, own = name.axes_of(shape), name.tensors(path, shape)
         for name, index in zip(own, np.ndindex(*axes.sizes(shape)[0]), strict=True):
@@ -116,17 +117,17 @@ def torch_tensors(
     return tensors
 
 
-def _kept_of_llama() -> Iterator[Kept]:
+def _kept_of_llama() -> Iterator[TensorName]:
     for top in ("model/", ""):
-        yield Kept(f"{top}embed_tokens/embedding", "model.embed_tokens.weight")
+        yield TensorName(f"{top}embed_tokens/embedding", "model.embed_tokens.weight")
         for weight in ("scale", "weight"):
-            yield Kept(f"{top}norm/{weight}", "model.norm.weight")
+            yield TensorName(f"{top}norm/{weight}", "model.norm.weight")
         for layer in ("layers/{layer}", "layers_{layer}", "layers"):
             for weight in ("scale", "weight"):
-                yield Kept(f"{top}{layer}/*/{weight}", "model.layers.{layer}.*.weight")
-                yield Kept(f"{top}{layer}/*/*/{weight}", "model.layers.{layer}.*.*.weight")
-            yield Kept(f"{top}{layer}/*/*/bias", "model.layers.{layer}.*.*.bias")
+                yield TensorName(f"{top}{layer}/*/{weight}", "model.layers.{layer}.*.weight")
+                yield TensorName(f"{top}{layer}/*/*/{weight}", "model.layers.{layer}.*.*.weight")
+            yield TensorName(f"{top}{layer}/*/*/bias", "model.layers.{layer}.*.*.bias")
 
 
 #: Llama and its relatives (Mistral, Qwen, SmolLM), every parameter of them.
-LLAMA: tuple[Name, ...] = (*LLAMA_KERNELS, *_kept_of_llama())
+LLAMA: tuple[KernelName, ...] = (*LLAMA_KERNELS, *_kept_of_llama())

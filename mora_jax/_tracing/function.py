@@ -15,8 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.paths import checksum, flatten, is_adapter, join_path, listing, rebuild
+from mora_jax._arrays.boxes import unbox
+from mora_jax._arrays.paths import (
+    flatten,
+    is_adapter,
+    join_path,
+    list_paths,
+    path_seed,
+    unflatten_like,
+)
 from mora_jax._params.checks import adapters_per_layer, check_adapted
 from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.layer import AdapterSpec
@@ -24,7 +31,7 @@ from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.per_example import ExampleIds, unstack_bank
 from mora_jax._tracing.interpreter import Traced, trace
-from mora_jax._tracing.kernel_views import Adapted, Recorded
+from mora_jax._tracing.kernel_views import AdaptedView, RecordingView
 
 
 def as_params(tree: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
@@ -108,16 +115,16 @@ class AdaptedFunction:
                 continue
             spec = plan[kernels[path]]
             paths = plan.leaf_paths(kernels[path])
-            adapter = {name: value_of(leaves[leaf]) for name, leaf in paths.items()}
+            adapter = {name: unbox(leaves[leaf]) for name, leaf in paths.items()}
             adapter = spec.batch_first(adapter)
             # By the path's checksum, so that a layer's mask does not depend on the others.
-            key = None if mora_key is None else jax.random.fold_in(mora_key, checksum(path))
+            key = None if mora_key is None else jax.random.fold_in(mora_key, path_seed(path))
             examples = None
             if mora_adapter_ids is not None:
                 examples = ExampleIds(mora_adapter_ids, kernels[path])
                 adapter = unstack_bank(adapter, spec.rows, kernels[path])
             axes = spec.kernel_axes
-            arrays[index] = Adapted.of(arrays[index], adapter, axes, spec.config, key, examples)
+            arrays[index] = AdaptedView.of(arrays[index], adapter, axes, spec.config, key, examples)
         return traced.run(arrays)
 
 
@@ -131,20 +138,20 @@ def plan(function: AdaptedFunction, params: Any, *inputs: Any, **kwargs: Any) ->
 
 
 def _trace(function: Callable, params, base, inputs: tuple, kwargs: Any) -> Traced:
-    if bad := [path for path, leaf in base.items() if not hasattr(value_of(leaf), "shape")]:
+    if bad := [path for path, leaf in base.items() if not hasattr(unbox(leaf), "shape")]:
         raise TypeError(
-            f"parameters must be nested dicts of arrays, got something else at {listing(bad)}. "
+            f"parameters must be nested dicts of arrays, got something else at {list_paths(bad)}. "
             "Use as_params(tree) for other trees."
         )
 
     def call(leaves, *inputs, **kwargs):
-        return function(rebuild(leaves, params), *inputs, **kwargs)
+        return function(unflatten_like(leaves, params), *inputs, **kwargs)
 
     return trace(call, dict(base), *inputs, **kwargs)
 
 
 def _plan(traced: Traced, base: Mapping[str, Any], config: MoRAConfig) -> Plan:
-    base = {path: value_of(leaf) for path, leaf in base.items()}
+    base = {path: unbox(leaf) for path, leaf in base.items()}
     layers = _layers(_kernels(traced, base))
     check_matches(config, layers, base)
     specs = []
@@ -188,7 +195,7 @@ def _kernels(traced: Traced, base: Mapping[str, Any]) -> dict[str, KernelAxes]:
         for index, path in enumerate(paths):
             array, order = views[index], tuple(range(views[index].ndim))
             if jnp.issubdtype(array.dtype, jnp.floating):
-                views[index] = Recorded(array, order, array.dtype, path, found, order)
+                views[index] = RecordingView(array, order, array.dtype, path, found, order)
         traced.run(views)
 
     jax.eval_shape(run, list(traced.arrays))

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from mora_jax._arrays.paths import ADAPTER, IDS, checksum
+from mora_jax._arrays.paths import ADAPTER, IDS, path_seed
 from mora_jax._params.attach import attach
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
@@ -71,7 +71,7 @@ class _AdaptedModule:
         run = AdaptedFunction(functools.partial(_apply, self.mora_base), self.mora_plan)
         # The adapters' dropout goes with the model's own: `dropout_rng` in training.
         key = (kwargs.get("rngs") or {}).get("dropout")
-        key = None if key is None else jax.random.fold_in(key, checksum(ADAPTER))
+        key = None if key is None else jax.random.fold_in(key, path_seed(ADAPTER))
         own = {"mora_key": key, "mora_adapter_ids": ids}
         return run(variables["params"], rest, *args, **own, **kwargs)
 

@@ -21,7 +21,7 @@ from mora_jax._tracing.view import View
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorded(View):
+class RecordingView(View):
     """Notes the axes of the products that a parameter enters.
 
     Attributes:
@@ -71,7 +71,7 @@ class Recorded(View):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapted(View):
+class AdaptedView(View):
     """A kernel and its adapter.
 
     Attributes:
@@ -98,7 +98,7 @@ class Adapted(View):
         config: LayerConfig,
         key: jax.Array | None = None,
         examples: ExampleIds | None = None,
-    ) -> Adapted:
+    ) -> AdaptedView:
         """The view of a whole kernel."""
         key = key if config.dropout else None
         order = tuple(range(kernel.ndim))
@@ -195,7 +195,7 @@ class Adapted(View):
             self.config.scheme,
             placement=self.config.placement,
             frozen=not self.config.train_kernel,
-            spread=self.config.spread,
+            feature_sharding=self.config.feature_sharding,
             keep_sums=self.config.keep_sums,
             adapter_lhs=None if self.key is None else self._adapter_inputs(lhs),
             adapter_ids=None if self.examples is None else self.examples.ids,

@@ -14,9 +14,9 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from mora_jax._arrays.boxes import box_like, place_for, value_of, with_value
+from mora_jax._arrays.boxes import box_like, place_for, rebox, unbox
 from mora_jax._arrays.checksums import checksums
-from mora_jax._arrays.paths import flatten, listing, rebuild, unflatten
+from mora_jax._arrays.paths import flatten, list_paths, unflatten, unflatten_like
 from mora_jax._params.checks import check_finite, check_unadapted
 from mora_jax._params.split import Params, split
 from mora_jax._plans.plan import Plan
@@ -26,9 +26,9 @@ from mora_jax.checkpoint._record import (
     check_saved,
     fingerprint_of,
     from_custom,
-    reading,
     shape_of,
     to_custom,
+    with_path_in_errors,
 )
 from mora_jax.checkpoint._versions import (
     check_room,
@@ -118,16 +118,14 @@ def save_adapters(
     """
     trainable, _ = split(params, plan)
     leaves = flatten(params)
-    values = {path: value_of(leaf) for path, leaf in flatten(trainable).items()}
+    values = {path: unbox(leaf) for path, leaf in flatten(trainable).items()}
     path = epath.Path(directory).absolute()
     check_room(path, name)
     if name is not None:
         path = path / name
     sums = checksums(values)
     check_finite(values, f"saved at {path}")
-    base = {
-        p: shape_of(value_of(leaves[p])) for p in (*plan.kernel_paths(), *dict(plan.also_train))
-    }
+    base = {p: shape_of(unbox(leaves[p])) for p in (*plan.kernel_paths(), *dict(plan.also_train))}
     if fingerprint:
         for kernel, checksum in fingerprint_of(plan, leaves).items():
             base[kernel]["checksum"] = checksum
@@ -183,18 +181,18 @@ def load_adapters(
         kernel, axes = owners.get(leaf, (leaf, {axis: axis for axis in range(len(shape))}))
         sharding = place_for(leaves[kernel], len(shape), axes) or anywhere
         abstract[leaf] = jax.ShapeDtypeStruct(shape, saved[leaf].dtype, sharding=sharding)
-    loaded = flatten(reading(path, lambda: ocp.load(path, unflatten(abstract))))
+    loaded = flatten(with_path_in_errors(path, lambda: ocp.load(path, unflatten(abstract))))
     if record.arrays is not None:
         found = checksums(loaded)
         if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf].get("checksum")]:
-            raise ValueError(f"{path} is damaged: {listing(other)} are not the numbers saved.")
+            raise ValueError(f"{path} is damaged: {list_paths(other)} are not the numbers saved.")
     check_finite(loaded, f"loaded from {path}")
     for leaf, (kernel, axes) in owners.items():
         loaded[leaf] = box_like(leaves[kernel], loaded[leaf], axes)
     for leaf, _ in plan.also_train:
-        loaded[leaf] = with_value(leaves[leaf], loaded[leaf])
+        loaded[leaf] = rebox(leaves[leaf], loaded[leaf])
     frozen = {path: leaf for path, leaf in leaves.items() if path not in wanted}
-    return rebuild(frozen | loaded, params), plan
+    return unflatten_like(frozen | loaded, params), plan
 
 
 def list_adapters(directory: str | os.PathLike[str]) -> list[SavedAdapters]:
@@ -228,6 +226,6 @@ def _entry(path: epath.Path, name: str, version: int) -> SavedAdapters:
 
 def _read(path: epath.Path) -> tuple[Record, dict[str, Any]]:
     """What a checkpoint says of itself, and shape and dtype of the arrays that Orbax finds."""
-    found = reading(path, lambda: ocp.metadata(path))
+    found = with_path_in_errors(path, lambda: ocp.metadata(path))
     record = from_custom(path, found.custom_metadata)
-    return record, reading(path, lambda: flatten(found.metadata))
+    return record, with_path_in_errors(path, lambda: flatten(found.metadata))

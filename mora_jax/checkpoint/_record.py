@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.checksums import checksums
-from mora_jax._arrays.paths import is_adapter, listing
+from mora_jax._arrays.paths import is_adapter, list_paths
 from mora_jax._plans.plan import Plan
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def from_custom(path: os.PathLike[str], custom: Any) -> Record:
     fields: dict[str, Any] = {}
     if record is not None or digest is not None:
         text, record = str(text), str(record)
-        fields = reading(path, lambda: dict(json.loads(record)))
+        fields = with_path_in_errors(path, lambda: dict(json.loads(record)))
         if fields.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} has format {fields.get('format')!r} of a later mora_jax; this version "
@@ -97,11 +97,11 @@ def from_custom(path: os.PathLike[str], custom: Any) -> Record:
         if digest != digest_of(text, record):
             raise ValueError(f"{path} is damaged: its metadata are not those that were saved.")
         fields.pop("format")
-    plan = reading(path, lambda: Plan.from_json(text))
-    return reading(path, lambda: Record(plan, **fields))
+    plan = with_path_in_errors(path, lambda: Plan.from_json(text))
+    return with_path_in_errors(path, lambda: Record(plan, **fields))
 
 
-def reading(path: os.PathLike[str], read: Callable[[], T]) -> T:
+def with_path_in_errors(path: os.PathLike[str], read: Callable[[], T]) -> T:
     """What `read` gives, its errors as one that names the checkpoint."""
     try:
         return read()
@@ -126,7 +126,7 @@ def check_fits(path: os.PathLike[str], record: Record, leaves: Mapping[str, Any]
             differences.append(f"no parameter at {name!r}, which had shape {tuple(shape)}")
             prints.pop(name, None)
             continue
-        value = value_of(leaves[name])
+        value = unbox(leaves[name])
         if tuple(value.shape) != tuple(shape):
             differences.append(f"{name!r} has shape {tuple(value.shape)}, and had {tuple(shape)}")
             prints.pop(name, None)
@@ -145,7 +145,7 @@ def check_fits(path: os.PathLike[str], record: Record, leaves: Mapping[str, Any]
         raise ValueError(
             f"the adapters of {path} are of another model:\n  "
             + "\n  ".join(differences + notes)
-            + f"\nThe parameters given are {listing(there)}."
+            + f"\nThe parameters given are {list_paths(there)}."
         )
 
 
@@ -159,8 +159,8 @@ def check_saved(
     if wanted.keys() != saved.keys():
         raise ValueError(
             f"{path} does not hold the arrays of its plan: missing "
-            f"{listing(wanted.keys() - saved.keys()) or 'none'}, surplus "
-            f"{listing(saved.keys() - wanted.keys()) or 'none'}."
+            f"{list_paths(wanted.keys() - saved.keys()) or 'none'}, surplus "
+            f"{list_paths(saved.keys() - wanted.keys()) or 'none'}."
         )
     for name, shape in wanted.items():
         if tuple(saved[name].shape) != tuple(shape):
@@ -193,5 +193,5 @@ def digest_of(*texts: str) -> str:
 def fingerprint_of(plan: Plan, leaves: Mapping[str, Any]) -> dict[str, int]:
     """Checksums of the floating kernels among these leaves; those of `also_train` are saved."""
     frozen = [name for name in plan.kernel_paths() if name in leaves and not plan.trains(name)]
-    values = {name: value_of(leaves[name]) for name in frozen}
+    values = {name: unbox(leaves[name]) for name in frozen}
     return checksums({n: v for n, v in values.items() if isinstance(v, jax.Array | np.ndarray)})

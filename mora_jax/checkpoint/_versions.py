@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mora_jax._arrays.paths import listing
+from mora_jax._arrays.paths import list_paths
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -83,7 +83,7 @@ def find_saved(path: epath.Path, name: str | None, version: int | None) -> epath
 
 
 def _has(path: epath.Path) -> str:
-    return listing(names_in(path) if path.is_dir() else ()) or "none"
+    return list_paths(names_in(path) if path.is_dir() else ()) or "none"
 
 
 @contextlib.contextmanager

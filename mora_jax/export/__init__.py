@@ -8,18 +8,22 @@
     PeftModel.from_pretrained(base_model, "out/lora")                  # PEFT, or any LoRA server
 
 A merged model is written one tensor at a time, so that it takes no second model's memory.
-What parameters are called in PyTorch is data, `LLAMA` by default: `Name` for kernels, `Kept` for
-the rest.
+What parameters are called in PyTorch is data, `LLAMA` by default: `KernelName` for kernels,
+`TensorName` for the rest.
 
 An optional module: it needs `pip install 'mora_jax[export]'`.
 """
 
 from mora_jax._compat.extras import needs_extra
+from mora_jax._compat.renamed import renamed_names
 
 with needs_extra("export", "safetensors", "regex"):
-    from mora_jax._torch.names import Name
-    from mora_jax._torch.tensors import LLAMA, Kept
+    from mora_jax._torch.names import KernelName
+    from mora_jax._torch.tensors import LLAMA, TensorName
     from mora_jax.export._lora import save_lora
     from mora_jax.export._merged import save_merged
 
-__all__ = ["LLAMA", "Kept", "Name", "save_lora", "save_merged"]
+__all__ = ["LLAMA", "KernelName", "TensorName", "save_lora", "save_merged"]
+
+_RENAMED = {"Kept": ("TensorName", TensorName), "Name": ("KernelName", KernelName)}
+__getattr__ = renamed_names(__name__, _RENAMED)

@@ -9,13 +9,13 @@ import jax
 
 from mora_jax import peft
 from mora_jax._analysis.projection import ProjectionReport, project_to_lora
-from mora_jax._arrays.boxes import value_of, with_value
-from mora_jax._arrays.paths import flatten, listing, rebuild
+from mora_jax._arrays.boxes import rebox, unbox
+from mora_jax._arrays.paths import flatten, list_paths, unflatten_like
 from mora_jax._arrays.places import on_host
 from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 from mora_jax._torch.directories import check_new
-from mora_jax._torch.names import Name, torch_kernels
+from mora_jax._torch.names import KernelName, torch_kernels
 from mora_jax._torch.tensors import LLAMA
 
 
@@ -25,7 +25,7 @@ def save_lora(
     plan: Plan,
     rank: int,
     *,
-    names: Iterable[Name] = LLAMA,
+    names: Iterable[KernelName] = LLAMA,
 ) -> ProjectionReport:
     """Writes the LoRA nearest to the adapters, as PEFT has it, and says what each layer lost.
 
@@ -53,21 +53,19 @@ def save_lora(
     lora, lora_plan, report = project_to_lora(params, plan, rank)
     leaves = flatten(lora)
     # Arrays of all processes come together by the help of all.
-    host = {
-        p: with_value(leaves[p], on_host(value_of(leaves[p]))) for p in lora_plan.adapter_leaves()
-    }
+    host = {p: rebox(leaves[p], on_host(unbox(leaves[p]))) for p in lora_plan.adapter_leaves()}
     if jax.process_index() == 0:
-        peft.save_adapters(directory, rebuild(leaves | host, lora), lora_plan, names=names)
+        peft.save_adapters(directory, unflatten_like(leaves | host, lora), lora_plan, names=names)
     return report
 
 
-def _check_projectable(params: Params, plan: Plan, names: Iterable[Name]) -> None:
+def _check_projectable(params: Params, plan: Plan, names: Iterable[KernelName]) -> None:
     """Raises ValueError for what PEFT's file cannot hold, before anything is decomposed."""
     if plan.also_train:
         raise ValueError(
             "a LoRA cannot hold the parameters that are trained in full, "
-            f"{listing(dict(plan.also_train))}; save_merged can."
+            f"{list_paths(dict(plan.also_train))}; save_merged can."
         )
-    _, left = torch_kernels({p: value_of(x).shape for p, x in flatten(params).items()}, names)
+    _, left = torch_kernels({p: unbox(x).shape for p, x in flatten(params).items()}, names)
     if unknown := [path for path in plan.kernel_paths() if path in left]:
         raise ValueError(f"{unknown[0]!r} is no linear layer in PyTorch: {left[unknown[0]]}.")

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.paths import flatten, is_adapter, listing
+from mora_jax._arrays.boxes import unbox
+from mora_jax._arrays.paths import flatten, is_adapter, list_paths
 from mora_jax._merging.merge import check_mergeable
 from mora_jax._params.checks import check_adapted, check_adapters_finite
 from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 from mora_jax._torch.directories import check_new, new_directory
-from mora_jax._torch.names import Name
+from mora_jax._torch.names import KernelName
 from mora_jax._torch.safetensors_writer import Shapes, read_header, shards, size_of, write_tensors
 from mora_jax._torch.tensors import LLAMA, torch_tensors
 from mora_jax.export._merged_tensor import merged_tensor
@@ -37,7 +37,7 @@ def save_merged(
     plan: Plan | None,
     *,
     config: Mapping[str, Any] | str | os.PathLike[str],
-    names: Iterable[Name] = LLAMA,
+    names: Iterable[KernelName] = LLAMA,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes the merged model as safetensors and config.json, for PyTorch's `transformers`.
@@ -67,11 +67,11 @@ def save_merged(
       TypeError: for a dtype that safetensors lack.
 
     >>> import tempfile, flax.linen as nn, jax.numpy as jnp, mora_jax
-    >>> from mora_jax.export import Kept, Name
+    >>> from mora_jax.export import KernelName, TensorName
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
-    >>> names = [Name("kernel", "fc"), Kept("bias", "fc.bias")]
+    >>> names = [KernelName("kernel", "fc"), Kept("bias", "fc.bias")]
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     config = {"tie_word_embeddings": True}
     ...     save_merged(f"{folder}/model", params, plan, config=config, names=names)
@@ -83,7 +83,7 @@ def save_merged(
         check_adapted(plan, leaves)
         check_adapters_finite(plan, leaves, "written")
         check_mergeable(plan, leaves)
-    values = {path: value_of(leaf) for path, leaf in leaves.items() if not is_adapter(path)}
+    values = {path: unbox(leaf) for path, leaf in leaves.items() if not is_adapter(path)}
     tensors = torch_tensors({path: value.shape for path, value in values.items()}, names)
     shapes = {
         name: jax.ShapeDtypeStruct(tensor.torch_shape, values[tensor.path].dtype)
@@ -180,8 +180,8 @@ def _check_like(base: pathlib.Path, shapes: Shapes) -> None:
     # Whether there is a head of its own is for the config to say.
     if theirs and (missing | surplus) - {_HEAD}:
         raise ValueError(
-            f"not the tensors of {base}: missing {listing(missing) or 'none'}, surplus "
-            f"{listing(surplus) or 'none'}. Are the names right?"
+            f"not the tensors of {base}: missing {list_paths(missing) or 'none'}, surplus "
+            f"{list_paths(surplus) or 'none'}. Are the names right?"
         )
     for name in theirs.keys() & shapes.keys():
         if theirs[name] != shapes[name].shape:

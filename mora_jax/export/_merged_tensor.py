@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.mesh import explicit_mesh, in_auto_axes
 from mora_jax._arrays.paths import join_path
 from mora_jax._arrays.places import on_host
@@ -41,7 +41,7 @@ def merged_tensor(tensor: TorchTensor, leaves: Mapping[str, Any], plan: Plan) ->
     Raises:
       ValueError: where the names and the plan see different stacks in a kernel.
     """
-    kernel = value_of(leaves[tensor.path])
+    kernel = unbox(leaves[tensor.path])
     layers = (path for path, s in plan.items() if join_path(path, s.kernel_name) == tensor.path)
     layer, place = next(layers, None), dict(zip(tensor.axes.batch, tensor.index, strict=True))
     part = _take(kernel, place)
@@ -56,7 +56,7 @@ def merged_tensor(tensor: TorchTensor, leaves: Mapping[str, Any], plan: Plan) ->
     batch = zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True)
     own = {axis: place[of_kernel] for axis, of_kernel in batch}
     adapter = {
-        name: _take(value_of(leaves[leaf]), own) for name, leaf in plan.leaf_paths(layer).items()
+        name: _take(unbox(leaves[leaf]), own) for name, leaf in plan.leaf_paths(layer).items()
     }
     merged = _merge(part, adapter, _without_batch(spec), tensor.order)
     return on_host(merged).reshape(tensor.torch_shape)

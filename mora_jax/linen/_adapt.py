@@ -18,8 +18,8 @@ from jax import lax
 from mora_jax._arrays.paths import ADAPTER, IDS, join_path
 from mora_jax._plans.layer import LayerConfig
 from mora_jax.linen._layers import (
+    ADAPTED_WHEN_NAMED,
     IDS_OF_EXAMPLES,
-    OTHERS,
     MoRA,
     as_function,
     is_adaptable,
@@ -168,7 +168,7 @@ def _use_adapter(chooser, depth, next_fun, args, kwargs, context):
     config = chooser.choose(path)
     if config is None:
         return next_fun(*args, **kwargs)
-    if isinstance(layer, (nn.Einsum, *OTHERS)):
+    if isinstance(layer, (nn.Einsum, *ADAPTED_WHEN_NAMED)):
         trained = chooser.trains(join_path(path, kernel_name(layer)))
         config = dataclasses.replace(config, train_kernel=trained)
         return as_function(layer, method, next_fun, args, kwargs, config)

@@ -25,16 +25,16 @@ from mora_jax._product.axes import KernelAxes, einsum_axes, kernel_axes
 from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.per_example import ExampleIds, bank_size, holds_bank, unstack_bank
 from mora_jax._tracing.interpreter import trace
-from mora_jax._tracing.kernel_views import Adapted
+from mora_jax._tracing.kernel_views import AdaptedView
 
 #: The layers that "all-linear" means: those that take a `dot_general_cls`, and einsums.
 LINEAR = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 
 #: Layers that are adapted where a pattern names them; with einsums, those that run as functions.
-OTHERS = (nn.Conv, nn.Embed)
+ADAPTED_WHEN_NAMED = (nn.Conv, nn.Embed)
 
 #: Set while a layer runs as a function of its kernel, so that it is not adapted once more.
-WITHIN: contextvars.ContextVar[bool] = contextvars.ContextVar("WITHIN", default=False)
+RUNNING_AS_FUNCTION: contextvars.ContextVar[bool] = contextvars.ContextVar("WITHIN", default=False)
 
 
 #: Which adapter of a bank each example has, within a call of an adapted model. Layers see it at
@@ -96,7 +96,7 @@ class MoRA(nn.Module):
             adapter_lhs=dropped,
             adapter_ids=None if examples is None else examples.ids,
             frozen=not config.train_kernel,
-            spread=config.spread,
+            feature_sharding=config.feature_sharding,
             keep_sums=config.keep_sums,
             dot_general=self.dot_general,
         )
@@ -160,10 +160,10 @@ def _make_leaves(module: Any, kernel: jax.Array, axes: KernelAxes, name: str) ->
 
 def is_adaptable(layer: nn.Module, method: str, chooser: Any) -> bool:
     """Whether a call is one of a layer that adapters can be asked for."""
-    if WITHIN.get():
+    if RUNNING_AS_FUNCTION.get():
         return False
     asked = not isinstance(chooser, MoRAConfig) or chooser.targets != "all-linear"
-    if isinstance(layer, OTHERS) and asked:
+    if isinstance(layer, ADAPTED_WHEN_NAMED) and asked:
         return method == "__call__" or (method == "attend" and isinstance(layer, nn.Embed))
     return isinstance(layer, LINEAR) and method == "__call__"
 
@@ -187,7 +187,7 @@ def as_function(
         next_fun(*args, **kwargs)  # makes the layer's own parameters
     params = {k: v for k, v in nn.unbox(layer.variables["params"]).items() if k != ADAPTER}
     axes = _axes_of(layer, params[name], args)
-    if config.dropout and isinstance(layer, OTHERS):
+    if config.dropout and isinstance(layer, ADAPTED_WHEN_NAMED):
         raise ValueError(
             f"dropout={config.dropout} for {join_path(*layer.path)!r}, a {type(layer).__name__}: "
             "convolutions and embeddings have none."
@@ -201,13 +201,13 @@ def as_function(
     def call(kernel, args, kwargs):
         return alone.apply({"params": params | {name: kernel}}, *args, method=method, **kwargs)
 
-    token = WITHIN.set(True)
+    token = RUNNING_AS_FUNCTION.set(True)
     try:
         traced = trace(call, params[name], args, kwargs)
     finally:
-        WITHIN.reset(token)
+        RUNNING_AS_FUNCTION.reset(token)
     kernel, *others = traced.arrays
-    return traced.run([Adapted.of(kernel, adapter, axes, config, key, examples), *others])
+    return traced.run([AdaptedView.of(kernel, adapter, axes, config, key, examples), *others])
 
 
 def _axes_of(layer: Any, kernel: jax.Array, args: tuple) -> KernelAxes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from mora_jax._arrays.paths import ADAPTER, is_adapter, listing
+from mora_jax._arrays.paths import ADAPTER, is_adapter, list_paths
 from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.plan import Plan
 from mora_jax.linen._adapt import AdaptedModule
@@ -38,8 +38,8 @@ def _check_layers_of(plan: Plan, noted: Recorder) -> None:
     """Raises ValueError if the model was adapted with a plan of layers that it lacks."""
     if missing := plan.keys() - noted.adapted.keys():
         raise ValueError(
-            f"the model was adapted with a plan that has layers at {listing(missing)}, where "
-            f"the model has none; its linear layers: {listing(noted.linear)}. "
+            f"the model was adapted with a plan that has layers at {list_paths(missing)}, where "
+            f"the model has none; its linear layers: {list_paths(noted.linear)}. "
             "Was the plan made for another model?"
         )
 
@@ -50,12 +50,13 @@ def _check_noted(chooser: Any, noted: Recorder) -> None:
     if unreached := set(chosen) - noted.adapted.keys():
         raise ValueError(
             f"layers were chosen that make no use of `dot_general_cls`, so no adapter reaches "
-            f"them: {listing(unreached)}. Leave them out with MoRAConfig.exclude."
+            f"them: {list_paths(unreached)}. Leave them out with MoRAConfig.exclude."
         )
     if noted.without_stream:
         warnings.warn(
-            f"dropout has no effect in {listing(noted.without_stream)}: the rng stream {ADAPTER!r} "
-            "does not get there. Name it in the split_rngs of the nn.scan or nn.vmap around them.",
+            f"dropout has no effect in {list_paths(noted.without_stream)}: the rng stream "
+            f"{ADAPTER!r} does not get there. Name it in the split_rngs of the nn.scan or nn.vmap "
+            "around them.",
             stacklevel=4,
         )
     if not noted.adapted:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mora_jax._arrays.boxes import value_of
+from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.paths import ADAPTER, flatten, join_path
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._product.axes import KernelAxes, kernel_axes
@@ -100,7 +100,7 @@ class Recorder:
                 TRACE.reset(token)
 
         shapes = flatten(_eval_shape(init, inputs, kwargs).get("params", {}))
-        return {path: value_of(leaf) for path, leaf in shapes.items()}
+        return {path: unbox(leaf) for path, leaf in shapes.items()}
 
     def _note(self, next_fun, args, kwargs, context):
         """The interceptor."""

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from mora_jax._arrays.boxes import AdapterIds, AlsoTrained
-from mora_jax._arrays.paths import IDS, checksum, is_adapter, join_path
+from mora_jax._arrays.paths import IDS, is_adapter, join_path, path_seed
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
@@ -53,7 +53,7 @@ def _key_of(path: str, spec: AdapterSpec, key: jax.Array | None) -> jax.Array | 
             "Pass key=jax.random.key(...)."
         )
     # By the path's checksum, so that a layer's numbers do not depend on the others.
-    return jax.random.fold_in(key, checksum(path))
+    return jax.random.fold_in(key, path_seed(path))
 
 
 def _add_adapter(kernel: Kernel, spec: AdapterSpec, key: jax.Array | None) -> None:
@@ -82,7 +82,7 @@ def plan(model: nnx.Module) -> Plan:
     found = Plan(tuple(layers), also_train, total)
     others = base.keys() - {*found.kernel_paths(), *trained}
     left = sorted((path, "not chosen") for path in others if base[path].ndim > 1)
-    return dataclasses.replace(found, left=tuple(left))
+    return dataclasses.replace(found, unadapted=tuple(left))
 
 
 def set_adapter_ids(model: nnx.Module, adapter_ids: jax.Array | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._arrays.paths import escape, join_path, listing
+from mora_jax._arrays.paths import escape, join_path, list_paths
 from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._plans.plan import Plan
@@ -99,8 +99,8 @@ def find_kernels(
         check_matches(chooser, found, parameters)
     elif missing := chooser.keys() - found.keys():
         raise ValueError(
-            f"the plan has layers at {listing(missing)}, where the model has none; "
-            f"its linear layers: {listing(found)}. Was the plan made for another model?"
+            f"the plan has layers at {list_paths(missing)}, where the model has none; "
+            f"its linear layers: {list_paths(found)}. Was the plan made for another model?"
         )
     return found
 
@@ -116,7 +116,7 @@ def check_adaptable(path: str, kernel: Kernel, config: LayerConfig, tied: list[s
     """
     if len(tied) > 1:
         raise ValueError(
-            f"{listing(tied)} are one tied weight; an adapter in one of these layers would not "
+            f"{list_paths(tied)} are one tied weight; an adapter in one of these layers would not "
             "be seen by the other. Leave them out with MoRAConfig.exclude, or adapt the model "
             "as a function of its parameters."
         )
@@ -133,14 +133,16 @@ def _kernels(model: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kern
         path = path_of(names)
         kind = next((kind for kind in _LAYOUTS if isinstance(layer, kind)), None)
         if kind is None:
-            yield from _stated(path, layer, chooser)
+            yield from _declared_kernels(path, layer, chooser)
             continue
         asked = isinstance(chooser, Plan) or chooser.targets != "all-linear"
         if (layout := _LAYOUTS[kind](layer)) and (kind in _LINEAR or asked):
             yield path, Kernel(layer, *layout)
 
 
-def _stated(path: str, layer: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kernel]]:
+def _declared_kernels(
+    path: str, layer: Any, chooser: MoRAConfig | Plan
+) -> Iterator[tuple[str, Kernel]]:
     """Kernels of layers of other kinds: the config, the plan or an equation states their axes."""
     params = {name: value for name, value in vars(layer).items() if isinstance(value, nnx.Param)}
     equation = getattr(layer, "einsum_str", None)

@@ -28,7 +28,7 @@ from mora_jax._product.per_example import ExampleIds, bank_size, holds_bank, uns
 from mora_jax._schemes.base import Scheme
 from mora_jax._schemes.registry import as_scheme
 from mora_jax._tracing.interpreter import trace
-from mora_jax._tracing.kernel_views import Adapted
+from mora_jax._tracing.kernel_views import AdaptedView
 
 
 class MoRA(nnx.Module):
@@ -140,7 +140,7 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
             placement=config.placement,
             precision=precision,
             frozen=not config.train_kernel,
-            spread=config.spread,
+            feature_sharding=config.feature_sharding,
             keep_sums=config.keep_sums,
             out_sharding=out_sharding,
             dot_general=base,
@@ -221,7 +221,7 @@ def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
         graph, state = nnx.split(layer)
 
         def call(kernel, args, kwargs):
-            copy: Any = nnx.merge(graph, fresh(state))
+            copy: Any = nnx.merge(graph, copy_variables(state))
             # As the base class, so that methods which call each other are adapted once.
             object.__setattr__(copy, "__class__", type(layer).mora_base)
             # Not by `[...] =`, which would write into the old array, and no product see the kernel.
@@ -242,7 +242,7 @@ def _run(function: Callable[..., Any], mora: MoRA, key: Any, kernel: jax.Array, 
     traced = trace(function, kernel, *args)
     value, *others = traced.arrays
     adapter, examples = mora.adapter()
-    view = Adapted.of(value, adapter, mora.kernel_axes, mora.config, key, examples)
+    view = AdaptedView.of(value, adapter, mora.kernel_axes, mora.config, key, examples)
     return traced.run([view, *others])
 
 
@@ -309,6 +309,6 @@ def _make_class(cls: type) -> type:
     return type(cls.__name__, (mixin, cls), namespace | {"mora_base": cls})
 
 
-def fresh(state: Any) -> Any:
+def copy_variables(state: Any) -> Any:
     """The same arrays in variables of their own."""
     return jax.tree.map(lambda leaf: leaf, state)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from mora_jax._arrays.paths import flatten, unflatten
 from mora_jax.nnx._kernels import path_of
-from mora_jax.nnx._layers import AdaptedLayer, fresh
+from mora_jax.nnx._layers import AdaptedLayer, copy_variables
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -54,4 +54,4 @@ def copy_with(model: ModelT, params: dict[str, Any]) -> ModelT:
 def split_model(model: Any) -> tuple[Any, Any]:
     """The model's graph, and its arrays in variables that are not the model's own."""
     graph, state = nnx.split(model)
-    return graph, fresh(state)
+    return graph, copy_variables(state)

@@ -15,11 +15,14 @@ An optional module: it needs `pip install 'mora_jax[peft]'`.
 """
 
 from mora_jax._compat.extras import needs_extra
+from mora_jax._compat.renamed import renamed_names
 
 with needs_extra("peft", "safetensors", "regex"):
-    from mora_jax._torch.names import Name
+    from mora_jax._torch.names import KernelName
     from mora_jax._torch.tensors import LLAMA
     from mora_jax.peft._load import load_adapters
     from mora_jax.peft._save import save_adapters
 
-__all__ = ["LLAMA", "Name", "load_adapters", "save_adapters"]
+__all__ = ["LLAMA", "KernelName", "load_adapters", "save_adapters"]
+
+__getattr__ = renamed_names(__name__, {"Name": ("KernelName", KernelName)})

@@ -48,7 +48,7 @@ _LARGEST_RANK = 2**24
 #: What regex takes for a count of errors, and `re` as it stands.
 _FUZZY = re.compile(r"\{[^\d,}]")
 #: Seconds that a pattern may take for one name; those of real adapters take microseconds.
-_PATIENCE = 0.1
+_PATTERN_TIMEOUT_SECONDS = 0.1
 
 Modules = str | tuple[str, ...]
 
@@ -123,11 +123,11 @@ class PeftConfig:
 
     def _matches(self, key: str, pattern: str, module: str) -> bool:
         try:
-            return regex.fullmatch(pattern, module, timeout=_PATIENCE) is not None
+            return regex.fullmatch(pattern, module, timeout=_PATTERN_TIMEOUT_SECONDS) is not None
         except TimeoutError as error:
             raise ValueError(
                 f"{self.file}: {key} has the pattern {pattern!r:.200}, which takes longer than "
-                f"{_PATIENCE} s for the name {module!r}: given up. Adapters name modules by "
+                f"{_PATTERN_TIMEOUT_SECONDS} s for the name {module!r}: given up. Adapters name modules by "
                 "patterns that take microseconds; is the file from someone you trust?"
             ) from error
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from mora_jax._arrays.boxes import put_beside, value_of
-from mora_jax._arrays.paths import flatten, listing, rebuild
+from mora_jax._arrays.boxes import put_beside, unbox
+from mora_jax._arrays.paths import flatten, list_paths, unflatten_like
 from mora_jax._params.checks import check_unadapted
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._plans.plan import Plan
-from mora_jax._torch.names import Name, TorchKernel, torch_kernels
+from mora_jax._torch.names import KernelName, TorchKernel, torch_kernels
 from mora_jax._torch.tensors import LLAMA
 from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, read_config, tensor_name
 
@@ -27,7 +27,7 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float
 
 
 def load_adapters(
-    directory: str | os.PathLike[str], params: Params, *, names: Iterable[Name] = LLAMA
+    directory: str | os.PathLike[str], params: Params, *, names: Iterable[KernelName] = LLAMA
 ) -> tuple[dict[str, Any], Plan]:
     """Loads an adapter of PEFT, or of the authors' fork, beside the parameters of its base model.
 
@@ -70,7 +70,7 @@ def load_adapters(
         layer_config = _layer_config(path, config, modules, tensors)
         spec = AdapterSpec(
             layer_config,
-            tuple(value_of(leaves[kernel]).shape),
+            tuple(unbox(leaves[kernel]).shape),
             axes,
             tuple(range(len(axes.batch))),
             name if alone else "",
@@ -85,11 +85,11 @@ def load_adapters(
         for name, leaf in plan.leaf_paths(layer).items():
             kernel, axes = owners[leaf]
             new[leaf] = put_beside(leaves[kernel], loaded[kernel][name], axes)
-    return rebuild(leaves | new, params), plan
+    return unflatten_like(leaves | new, params), plan
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(np.shape(value_of(leaf))) for path, leaf in leaves.items()}
+    return {path: tuple(np.shape(unbox(leaf))) for path, leaf in leaves.items()}
 
 
 def _layer_config(
@@ -215,26 +215,26 @@ def check_modules(
     matches = {name: _TENSOR.fullmatch(name) for name in tensors}
     if odd := [name for name, match in matches.items() if match is None]:
         raise ValueError(
-            f"{file} holds {listing(odd)}; an adapter holds 'base_model.model.<module>."
+            f"{file} holds {list_paths(odd)}; an adapter holds 'base_model.model.<module>."
             "lora_A.weight' and '...lora_B.weight' alone (PEFT adds embeddings and heads unless it "
             "saves with save_embedding_layers=False)."
         )
     present = {match[1]: name for name, match in matches.items() if match is not None}
     if strange := present.keys() - known:
         raise ValueError(
-            f"{file}: {listing(present[module] for module in strange)}: the model has no such "
-            f"modules. By names it has {listing(known) or 'none'}"
+            f"{file}: {list_paths(present[module] for module in strange)}: the model has no such "
+            f"modules. By names it has {list_paths(known) or 'none'}"
             + (f"; left out: {'; '.join(sorted(left.values())[:4])}" if left else "")
             + ". Is the adapter of another model, or do its names differ (names=)?"
         )
     chosen = {module for module in known if config.selects(module)}
     if surplus := present.keys() - chosen:
         raise ValueError(
-            f"{file} holds {listing(present[module] for module in surplus)}, which target_modules "
-            f"of {CONFIG} do not name; PEFT would leave them out without a word."
+            f"{file} holds {list_paths(present[module] for module in surplus)}, which "
+            f"target_modules of {CONFIG} do not name; PEFT would leave them out without a word."
         )
     wanted = {tensor_name(module, side) for module in chosen for side in "AB"}
     if missing := wanted - tensors.keys():
-        raise ValueError(f"{file} lacks {listing(missing)}, which {CONFIG} speaks of.")
+        raise ValueError(f"{file} lacks {list_paths(missing)}, which {CONFIG} speaks of.")
     if not chosen:
         raise ValueError(f"{file} holds no adapter.")

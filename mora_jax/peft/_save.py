@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from mora_jax._arrays.boxes import value_of
-from mora_jax._arrays.paths import flatten, listing
+from mora_jax._arrays.boxes import unbox
+from mora_jax._arrays.paths import flatten, list_paths
 from mora_jax._params.checks import check_adapted, refuse_dora
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec
@@ -23,7 +23,7 @@ from mora_jax._schemes.base import Scheme
 from mora_jax._schemes.operators import square_rank
 from mora_jax._schemes.registry import MORA_TYPES
 from mora_jax._torch.directories import check_new, new_directory
-from mora_jax._torch.names import Name, torch_kernels
+from mora_jax._torch.names import KernelName, torch_kernels
 from mora_jax._torch.tensors import LLAMA
 from mora_jax.peft._config import (
     CONFIG,
@@ -38,7 +38,11 @@ _KNOWN = {str(scheme) for scheme in MORA_TYPES}
 
 
 def save_adapters(
-    directory: str | os.PathLike[str], params: Params, plan: Plan, *, names: Iterable[Name] = LLAMA
+    directory: str | os.PathLike[str],
+    params: Params,
+    plan: Plan,
+    *,
+    names: Iterable[KernelName] = LLAMA,
 ) -> None:
     """Saves adapters for PEFT (`LowRank`) or the authors' fork of it (MoRA) to load.
 
@@ -62,7 +66,8 @@ def save_adapters(
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> pretrained = nn.Dense(6).init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
-    >>> params, names = mora_jax.attach(plan, pretrained), [mora_jax.peft.Name("kernel", "dense")]
+    >>> params = mora_jax.attach(plan, pretrained)
+    >>> names = [mora_jax.peft.KernelName("kernel", "dense")]
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_adapters(f"{folder}/adapter", params, plan, names=names)
     ...     loaded, plan = mora_jax.peft.load_adapters(f"{folder}/adapter", pretrained, names=names)
@@ -74,7 +79,7 @@ def save_adapters(
     check_adapted(plan, leaves)
     _check_plan(plan)
     kernels, left = torch_kernels(
-        {path: np.shape(value_of(leaf)) for path, leaf in leaves.items()}, names
+        {path: np.shape(unbox(leaf)) for path, leaf in leaves.items()}, names
     )
     tensors, layers, schemes, ranks = {}, {}, {}, {}
     for (layer, spec), kernel in zip(plan.layers, plan.kernel_paths(), strict=True):
@@ -101,7 +106,7 @@ def _check_plan(plan: Plan) -> None:
     if plan.also_train:
         raise ValueError(
             "not saved: an adapter's file has no place for parameters trained in full beside it, "
-            f"{listing(dict(plan.also_train))}. checkpoint.save_adapters saves them."
+            f"{list_paths(dict(plan.also_train))}. checkpoint.save_adapters saves them."
         )
     refuse_dora(
         plan,
@@ -134,7 +139,7 @@ def _dropout(plan: Plan) -> float:
 
 def _to_torch(spec: AdapterSpec, adapter: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """{"A": [n, rows, columns], "B": ...} as torch has them, n elements of the stack."""
-    arrays = {name: jax.device_get(value_of(leaf)) for name, leaf in adapter.items()}
+    arrays = {name: jax.device_get(unbox(leaf)) for name, leaf in adapter.items()}
     arrays = {
         name: np.moveaxis(array, spec.adapter_batch_axes, range(len(spec.batch)))
         for name, array in arrays.items()
@@ -185,13 +190,13 @@ def _check_one_scheme(schemes: Mapping[str, Scheme], layers: Mapping[str, str]) 
         kinds.setdefault(kind, set()).add(layers[module])
     unknown = {str(s) for s in schemes.values() if s.lora_alpha(1) is None} - _KNOWN
     if unknown:
-        found = "; ".join(f"{kind} in layers {listing(kinds[kind])}" for kind in sorted(unknown))
+        found = "; ".join(f"{kind} in layers {list_paths(kinds[kind])}" for kind in sorted(unknown))
         raise ValueError(
             f"not saved: the authors' code lacks {found}. It has {', '.join(sorted(_KNOWN))} and "
             "LowRank. checkpoint.save_adapters saves every scheme."
         )
     if len(kinds) > 1:
-        found = "; ".join(f"{kind} in layers {listing(kinds[kind])}" for kind in sorted(kinds))
+        found = "; ".join(f"{kind} in layers {list_paths(kinds[kind])}" for kind in sorted(kinds))
         raise ValueError(f"not saved: an adapter in the authors' format has one scheme: {found}.")
 
 
@@ -206,7 +211,7 @@ def _check_told_apart(config: PeftConfig, others: set[str], layers: Mapping[str,
     """Raises ValueError if PEFT, which goes by the ends of names, would confuse two modules."""
     if confused := [module for module in others if config.selects(module)]:
         raise ValueError(
-            f"not saved: {listing(confused)} are not adapted, but their names end as those of "
+            f"not saved: {list_paths(confused)} are not adapted, but their names end as those of "
             "adapted modules do, and PEFT tells them by their ends."
         )
     for name in {*config.ranks, *config.alphas}:

@@ -39,13 +39,13 @@ def qtype_of(kernel: qwix.QArray) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantized(View):
+class QuantizedView(View):
     """A quantised array, which every product dequantises for itself."""
 
     value: Any
 
     @classmethod
-    def of(cls, value: qwix.QArray) -> Quantized:
+    def of(cls, value: qwix.QArray) -> QuantizedView:
         """The whole array, as it is stored."""
         return cls(value, tuple(range(value.ndim)), value.dtype)
 

@@ -11,8 +11,8 @@ import jax
 import qwix
 from jax.core import Tracer
 
-from mora_jax._arrays.boxes import dense, value_of
-from mora_jax._arrays.paths import flatten, is_adapter, join_path, listing, unflatten
+from mora_jax._arrays.boxes import to_array, unbox
+from mora_jax._arrays.paths import flatten, is_adapter, join_path, list_paths, unflatten
 from mora_jax._merging.losses import MergeLoss
 from mora_jax._merging.merge import why_unmergeable
 from mora_jax._params.checks import check_adapted, check_adapters_finite, check_base
@@ -22,7 +22,7 @@ from mora_jax._plans.plan import Plan
 from mora_jax._tracing.interpreter import trace
 from mora_jax.quantized._kernels import (
     BOUNDS,
-    Quantized,
+    QuantizedView,
     dequantize_kernel,
     is_quantized,
     merge_kernel,
@@ -76,13 +76,13 @@ def quantize(
         raise ValueError(f"qtype={qtype!r}; there are {', '.join(map(repr, BOUNDS))}.")
     leaves = flatten(params)
     check_base(plan, leaves)
-    if boxed := [path for path, leaf in leaves.items() if value_of(leaf) is not leaf]:
+    if boxed := [path for path, leaf in leaves.items() if unbox(leaf) is not leaf]:
         raise TypeError(
-            f"{listing(boxed)} are in boxes; take them out first, by flax.linen.unbox(params) or "
-            "flax.nnx.to_pure_dict(state)."
+            f"{list_paths(boxed)} are in boxes; take them out first, by flax.linen.unbox(params) "
+            "or flax.nnx.to_pure_dict(state)."
         )
     if done := [path for path in plan.kernel_paths() if is_quantized(leaves[path])]:
-        raise TypeError(f"quantised already: {listing(done)}; dequantize(params) undoes it.")
+        raise TypeError(f"quantised already: {list_paths(done)}; dequantize(params) undoes it.")
     _check_layers(plan)
     tile_size = tile_size or _TILE_SIZES[qtype]
     _check_tiles(plan, tile_size)
@@ -143,7 +143,9 @@ def dequantize_within(function: Callable[P, T]) -> Callable[P, T]:
         traced = trace(function, *shapes, **named)
         # The arrays that a trace takes are those leaves that have a shape and a dtype.
         arrays = [leaf for leaf in given if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-        return traced.run([Quantized.of(leaf) if is_quantized(leaf) else leaf for leaf in arrays])
+        return traced.run(
+            [QuantizedView.of(leaf) if is_quantized(leaf) else leaf for leaf in arrays]
+        )
 
     return call
 
@@ -214,7 +216,7 @@ def _(kernel: qwix.QArray, plan: Plan, leaves: Mapping[str, Any]) -> str:
     )
 
 
-@dense.register
+@to_array.register
 def _(kernel: qwix.QArray) -> jax.Array:
     """What `spectrum` takes the norm of."""
     return qwix.dequantize(kernel)
@@ -228,12 +230,12 @@ def _check_layers(plan: Plan) -> None:
     """Raises ValueError where a layer of the plan cannot have a quantised kernel."""
     if elsewhere := [p for p, spec in plan.items() if spec.config.placement != "activation"]:
         raise ValueError(
-            f"a quantised kernel takes no delta into itself, and {listing(elsewhere)} may have it "
-            f'there. Adapt the model with MoRAConfig(placement="activation").'
+            f"a quantised kernel takes no delta into itself, and {list_paths(elsewhere)} may have "
+            f'it there. Adapt the model with MoRAConfig(placement="activation").'
         )
     if trained := [path for path in plan.kernel_paths() if plan.trains(path)]:
         raise ValueError(
-            f"also_train has {listing(trained)}: a quantised kernel cannot be trained."
+            f"also_train has {list_paths(trained)}: a quantised kernel cannot be trained."
         )
 
 
@@ -243,7 +245,7 @@ def _check_tiles(plan: Plan, tile_size: int | None) -> None:
     if tile_size and (odd := {p: size for p, size in sizes.items() if size % tile_size}):
         common = math.gcd(tile_size, *sizes.values())
         raise ValueError(
-            f"tiles of {tile_size} do not fit the inputs of {listing(odd)}, such as "
+            f"tiles of {tile_size} do not fit the inputs of {list_paths(odd)}, such as "
             f"{max(odd.values())}. tile_size={common} would fit all layers; or leave these out "
             "with MoRAConfig.exclude, or take int8, which needs no tiles."
         )
