@@ -127,8 +127,8 @@ class PeftConfig:
         except TimeoutError as error:
             raise ValueError(
                 f"{self.file}: {key} has the pattern {pattern!r:.200}, which takes longer than "
-                f"{_PATTERN_TIMEOUT_SECONDS} s for the name {module!r}: given up. Adapters name modules by "
-                "patterns that take microseconds; is the file from someone you trust?"
+                f"{_PATTERN_TIMEOUT_SECONDS} s for the name {module!r}: given up. Adapters name "
+                "modules by patterns that take microseconds; is the file from someone you trust?"
             ) from error
 
     def to_json(self) -> str:
