@@ -39,7 +39,7 @@ DIMS = (((1,), (0,)), ((), ()))
 def drawn(tree):
     """Trained adapters: random numbers in what `attach` made."""
     leaves = {path: leaf for path, leaf in flatten(tree).items() if "mora" in path.split("/")}
-    return mora_jax._arrays.paths.rebuild(flatten(tree) | perturb(leaves), tree)
+    return mora_jax._arrays.paths.unflatten_like(flatten(tree) | perturb(leaves), tree)
 
 
 @pytest.mark.parametrize("placement", ["kernel", "activation"])

@@ -72,7 +72,7 @@ def test_tables_are_taken_where_nothing_is_known(monkeypatch):
 
     assert "dot_general" in text()
     assert "slice" not in text()
-    with _mesh.spread_is(_mesh.Spread(())):
+    with _mesh.feature_sharding_is(_mesh.FeatureSharding(())):
         assert "slice" in text()
 
 
