@@ -6,8 +6,6 @@ Prints, as JSON, the collectives of {floor, adapted} x {forward pass, whole step
 
 import itertools
 import json
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mora_jax
+from helpers.devices import collectives
 from mora_jax._product import call as _dot_call
 
-KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 LAYOUTS = {
     "tokens": (P("d", None), P(None, None)),
     "column": (P(None, None), P(None, "d")),
@@ -33,18 +31,6 @@ SCHEMES = {
     "cycled": mora_jax.Rotation(wrap=True),
 }
 MATMUL = (((1,), (0,)), ((), ()))
-
-
-def collectives(compiled):
-    """How often each kind occurs, and how many numbers are summed and gathered in all."""
-    text, found = compiled.as_text(), {}
-    for kind in KINDS:
-        if results := re.findall(rf"= (.*?) {kind}(?:-start)?\(", text):
-            found[kind] = len(results)
-        if name := {"all-reduce": "numbers", "all-gather": "gathered"}.get(kind):
-            shapes = re.findall(r"\w+\[([\d,]*)\]", " ".join(results))
-            found[name] = sum(math.prod(map(int, s.split(","))) for s in shapes if s)
-    return found
 
 
 def measure(mesh, in_features, out_features, rank, scheme, layout, check):

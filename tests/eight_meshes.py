@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 import mora_jax.sharding
-from eight_devices import collectives
+from helpers.devices import collectives
 from mora_jax import export
 from mora_jax._arrays.mesh import FeatureSharding, feature_sharding_is
 from mora_jax._plans.layer import LayerConfig

@@ -8,8 +8,10 @@ from flax import linen as nn
 from flax import nnx
 
 import mora_jax
-from banks import WORDS, make_bank
-from conftest import FAMILIES, Small, adapted_network, assert_same_bits, perturb, random_adapter
+from helpers.arrays import assert_same_bits, perturb, random_adapter
+from helpers.banks import WORDS, make_bank
+from helpers.models import Small, adapted_network
+from helpers.schemes import FAMILIES
 from mora_jax import nnx as mora_nnx
 
 IDS = np.array([2, 0, -1, 2, 1], np.int32)

@@ -13,7 +13,8 @@ from flax import nnx
 
 import mora_jax
 from analysis import allocate
-from conftest import GOLDEN, Block, adapted_network
+from helpers.files import GOLDEN
+from helpers.models import Block, adapted_network
 from llama.loading import load_hf
 from llama.model import Llama
 from mora_jax._analysis.allocate import gradient_moments

@@ -10,8 +10,10 @@ import pytest
 from flax import linen as nn
 
 import mora_jax
-from banks import WORDS, make_bank
-from conftest import FAMILIES, Small, adapted_network, assert_same_bits
+from helpers.arrays import assert_same_bits
+from helpers.banks import WORDS, make_bank
+from helpers.models import Small, adapted_network
+from helpers.schemes import FAMILIES
 
 X = jnp.ones((5, 10))
 

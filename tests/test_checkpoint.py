@@ -14,7 +14,8 @@ from flax import linen as nn
 from orbax.checkpoint import v1 as ocp
 
 import mora_jax
-from conftest import Network, Small, adapted_network, assert_same_bits, perturb
+from helpers.arrays import assert_same_bits, perturb
+from helpers.models import Network, Small, adapted_network
 from mora_jax import checkpoint
 from mora_jax._arrays.checksums import checksums
 from mora_jax.checkpoint._record import digest_of

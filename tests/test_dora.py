@@ -14,14 +14,10 @@ from flax import linen as nn
 from flax import nnx
 
 import mora_jax
-import reference
-from conftest import (
-    adapted_network,
-    assert_same_bits,
-    perturb,
-    random_adapter,
-)
-from merged import assert_as_merged
+from helpers import reference
+from helpers.arrays import assert_same_bits, perturb, random_adapter
+from helpers.merged import assert_as_merged
+from helpers.models import adapted_network
 from mora_jax import checkpoint, peft, quantized
 from mora_jax import nnx as mora_nnx
 from mora_jax._arrays.paths import flatten

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import mora_jax
-from conftest import ALL_SCHEMES, FAMILIES, random_adapter
+from helpers.arrays import random_adapter
+from helpers.schemes import ALL_SCHEMES, FAMILIES
 from mora_jax._product import call as _dot_call
 
 MATMUL = (((1,), (0,)), ((), ()))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 
 import memorize
 from analysis import allocate
-from conftest import GOLDEN
+from helpers.files import GOLDEN
 from llama.loading import load_hf
 from llama.model import Llama, LlamaConfig, generate
 

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import mora_jax
-from conftest import GOLDEN, assert_same_bits
+from helpers.arrays import assert_same_bits
+from helpers.files import GOLDEN
 from llama.loading import load_hf
 from mora_jax import export, peft
 from mora_jax._arrays.paths import flatten, unflatten

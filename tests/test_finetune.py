@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 
-from conftest import GOLDEN
 from finetune import chat_data, finetune_llama, prompts, solve
 from finetune.chat_data import Example
 from finetune.flags import parse_args
+from helpers.files import GOLDEN
 from llama.loading import load_hf
 from llama.model import Llama, LlamaConfig
 from train import log as train_log

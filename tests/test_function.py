@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import mora_jax
-from merged import assert_as_merged, schemes_and_placements
+from helpers.merged import assert_as_merged, schemes_and_placements
 from mora_jax._product.axes import KernelAxes
 
 IDS = jnp.array([[1, 2, 3]])

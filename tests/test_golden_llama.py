@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import mora_jax
-from conftest import GOLDEN
+from helpers.files import GOLDEN
 from llama.loading import load_hf
 from llama.model import Llama
 from mora_jax import peft

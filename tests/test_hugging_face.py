@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import mora_jax
-from conftest import assert_same_bits, perturb
+from helpers.arrays import assert_same_bits, perturb
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 import mora_jax
-from conftest import perturb
+from helpers.arrays import perturb
 from mora_jax._product.axes import KernelAxes
 
 X = jax.random.normal(jax.random.key(0), (3, 16, 8))

@@ -11,7 +11,8 @@ import pytest
 from flax import linen as nn
 
 import mora_jax
-from conftest import Network, adapted_network, assert_same_bits, perturb
+from helpers.arrays import assert_same_bits, perturb
+from helpers.models import Network, adapted_network
 from mora_jax.linen import AdaptedModule
 
 SCHEMES = ["sharing", "rotation", "low_rank"]

@@ -11,8 +11,8 @@ import pytest
 from flax import linen as nn
 
 import mora_jax
-from conftest import perturb
-from merged import assert_as_merged, schemes_and_placements
+from helpers.arrays import perturb
+from helpers.merged import assert_as_merged, schemes_and_placements
 from mora_jax._product.axes import KernelAxes
 
 IDS = jnp.array([[1, 2, 3], [4, 5, 6]])

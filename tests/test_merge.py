@@ -8,7 +8,9 @@ import pytest
 from flax import linen as nn
 
 import mora_jax
-from conftest import FAMILIES, adapted_network, assert_same_bits, perturb
+from helpers.arrays import assert_same_bits, perturb
+from helpers.models import adapted_network
+from helpers.schemes import FAMILIES
 from mora_jax._merging import remora as _remora
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from conftest import run_on_eight_devices
+from helpers.devices import run_on_eight_devices
 
 
 @pytest.fixture(scope="module")

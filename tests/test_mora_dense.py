@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import mora_jax
-from conftest import assert_same_bits, perturb
+from helpers.arrays import assert_same_bits, perturb
 
 
 def apply(model, params, *args):

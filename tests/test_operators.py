@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mora_jax
-import reference
-from conftest import ALL_SCHEMES, SCHEMES, golden_operators, random_adapter
+from helpers import reference
+from helpers.arrays import random_adapter
+from helpers.files import golden_operators
+from helpers.schemes import ALL_SCHEMES, SCHEMES
 
 
 def described(scheme):

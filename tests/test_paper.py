@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mora_jax
+from helpers.paper_runs import ROOT, flags_of, trained
 from llama.model import Llama
 from paper import (
     biomedicine,
@@ -23,7 +24,6 @@ from paper import (
     uuid_pairs,
 )
 from paper.results import Results
-from paper_runs import ROOT, flags_of, trained
 
 SHORT = {
     "rank": 1, "steps": 2, "evaluate_at": 1, "merge_every": 1, "warmup": 0, "batch": 2,

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 
+from helpers.paper_runs import ROOT, flags_of, trained
 from paper import (
     biomedicine,
     mathematics,
@@ -25,7 +26,6 @@ from paper import (
 from paper.differences import matrix, paired
 from paper.figures import draw_dots, ranked
 from paper.results import COST, Results, note, spread, table
-from paper_runs import ROOT, flags_of, trained
 
 
 def test_the_search_for_a_rate_follows_the_best_until_it_lies_inside(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mora_jax
-from conftest import adapted_network
+from helpers.models import adapted_network
 from mora_jax._arrays.paths import flatten, unflatten
 
 PRETRAINED = {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}, "norm": {"scale": 1.0}}

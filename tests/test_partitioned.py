@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 import mora_jax
-from conftest import perturb
+from helpers.arrays import perturb
 
 BOXES = {"partitioned": nn.with_partitioning, "logical": nn.with_logical_partitioning}
 

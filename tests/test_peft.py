@@ -13,13 +13,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import mora_jax
-from conftest import GOLDEN, assert_same_bits
+from helpers.arrays import assert_same_bits
+from helpers.files import GOLDEN
+from helpers.peft_adapters import config_of, planned, stacked_base
 from llama.loading import load_hf
 from mora_jax import AdapterSpec, KernelAxes, LowRank, Plan, Sharing, export, peft
 from mora_jax._arrays.paths import flatten, unflatten
 from mora_jax._plans.layer import LayerConfig
 from mora_jax.nnx import MoRAParam
-from peft_adapters import config_of, planned, stacked_base
 
 TYPES = [1, 2, 3, 4, 6]
 

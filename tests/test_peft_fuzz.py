@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
+from helpers.peft_adapters import config_of, planned, stacked_base
 from mora_jax import LowRank, Sharing, peft
-from peft_adapters import config_of, planned, stacked_base
 
 
 def mutations(rng, config, tensors):

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 import mora_jax
-from conftest import SCHEMES
+from helpers.schemes import SCHEMES
 from mora_jax._product.cost import Splits, cheapest_placements
 
 

@@ -8,7 +8,8 @@ from flax import linen as nn
 from flax import nnx
 
 import mora_jax
-from conftest import Network, Small, adapted_network, perturb
+from helpers.arrays import perturb
+from helpers.models import Network, Small, adapted_network
 from mora_jax._plans.layer import LayerConfig
 
 ATTENTION = ["attention/query", "attention/key", "attention/value", "attention/out"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import mora_jax
-from conftest import FAMILIES, random_adapter
+from helpers.arrays import random_adapter
+from helpers.schemes import FAMILIES
 
 MATMUL = (((1,), (0,)), ((), ()))
 

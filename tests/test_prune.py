@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 import mora_jax
-from conftest import Small, adapted_network, assert_same_bits
+from helpers.arrays import assert_same_bits
+from helpers.models import Small, adapted_network
 from mora_jax._arrays.paths import parameter_path
 from mora_jax.nnx import MoRAParam, merge_and_reset
 

@@ -10,7 +10,8 @@ from flax import linen as nn
 from flax import nnx
 
 import mora_jax
-from conftest import adapted_network, assert_same_bits, perturb
+from helpers.arrays import assert_same_bits, perturb
+from helpers.models import adapted_network
 from mora_jax import checkpoint, quantized
 from mora_jax.quantized._kernels import QuantizedView
 

@@ -10,7 +10,9 @@ import optax
 import pytest
 
 import mora_jax
-from conftest import FAMILIES, Network, Small, adapted_network, assert_same_bits
+from helpers.arrays import assert_same_bits
+from helpers.models import Network, Small, adapted_network
+from helpers.schemes import FAMILIES
 from mora_jax._arrays.paths import flatten
 from mora_jax._merging import remora as _remora
 

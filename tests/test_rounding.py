@@ -11,7 +11,8 @@ from flax import linen as nn
 from flax import nnx
 
 import mora_jax
-from conftest import Small, adapted_network, assert_same_bits, perturb
+from helpers.arrays import assert_same_bits, perturb
+from helpers.models import Small, adapted_network
 from mora_jax._arrays.rounding import random_bits, rounded
 from mora_jax._merging import remora as _remora
 from mora_jax._merging.layer_by_layer import layer_key

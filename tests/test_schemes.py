@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mora_jax
-import reference
-from conftest import ALL_SCHEMES, random_adapter
+from helpers import reference
+from helpers.arrays import random_adapter
+from helpers.schemes import ALL_SCHEMES
 from mora_jax._plans.cycles import check_cycle, next_scheme
 from mora_jax._schemes.registry import as_scheme
 

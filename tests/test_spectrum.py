@@ -12,11 +12,14 @@ from tokenizers import Tokenizer, models
 
 import mora_jax
 from analysis import spectrum
-from conftest import FAMILIES, GOLDEN, adapted_network, perturb
+from helpers.arrays import perturb
+from helpers.files import GOLDEN
+from helpers.models import adapted_network
+from helpers.schemes import FAMILIES
+from helpers.stacks import deltas, stacked
 from llama.loading import load_hf
 from llama.model import Llama
 from mora_jax import checkpoint, quantized
-from test_projection import deltas, stacked
 
 
 @pytest.mark.parametrize("scheme", FAMILIES, ids=str)

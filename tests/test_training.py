@@ -10,7 +10,8 @@ import pytest
 from flax.core import freeze
 
 import mora_jax
-from conftest import adapted_network, assert_same_bits
+from helpers.arrays import assert_same_bits
+from helpers.models import adapted_network
 
 CONFIG = {"scheme": "sharing", "placement": "kernel"}
 

@@ -4,7 +4,7 @@ import pathlib
 
 from paper import study
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def flags_of(folder, **flags):

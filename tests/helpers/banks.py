@@ -1,7 +1,7 @@
 """Banks of adapters with random numbers, for tests."""
 
 import mora_jax
-from conftest import perturb
+from helpers.arrays import perturb
 
 WORDS = ["french", "maths", "cooking"]
 
