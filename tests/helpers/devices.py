@@ -13,14 +13,14 @@ KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce
 
 
 def run_on_eight_devices(program):
-    """What a program of tests/ prints as JSON, in a process of eight CPU devices."""
+    """What a program of tests/devices prints as JSON, in a process of eight CPU devices."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-W", "error", TESTS / program]
+    command = [sys.executable, "-W", "error", TESTS / "devices" / program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
