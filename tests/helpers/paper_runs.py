@@ -1,10 +1,6 @@
 """Short runs of the paper's experiments, for the tests of these and of their results."""
 
-import pathlib
-
 from paper import study
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def flags_of(folder, **flags):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import run
-from helpers.paper_runs import ROOT
+from helpers.files import ROOT
 
 
 @pytest.mark.parametrize("own", [None, "glibc.malloc.tcache_count=0"])

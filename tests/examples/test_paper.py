@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import mora_jax
-from helpers.paper_runs import ROOT, flags_of, trained
+from helpers.files import ROOT
+from helpers.paper_runs import flags_of, trained
 from llama.model import Llama
 from paper import (
     biomedicine,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import socket
 import subprocess
@@ -11,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 
+from helpers.files import ROOT
 from train import log as train_log
 from train import train_llama
 from train.checkpoints import OtherRunError
 from train.flags import parse_args
 
-ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 FLAGS = ("--model", "tiny", "--rank", "2", "--targets", ".*up_proj", "--length", "16",

@@ -11,7 +11,8 @@ import types
 import numpy as np
 import pytest
 
-from helpers.paper_runs import ROOT, flags_of, trained
+from helpers.files import ROOT
+from helpers.paper_runs import flags_of, trained
 from paper import (
     biomedicine,
     mathematics,
