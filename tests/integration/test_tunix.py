@@ -8,7 +8,6 @@ import functools
 import time
 import warnings
 
-import check
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +16,18 @@ import pytest
 from flax import nnx
 
 import mora_jax
+from helpers import third_party
 from llama import smollm2
-from llama.model import model as llama
+from llama.model import Llama
 from mora_jax.nnx import MoRAParam, merge, merge_and_reset
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of tunix and its dependencies
+pytestmark = [
+    pytest.mark.usefixtures("optimized"),
+    pytest.mark.filterwarnings("ignore"),  # of tunix and its dependencies
+]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    pytest.importorskip("tunix")
     from tunix.models.llama3 import model as llama3
     from tunix.models.qwen3 import model as qwen3
     from tunix.sft import peft_trainer
@@ -53,12 +57,12 @@ def forward(model, tokens):
 
 
 def check_trained_by_tunix(name, base, tokens, wanted, run, rate):
-    """What `check.check` does, trained by tunix; `run` may be `forward` or jitted."""
+    """What `third_party.check` does, trained by tunix; `run` may be `forward` or jitted."""
     start = time.perf_counter()
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(base)))
     model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=4, scheme="sharing"))
     plan = mora_jax.plan(model)
-    assert check.counted(plan) == wanted
+    assert third_party.counted(plan) == wanted
     np.testing.assert_array_equal(run(model, tokens), run(base, tokens))
 
     def loss(model, input_tokens, input_mask):
@@ -85,7 +89,7 @@ def check_trained_by_tunix(name, base, tokens, wanted, run, rate):
     report = merge_and_reset(model, trainer.optimizer, donate=False)
     assert report[:3] == (len(plan), 2 * len(plan), 1)
     np.testing.assert_allclose(run(model, tokens), y, atol=1e-5 * scale)
-    check.TABLE.append(
+    third_party.TABLE.append(
         f"| {name} | {len(plan)} | {first:.3f} -> {last:.3f} | "
         f"{float(jnp.abs(merged - y).max()) / scale:.0e} | {time.perf_counter() - start:.0f} s |"
     )
@@ -141,7 +145,7 @@ def test_smollm2():
     model = smollm2_in_nnx(config, params)
     # tunix 0.1.7 rotates by a million whatever its config says.
     same = dataclasses.replace(config, rope_theta=1e6)
-    theirs = llama.Llama(same).apply({"params": params}, tokens)
+    theirs = Llama(same).apply({"params": params}, tokens)
     np.testing.assert_allclose(forward(model, tokens), theirs, atol=1e-3 * float(theirs.max()))
     check_trained_by_tunix(
         "SmolLM2-135M, real weights, in tunix's Llama 3", model, tokens,

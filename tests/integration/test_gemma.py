@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from check import check
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of its dependencies
+from helpers.third_party import check
+
+pytestmark = [
+    pytest.mark.usefixtures("optimized"),
+    pytest.mark.filterwarnings("ignore"),  # of its dependencies
+]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from gemma import gm
+    gm = pytest.importorskip("gemma.gm")
 
     CONFIG = dataclasses.replace(
         gm.nn.Gemma3_270M().config, num_embed=64, embed_dim=32, hidden_dim=48, head_dim=8,

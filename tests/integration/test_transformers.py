@@ -5,11 +5,13 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from check import check
 
+from helpers.third_party import check
+
+pytestmark = pytest.mark.usefixtures("optimized")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own future
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)))
