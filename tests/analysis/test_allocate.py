@@ -12,11 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import mora_jax
-from analysis import allocate
-from helpers.files import GOLDEN
 from helpers.models import Block, adapted_network
-from llama.loading import load_hf
-from llama.model import Llama
 from mora_jax._analysis.allocate import gradient_moments
 
 
@@ -231,15 +227,3 @@ def test_gradients_that_say_nothing():
     bad = lambda params, x: jnp.nan * params["c"]["mora"]["matrix"].sum()
     with pytest.raises(ValueError, match=r"the gradients of 'c/mora/matrix' are not finite"):
         mora_jax.allocate(params, plan, bad, [1.0], 0.5)
-
-
-def test_unrolled_layers_are_those_of_the_stack():
-    config, stacked = load_hf(GOLDEN / "llama_type1" / "base")
-    tokens = jnp.arange(16)[None]
-    wanted = jax.jit(Llama(config).apply)({"params": stacked}, tokens)
-    params = allocate.unstack(stacked, config.num_layers)
-    got = jax.jit(Llama(config, unrolled=True).apply)({"params": params}, tokens)
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
-    at_once = jax.jit(Llama(config, unroll=config.num_layers).apply)
-    np.testing.assert_allclose(at_once({"params": stacked}, tokens), wanted, atol=1e-5)
-    assert "while" not in at_once.lower({"params": stacked}, tokens).as_text()

@@ -1,25 +1,16 @@
 """The singular values of deltas: NumPy's own decomposition of whole kernels is the oracle."""
 
-import json
-import shutil
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
 
 import mora_jax
-from analysis import spectrum
 from helpers.arrays import perturb
-from helpers.files import GOLDEN
 from helpers.models import adapted_network
 from helpers.schemes import FAMILIES
 from helpers.stacks import deltas, stacked
-from llama.loading import load_hf
-from llama.model import Llama
-from mora_jax import checkpoint, quantized
+from mora_jax import quantized
 
 
 @pytest.mark.parametrize("scheme", FAMILIES, ids=str)
@@ -85,31 +76,3 @@ def test_what_is_no_spectrum():
         mora_jax.spectrum(bad, plan)
     with pytest.raises(ValueError, match="threshold must not be negative, got -1"):
         mora_jax.spectrum(params, plan, threshold=-1)
-
-
-def test_the_example_prints_and_draws_saved_adapters(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(GOLDEN / "llama_type1" / "base", folder)
-    Tokenizer(models.BPE({"a": 0}, merges=[])).save(str(folder / "tokenizer.json"))
-    config, base = load_hf(folder)
-    labelled = []
-    for label, scheme in (("MoRA", "sharing"), ("LoRA", mora_jax.LowRank())):
-        adapters = mora_jax.MoRAConfig(rank=2, scheme=scheme, targets=r".*(q|up)_proj")
-        model = mora_jax.adapt(Llama(config), adapters)
-        plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-        params = mora_jax.attach(plan, base, key=jax.random.key(0))
-        trainable, frozen = mora_jax.split(params, plan)
-        params = mora_jax.join(perturb(trainable), frozen)
-        checkpoint.save_adapters(tmp_path / label, params, plan)
-        labelled.append(f"{label}={tmp_path / label}")
-    out = tmp_path / "figures" / "spectrum.png"
-    flags = [*labelled, "--model", folder, "--dtype", "float32", "--out", out]
-    monkeypatch.setattr(sys, "argv", ["spectrum.py", *map(str, flags)])
-    spectrum.main()
-    *_, summary, path = capsys.readouterr().out.splitlines()
-    counts = {
-        label: row["count"] for label, row in json.loads(summary).items() if label[1:] == "oRA"
-    }
-    assert counts["LoRA"] == 2 < counts["MoRA"]
-    assert path == str(out)
-    assert out.stat().st_size > 10_000

@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from flax.core import freeze
-from hypothesis import given
-from hypothesis import strategies as st
 
 import mora_jax
 from helpers.models import adapted_network
-from mora_jax._arrays.paths import flatten, unflatten
 
 PRETRAINED = {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}, "norm": {"scale": 1.0}}
 
@@ -29,25 +26,6 @@ def tiny():
         return mora_jax.plan(model, jnp.ones((1, 4))), params
 
     return make
-
-
-names = st.text("abc", min_size=1, max_size=2)
-trees = st.recursive(
-    st.integers(), lambda child: st.dictionaries(names, child, min_size=1, max_size=3)
-).filter(lambda tree: isinstance(tree, dict))
-
-
-@given(trees)
-def test_flatten_and_unflatten_are_inverse(tree):
-    assert unflatten(flatten(tree)) == tree
-
-
-def test_names_may_hold_slashes():
-    tree = {"WeightNorm_0": {"a/kernel/scale": 1, "100%": 2, "%2F": 3}}
-    assert list(flatten(tree)) == [
-        "WeightNorm_0/a%2Fkernel%2Fscale", "WeightNorm_0/100%25", "WeightNorm_0/%252F",
-    ]  # fmt: skip
-    assert unflatten(flatten(tree)) == tree
 
 
 def test_attach_split_join_mask(tiny):

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 import mora_jax
 from mora_jax import compress
 from mora_jax._arrays import mesh as _mesh
-from mora_jax._arrays.mesh import may_be_sharded
 from mora_jax._schemes import block_grid as _blocks
 from mora_jax._schemes import groups as _groups
-from mora_jax._schemes.block_grid import BlockGrid
 from mora_jax._schemes.groups import Groups
 
 SIDES = [
@@ -74,42 +72,6 @@ def test_tables_are_taken_where_nothing_is_known(monkeypatch):
     assert "slice" not in text()
     with _mesh.spread_is(_mesh.Spread(())):
         assert "slice" in text()
-
-
-@pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.parametrize("sizes", [(12, 12), (10, 23), (23, 10), (3, 9), (9, 3), (40, 7)], ids=str)
-def test_blocks_stand_in_their_places(sizes, wrap):
-    grid = BlockGrid(*sizes, size=4, wrap=wrap)
-    rng = np.random.default_rng(0)
-    matrices = jnp.asarray(rng.standard_normal((grid.count, 4, 4)), jnp.float32)
-    x = jnp.asarray(rng.standard_normal((5, sizes[0])), jnp.float32)
-    dy = jnp.asarray(rng.standard_normal((5, sizes[1])), jnp.float32)
-
-    @jax.jit
-    def everything(matrices, x, dy):
-        kernel, transpose = jax.vjp(grid.kernel, matrices)
-        wanted = kernel, x @ kernel, *transpose(x.T @ dy)
-        return wanted, (grid._look_up(matrices), grid.product(x, matrices), grid.gradient(x, dy)[0])
-
-    wanted, found = everything(matrices, x, dy)
-    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
-    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found[2], wanted[2], rtol=1e-5, atol=1e-5)
-
-
-def test_one_device_is_not_sharded():
-    assert jax.device_count() == 1
-    assert not may_be_sharded()
-
-
-def test_a_mesh_tells_whether_arrays_are_local(monkeypatch):
-    monkeypatch.setattr(_mesh.jax, "device_count", lambda: 4)
-    assert may_be_sharded()
-    kinds = jax.sharding.AxisType
-    for kind, sharded in ((kinds.Auto, True), (kinds.Explicit, True), (kinds.Manual, False)):
-        mesh = jax.sharding.AbstractMesh((4,), ("d",), axis_types=(kind,))
-        with jax.sharding.use_abstract_mesh(mesh):
-            assert may_be_sharded() == sharded
 
 
 def test_tpus_multiply_by_tables_on_one_chip_too():
