@@ -16,11 +16,12 @@ from orbax.checkpoint import v1 as ocp
 import mora_jax
 from helpers.arrays import assert_same_bits, perturb
 from helpers.models import Network, Small, adapted_network
+from helpers.schemes import CUSTOM
 from mora_jax import checkpoint
 from mora_jax.checkpoint._record import digest_of
 
 
-@pytest.mark.parametrize("scheme", ["sharing", "rotation", "low_rank"])
+@pytest.mark.parametrize("scheme", ["sharing", "rotation", "low_rank", CUSTOM], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_travel(tmp_path, inputs, scheme, dtype):
     _, pretrained, _, plan, params = adapted_network(

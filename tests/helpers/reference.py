@@ -7,16 +7,19 @@ Every scheme is written as n pairs of matrices, so that with rows as vectors
 where C_i (in, r) compresses and D_i (r, out) decompresses. Equation numbers are the paper's; where
 its text and the authors' code differ (padding, rounding, pairing) the code is followed.
 
-Schemes are plain tuples:
+Schemes are plain tuples, and adapters dicts {"matrix": M} or {"a": A, "b": B}:
 
     ("sharing", grouping_in, grouping_out, shift, sign)   groupings "stride" or "contiguous"
     ("rotation", cycle)  ("decoupling", cycle)  ("truncation",)
+    ("groups", inputs, outputs)               functions (features, r) -> pairs (feature, group)
+    ("low_rank", alpha)
 
 Stride groups, block b = j // r: g(j) = (j + shift * b) mod r, times (-1)**popcount(sign & b).
 Shapes: x (..., in), dy (..., out), M (r, r), A (in, rank), B (rank, out). All sums are float64.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,6 +48,14 @@ def _share(grouping: str, length: int, features: int, r: int, shift: int, sign: 
         for j in range(features):
             group = j // (q + 1) if j < longer * (q + 1) else (j - longer) // q
             matrix[j, group] = 1.0
+    return matrix
+
+
+def _members(pairs: Callable[[int, int], list[tuple[int, int]]], features: int, r: int) -> Array:
+    """Groups as a matrix (features, r): how often a feature is in a group."""
+    matrix = np.zeros((features, r))
+    for feature, group in pairs(features, r):
+        matrix[feature, group] += 1.0
     return matrix
 
 
@@ -86,6 +97,8 @@ def compress_matrices(scheme: Scheme, in_features: int, out_features: int, r: in
                 if name == "rotation":
                     matrices[i] = matrices[i] @ _rotate(i, r)
             return matrices
+        case ("groups", inputs, _):  # as (6), of any groups
+            return _members(inputs, in_features, r)[None]
     raise ValueError(f"unknown scheme {scheme!r}")
 
 
@@ -102,6 +115,8 @@ def decompress_matrices(scheme: Scheme, in_features: int, out_features: int, r: 
             for j in range(out_features):  # blocks i = j // r modulo n_out: one, or all that meet
                 matrices[(j // r) % n_out :: n_out, j % r, j] = 1.0
             return matrices
+        case ("groups", _, outputs):  # as (7), of any groups
+            return _members(outputs, out_features, r).T[None]
     raise ValueError(f"unknown scheme {scheme!r}")
 
 
@@ -147,6 +162,27 @@ def low_rank_grads(alpha: float, A: Array, B: Array, x: Array, dy: Array) -> tup
     """Gradients of <x @ low_rank_kernel, dy> in A and in B."""
     dW = alpha / A.shape[1] * _outer(x, dy)
     return dW @ _float64(B).T, _float64(A).T @ dW
+
+
+def adapter_kernel(
+    scheme: Scheme, adapter: dict[str, Array], in_features: int, out_features: int
+) -> Array:
+    """The delta's kernel (in, out) of an adapter of any scheme."""
+    match scheme:
+        case ("low_rank", alpha):
+            return low_rank_kernel(alpha, adapter["a"], adapter["b"])
+    return delta_kernel(scheme, adapter["matrix"], in_features, out_features)
+
+
+def adapter_gradients(
+    scheme: Scheme, adapter: dict[str, Array], x: Array, dy: Array
+) -> dict[str, Array]:
+    """Gradient of <delta, dy> in an adapter of any scheme, a dict like it."""
+    match scheme:
+        case ("low_rank", alpha):
+            da, db = low_rank_grads(alpha, adapter["a"], adapter["b"], x, dy)
+            return {"a": da, "b": db}
+    return {"matrix": grad_M(scheme, x, dy, adapter["matrix"].shape[0])}
 
 
 def dora_kernel(W: Array, D: Array, m: Array) -> Array:

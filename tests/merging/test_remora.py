@@ -110,14 +110,20 @@ def test_the_models_output_does_not_change(inputs, scheme):
         jax.random.key(0), inputs)["params"]}, inputs)).max() > 1e-2  # fmt: skip
 
 
-DRAWN_ONCE = [scheme for scheme in FAMILIES if not isinstance(scheme, mora_jax.LowRank)]
+#: Schemes whose new adapters draw no numbers, so that a merge leaves nothing else.
+DRAWN_ONCE = [
+    scheme
+    for scheme in FAMILIES
+    if not any(leaf.draws for leaf in scheme.leaves(8, 8, scheme.size(8, 8, 1)).values())
+]
 
 
 @pytest.mark.parametrize("scheme", DRAWN_ONCE, ids=str)
 def test_of_what_has_no_memory_a_merge_changes_nothing(inputs, scheme):
     """Gradient descent with the same groups: a training that merges ends where another does."""
     make_tx = lambda plan, _: mora_jax.freeze_base(optax.sgd(0.3), plan)
-    _, model, plan, params, tx, state = trained(inputs, make_tx, scheme=scheme, steps=3)
+    # Without a cycle: a scheme of one's own may go on to other groups where built-in ones stay.
+    _, model, plan, params, tx, state = trained(inputs, make_tx, scheme=scheme, cycle=None, steps=3)
 
     @jax.jit
     def step(params, state):

@@ -18,17 +18,14 @@ from helpers import reference
 from helpers.arrays import assert_same_bits, perturb, random_adapter
 from helpers.merged import assert_as_merged
 from helpers.models import adapted_network
+from helpers.schemes import DESCRIBED
 from mora_jax import checkpoint, peft, quantized
 from mora_jax import nnx as mora_nnx
 from mora_jax._arrays.paths import flatten
 from mora_jax._product.dora import kernel_delta
 
 LOW_RANK = mora_jax.LowRank(alpha=3.0)
-REFERENCES = {
-    mora_jax.Sharing("contiguous", "stride"): ("sharing", "contiguous", "stride", 0, 0),
-    mora_jax.Rotation(wrap=True): ("rotation", True),
-    LOW_RANK: (),
-}
+SCHEMES = [mora_jax.Sharing("contiguous", "stride"), mora_jax.Rotation(wrap=True), LOW_RANK]
 DIMS = (((1,), (0,)), ((), ()))
 
 
@@ -39,16 +36,13 @@ def drawn(tree):
 
 
 @pytest.mark.parametrize("placement", ["kernel", "activation"])
-@pytest.mark.parametrize("scheme", REFERENCES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_papers_equations(float64, scheme, placement):
     rng, (inputs, outputs) = np.random.default_rng(0), (11, 7)
     W, x, dy = (rng.standard_normal(s) for s in ((inputs, outputs), (5, inputs), (5, outputs)))
     adapter = random_adapter(inputs, outputs, 2, scheme, dtype="float64")
     g = 1 + 0.3 * rng.standard_normal(outputs)
-    if scheme == LOW_RANK:
-        D = reference.low_rank_kernel(3.0, adapter["a"], adapter["b"])
-    else:
-        D = reference.delta_kernel(REFERENCES[scheme], adapter["matrix"], inputs, outputs)
+    D = reference.adapter_kernel(DESCRIBED[scheme], adapter, inputs, outputs)
     norm = np.sqrt((W**2).sum(0))
     m = g * norm
 
@@ -65,13 +59,9 @@ def test_the_papers_equations(float64, scheme, placement):
     close(y, x @ wanted)
     close(dx, want_dx)
     close(dadapter["magnitude"][0], dm * norm)  # of g = m / ||W||
-    if scheme == LOW_RANK:
-        da, db = reference.low_rank_grads(3.0, adapter["a"], adapter["b"], x, dy_of_delta)
-        close(dadapter["a"], da)
-        close(dadapter["b"], db)
-    else:
-        size = adapter["matrix"].shape[0]
-        close(dadapter["matrix"], reference.grad_M(REFERENCES[scheme], x, dy_of_delta, size))
+    of_adapter = reference.adapter_gradients(DESCRIBED[scheme], adapter, x, dy_of_delta)
+    for name, gradient in of_adapter.items():
+        close(dadapter[name], gradient)
     axes = mora_jax.KernelAxes((0,), (1,))
     close(W + kernel_delta(jnp.asarray(W), dora, axes, scheme), wanted)
 

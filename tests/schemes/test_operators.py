@@ -11,25 +11,11 @@ import mora_jax
 from helpers import reference
 from helpers.arrays import random_adapter
 from helpers.files import golden_operators
-from helpers.schemes import ALL_SCHEMES, SCHEMES
-
-
-def described(scheme):
-    """A scheme as the reference describes it."""
-    match scheme:
-        case mora_jax.Sharing():
-            return ("sharing", scheme.input, scheme.output, scheme.shift, scheme.signs)
-        case mora_jax.Truncation():
-            return ("truncation",)
-        case _:
-            return (scheme.kind, scheme.wrap)
+from helpers.schemes import ALL_SCHEMES, DESCRIBED, SCHEMES
 
 
 def reference_kernel(scheme, adapter, in_features, out_features):
-    if isinstance(scheme, mora_jax.LowRank):
-        return reference.low_rank_kernel(scheme.alpha, adapter["a"], adapter["b"])
-    matrix = np.asarray(adapter["matrix"], np.float64)
-    return reference.delta_kernel(described(scheme), matrix, in_features, out_features)
+    return reference.adapter_kernel(DESCRIBED[scheme], adapter, in_features, out_features)
 
 
 @pytest.mark.parametrize(("case", "arrays"), golden_operators())
@@ -103,12 +89,7 @@ def test_the_formula_at_any_size(scheme, in_features, out_features, rank, seed):
         np.testing.assert_allclose(kernel, wanted, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(delta, x @ wanted, rtol=1e-12, atol=1e-11)
         np.testing.assert_allclose(dx, dy @ wanted.T, rtol=1e-12, atol=1e-11)
-        if isinstance(scheme, mora_jax.LowRank):
-            da, db = reference.low_rank_grads(scheme.alpha, adapter["a"], adapter["b"], x, dy)
-            expected = {"a": da, "b": db}
-        else:
-            size = adapter["matrix"].shape[0]
-            expected = {"matrix": reference.grad_M(described(scheme), x, dy, size)}
+        expected = reference.adapter_gradients(DESCRIBED[scheme], adapter, x, dy)
         for name, value in expected.items():
             np.testing.assert_allclose(gradient[name], value, rtol=1e-12, atol=1e-11)
             np.testing.assert_allclose(rule[name], value, rtol=1e-12, atol=1e-11)
