@@ -17,17 +17,17 @@ class RandomGroups(mora_jax.Scheme):
     kind = "random_groups"
     draw: int = 0
 
-    def _groups(self, features, size, side):
-        return np.random.default_rng((self.draw, features, side)).permutation(features) % size
+    def _order(self, features, side):
+        return np.random.default_rng((self.draw, side, features)).permutation(features)
 
     def compress(self, x, size, *, out_features=None):
-        """[..., I] -> [..., R]: the sum of each group."""
-        groups = self._groups(x.shape[-1], size, 0)
-        return jnp.zeros((*x.shape[:-1], size), x.dtype).at[..., groups].add(x)
+        """[..., I] -> [..., R]: sharing's sums, of the features in a random order."""
+        return mora_jax.compress(x[..., self._order(x.shape[-1], 0)], size, mora_jax.Sharing())
 
     def decompress(self, z, out_features):
-        """[..., R] -> [..., O]: what each feature's group has."""
-        return z[..., self._groups(out_features, z.shape[-1], 1)]
+        """[..., R] -> [..., O]: sharing's copies, in another random order."""
+        copies = mora_jax.decompress(z, out_features, mora_jax.Sharing())
+        return copies[..., self._order(out_features, 1)]
 
     def successor(self, cycle, in_features, out_features, size):
         """Other groups after a merge."""

@@ -23,8 +23,11 @@ from mora_jax.linen._adapt import ModuleT
 from mora_jax.nnx._state import ModelT
 
 
+# A module is callable too; the first overload that fits is taken.
 @overload
-def adapt(model: ModuleT, config_or_plan: MoRAConfig | Plan) -> ModuleT: ...
+def adapt(  # pyright: ignore[reportOverlappingOverload]
+    model: ModuleT, config_or_plan: MoRAConfig | Plan
+) -> ModuleT: ...
 
 
 @overload

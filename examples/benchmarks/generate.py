@@ -64,7 +64,7 @@ def main() -> None:
             adapted = mora_jax.attach(plan, params, key=jax.random.key(1))
             variants[f"{scheme} {placement}"] = (model, adapted)
     # Any scheme merges into the same kind of tree.
-    variants["merged"] = (base, mora_jax.merge(adapted, plan))
+    variants["merged"] = (base, mora_jax.merge(adapted, plan))  # pyright: ignore[reportPossiblyUnboundVariable]
 
     rows = []
     for batch in args.batch:

@@ -149,7 +149,7 @@ def main() -> int:
             f"({time.perf_counter() - started:.0f} s)",
             flush=True,
         )
-    steps = [int(row["step"]) for row in run.rows()]
+    steps = [int(row["step"]) for row in run.rows()]  # pyright: ignore[reportPossiblyUnboundVariable]
     assert steps == [*range(1, args.steps + 1)], "a step is missing, or stands twice"
     print(
         f"{args.kills} kills, {during} of them while a checkpoint was written: "

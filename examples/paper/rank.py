@@ -28,7 +28,7 @@ import numpy as np
 import tqdm
 
 import mora_jax
-from paper.recipes import RECIPES, Recipe, draw_groups, permuted
+from paper.recipes import RECIPES, Recipe
 
 METHODS = (
     "ReLoRA", "one grouping", "two groupings", "four groupings", "shifts", "signs",
@@ -56,30 +56,28 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def layer(params: Any, x: jax.Array) -> jax.Array:
-    """A stack of one linear layer, for permutations are of stacks: [1, T, I] -> [1, T, O]."""
-    return jnp.einsum("lti,lio->lto", x, params["layer"]["kernel"])
+    """A linear layer: [T, I] -> [T, O]."""
+    return x @ params["layer"]["kernel"]
 
 
 def sums(recipe: Recipe, shape: tuple[int, int], rank: int, seed: int) -> Iterator[np.ndarray]:
     """The sum of all deltas after each merge, [I, O] float64, without end."""
     assert recipe.scheme is not None
     with jax.enable_x64(True):
-        base = {"layer": {"kernel": jnp.zeros((1, *shape))}}
+        base = {"layer": {"kernel": jnp.zeros(shape)}}
         config = mora_jax.MoRAConfig(
             rank=rank, scheme=recipe.scheme, cycle=recipe.cycle, dtype="float64"
         )
-        x = jax.ShapeDtypeStruct((1, 1, shape[0]), "float64")
+        x = jax.ShapeDtypeStruct((1, shape[0]), "float64")
         plan = mora_jax.plan(mora_jax.adapt(layer, config), base, x)
     rng, total = np.random.default_rng(seed), np.zeros(shape)
-    for merges in itertools.count():
+    while True:
         with jax.enable_x64(True):
             new = mora_jax.attach(plan, base, key=jax.random.key(0))
             adapter, _ = mora_jax.split(new, plan)
             drawn = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), adapter)
             delta: Any = mora_jax.merge(mora_jax.join(drawn, base), plan)
-            if recipe.random:
-                delta = permuted(delta, draw_groups(plan, seed, merges))
-            total = total + np.asarray(delta["layer"]["kernel"][0])
+            total = total + np.asarray(delta["layer"]["kernel"])
         yield total
         plan = plan.advance()
 

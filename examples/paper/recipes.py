@@ -1,29 +1,11 @@
-"""The ways to train that are compared, and random groups, which the library has no scheme for.
-
-Random groups are the bound that a regrouping can hope for: after every merge each feature of a
-layer is put into a group at random. The library's own delta does it between permuted features,
-
-    effective kernel = (stored kernel + delta)[inputs][:, outputs]
-
-where `inputs` and `outputs` are permutations. It costs two gathers of every kernel, and is here to
-be measured against.
-
-Shape letters: I input features, O output features.
-"""
+"""The ways to train that are compared: what is adapted, by which scheme, and when it merges."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
-
 import mora_jax
+from custom_scheme import RandomGroups
 from mora_jax import Decoupling, LowRank, Rotation, Sharing, Truncation, scheme_from_mora_type
-
-#: Path of a kernel -> (permutation of I, permutation of O).
-Groups = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +19,6 @@ class Recipe:
       cycle: as in `MoRAConfig`.
       merges: whether adapters are merged and restarted on the way; a number n: at every n-th of
         the times at which the others are.
-      random: whether features are put into random groups, other ones after each merge.
       dora: as in `MoRAConfig`.
       schemes: as in `MoRAConfig`.
     """
@@ -47,7 +28,6 @@ class Recipe:
     rate: float = dataclasses.field(default=4e-3, repr=False)  # no result depends on it
     cycle: Any = None
     merges: bool | int = False
-    random: bool = False
     dora: bool = False
     schemes: Any = ()
 
@@ -55,6 +35,10 @@ class Recipe:
 #: Each kind of layer has other groups, or what a group ties together would be tied in all of them.
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STAGGERED = tuple((rf".*{kind}", Sharing(shift=shift)) for shift, kind in enumerate(KINDS))
+
+#: Random groups are the bound that a regrouping can hope for. Each kind of layer draws its own, and
+#: others after every merge.
+DRAWN = tuple((rf".*{kind}", RandomGroups(1000 * number)) for number, kind in enumerate(KINDS))
 
 #: From scratch.
 RECIPES = {
@@ -71,7 +55,7 @@ RECIPES = {
     "signs every 4th": Recipe(Sharing(), cycle="signs", merges=4),
     "staggered MoRA": Recipe(Sharing(), schemes=STAGGERED),
     "staggered shifts": Recipe(Sharing(), cycle="shifts", merges=True, schemes=STAGGERED),
-    "random groups": Recipe(Sharing(), merges=True, random=True),
+    "random groups": Recipe(RandomGroups(), cycle="auto", merges=True, schemes=DRAWN),
     "rotation": Recipe(Rotation(), merges=True),
     "cycled rotation": Recipe(Rotation(wrap=True), merges=True),
 }
@@ -105,25 +89,3 @@ FINETUNING = {
     "DoRA on sharing 8": Recipe(Sharing(), 8, 5e-4, dora=True),
     **adapters(128, 2.5e-4, 1e-3),
 }
-
-
-def draw_groups(plan: mora_jax.Plan, seed: int, merges: int) -> Groups:
-    """Random groups for every kernel: a function of the seed and of how many merges there were."""
-    rng = np.random.default_rng((seed, merges))
-    return {
-        kernel: (rng.permutation(spec.features[0]), rng.permutation(spec.features[1]))
-        for kernel, spec in zip(plan.kernel_paths(), plan.values(), strict=True)
-    }
-
-
-def permuted(params: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
-    """Kernels [..., I, O] with their features permuted; everything else as it is."""
-    leaves: dict[str, Any] = {**traverse_util.flatten_dict(params, sep="/")}
-    for path, (inputs, outputs) in groups.items():
-        leaves[path] = jnp.take(jnp.take(leaves[path], inputs, axis=-2), outputs, axis=-1)
-    return traverse_util.unflatten_dict(leaves, sep="/")
-
-
-def inverse(groups: Groups) -> Groups:
-    """The groups that undo a permutation."""
-    return {path: (np.argsort(i), np.argsort(o)) for path, (i, o) in groups.items()}

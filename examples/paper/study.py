@@ -23,7 +23,7 @@ import tqdm
 
 import mora_jax
 from data import text
-from paper.recipes import Recipe, draw_groups
+from paper.recipes import Recipe
 from paper.results import Columns, Results, table
 from paper.training import CompiledSteps, Training, make_optimizer, make_plan
 from paper.trial import Task, Trial, begin, run
@@ -163,16 +163,15 @@ def time_steps(args: argparse.Namespace, task: Task, methods: Mapping[str, Recip
     for method in tqdm.tqdm(args.methods, desc="timing"):
         plan, training, steps_of = prepare(args, task, methods[method])
         params, key = task.start(args.seeds[0]), jax.random.key(0)
-        groups = draw_groups(plan, 0, 0) if plan and methods[method].random else {}
-        state = begin(training, params, plan, groups, key)
+        state = begin(training, params, plan, key)
         trained, stretches = (state.trainable, state.opt_state), []
         given = state.frozen, rows, index, jnp.zeros((), jnp.float32)
-        step_once = steps_of.of(trained, *given, plan, groups)
+        step_once = steps_of.of(trained, *given, plan)
         for steps in (2, 10, 10, 10, 10, 10):
             began = time.monotonic()
             for _ in range(steps):
-                trained, loss = step_once(trained, *given, groups)
-            jax.block_until_ready(loss)
+                trained, loss = step_once(trained, *given)
+            jax.block_until_ready(loss)  # pyright: ignore[reportPossiblyUnboundVariable]
             stretches.append(1000 * (time.monotonic() - began) / steps)
         found = {
             "milliseconds": float(np.median(stretches[1:])),

@@ -20,7 +20,7 @@ import optax
 
 import mora_jax
 from llama.model import Llama
-from paper.recipes import Groups, Recipe, inverse, permuted
+from paper.recipes import Recipe
 from train.state import TrainState, part
 
 
@@ -85,21 +85,19 @@ class Training:
     recipe: Recipe
     optimizer: Any
 
-    def loss(self, params: Any, rows: Rows, plan: Any, groups: Groups) -> jax.Array:
+    def loss(self, params: Any, rows: Rows, plan: Any) -> jax.Array:
         """Mean cross-entropy of what is learned: rows of a step -> scalar."""
-        if self.recipe.random:
-            params, plan = permuted(mora_jax.merge(params, plan), groups), None
         model = self.base_model if plan is None else mora_jax.adapt(self.base_model, plan)
         return losses(model, params, rows).sum() / rows.learned[:, 1:].sum()
 
     @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=1)
-    def step(self, trained, frozen, data, index, rate, plan, groups):
+    def step(self, trained, frozen, data, index, rate, plan):
         """One step of AdamW on rows [B] of the data: ((trainable, optimizer's state), loss)."""
         trainable, opt_state = trained
         rows = jax.tree.map(lambda x: x[index], data)
 
         def loss_of(trainable):
-            return self.loss(mora_jax.join(trainable, frozen), rows, plan, groups)
+            return self.loss(mora_jax.join(trainable, frozen), rows, plan)
 
         loss, gradients = jax.value_and_grad(loss_of)(trainable)
         updates, opt_state = self.optimizer.update(gradients, opt_state, trainable)
@@ -107,18 +105,17 @@ class Training:
         return (optax.apply_updates(trainable, updates), opt_state), loss
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
-    def merged(self, state: TrainState, plan: Any, groups: Groups) -> Any:
+    def merged(self, state: TrainState, plan: Any) -> Any:
         """Parameters of the base model that compute the same, as new arrays."""
         params = mora_jax.join(state.trainable, state.frozen)
-        return params if plan is None else permuted(mora_jax.merge(params, plan), groups)
+        return params if plan is None else mora_jax.merge(params, plan)
 
-    def restart(self, state: TrainState, plan: Any, groups: Groups, after: Groups, key: Any):
-        """(state, plan) after ReMoRA's restart, and where groups are random, in other ones."""
+    def restart(self, state: TrainState, plan: Any, key: Any) -> tuple[TrainState, Any]:
+        """(state, plan) after ReMoRA's restart."""
         params = mora_jax.join(state.trainable, state.frozen)
         params, opt_state, plan, _ = mora_jax.merge_and_reset(
             params, state.opt_state, plan, key=key
         )
-        params = permuted(permuted(params, groups), inverse(after))
         return TrainState(*parted(params, plan, opt_state)), plan
 
 
@@ -134,14 +131,12 @@ class CompiledSteps:
         self._training, self._compiled = training, {}
         self.seconds, self.bytes = 0.0, 0
 
-    def of(self, trained, frozen, data, index, rate, plan, groups):
+    def of(self, trained, frozen, data, index, rate, plan):
         """The compiled step for such arguments; it takes all of them but the plan."""
         case = plan, tuple(x.shape for x in data)
         if case not in self._compiled:
             began = time.monotonic()
-            lowered = Training.step.lower(
-                self._training, trained, frozen, data, index, rate, plan, groups
-            )
+            lowered = Training.step.lower(self._training, trained, frozen, data, index, rate, plan)
             compiled = lowered.compile()
             if (memory := compiled.memory_analysis()) is not None:
                 used = memory.argument_size_in_bytes + memory.output_size_in_bytes

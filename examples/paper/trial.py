@@ -16,7 +16,6 @@ from etils import epath
 import mora_jax
 from data import text
 from llama.model import Llama
-from paper.recipes import Groups, draw_groups, inverse, permuted
 from paper.training import CompiledSteps, Rows, Training, all_finite, make_rates, merges_of, parted
 from train.checkpoints import Checkpoints
 from train.state import TrainState
@@ -71,11 +70,11 @@ class Trial:
 
 
 def begin(
-    training: Training, params: Any, plan: mora_jax.Plan | None, groups: Groups, key: jax.Array
+    training: Training, params: Any, plan: mora_jax.Plan | None, key: jax.Array
 ) -> TrainState:
     """The state before the first step; the parameters stay."""
     # A copy, for merges and steps give up what they change.
-    params = permuted(jax.tree.map(jnp.copy, params), inverse(groups))
+    params = jax.tree.map(jnp.copy, params)
     if plan is not None:
         params = mora_jax.attach(plan, params, key=key)
     trainable, _, frozen = parted(params, plan, None)
@@ -114,11 +113,7 @@ def run(
     rates = make_rates(args, recipe, trial.rate)
     stops = {*args.evaluate_at, *merges, args.steps}
 
-    def groups_at(step: int) -> Groups:
-        before = sum(merge <= step for merge in merges)
-        return draw_groups(start, seed, before) if start and recipe.random else {}
-
-    state, first, curve = begin(training, initial, start, groups_at(0), key), 0, []
+    state, first, curve = begin(training, initial, start, key), 0, []
     curve_file = trial.folder / "curve.json"
     name = {"method": trial.method, "rate": trial.rate, "seed": seed, "recipe": repr(recipe)}
     name |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
@@ -133,7 +128,6 @@ def run(
             curve = [
                 found for found in json.loads(curve_file.read_text()) if found["step"] <= first
             ]
-        groups = groups_at(first)
         bar = tqdm.tqdm(desc=f"{trial.method}, {trial.rate:g}, seed {seed}", initial=first,
                         total=args.steps, mininterval=5, leave=False)  # fmt: skip
         if 0 in args.evaluate_at and not first:
@@ -144,7 +138,7 @@ def run(
                 (state.trainable, state.opt_state), state.frozen, rows, index,
                 rates[step - 1],
             )  # fmt: skip
-            (trainable, opt_state), loss = steps_of.of(*given, plan, groups)(*given, groups)
+            (trainable, opt_state), loss = steps_of.of(*given, plan)(*given)
             state = TrainState(trainable, opt_state, state.frozen)
             bar.update()
             if step % 10 == 0 or step in stops:
@@ -152,13 +146,10 @@ def run(
                 if not (jnp.isfinite(loss) and all_finite(state.trainable)):
                     return {**name, "cost": None, "curve": curve, "diverged": step}
             if step in args.evaluate_at and step < args.steps:
-                found = task.measure(step, seed, training.merged(state, plan, groups))
+                found = task.measure(step, seed, training.merged(state, plan))
                 curve.append({"step": step, **found})
             if step in merges:
-                after = groups_at(step)
-                merge_key = jax.random.fold_in(key, step)
-                state, plan = training.restart(state, plan, groups, after, merge_key)
-                groups = after
+                state, plan = training.restart(state, plan, jax.random.fold_in(key, step))
             over = time.monotonic() > deadline
             if over or step % args.save_every == 0 or step == args.steps:
                 scratch = curve_file.with_suffix(".partial")
@@ -168,11 +159,11 @@ def run(
                 if over:
                     return None
         # Its own checkpoint is there: what comes now may take long.
-        found = task.measure(args.steps, seed, training.merged(state, plan, groups))
+        found = task.measure(args.steps, seed, training.merged(state, plan))
         curve.append({"step": args.steps, **found})
         bar.close()
     adapted = mora_jax.join(state.trainable, state.frozen)
-    final = training.merged(state, plan, groups)
+    final = training.merged(state, plan)
     return {
         **name, "cost": task.cost(curve), "curve": curve,
         **task.finish(initial, final, adapted, plan),

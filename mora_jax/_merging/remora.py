@@ -166,9 +166,9 @@ def _check_distinct(leaves: dict[str, Any]) -> None:
 
 
 class _Pruned(NamedTuple):
-    """One moment to prune: its index in the state, and what `pruned` wants to know."""
+    """One moment to prune: its place in the state, and what `pruned` wants to know."""
 
-    index: str
+    place: str
     prune: Prune
     path: str
     stacks: tuple[int, ...]
@@ -195,7 +195,7 @@ def _merge_and_start_anew(leaves, state, key, plan, places, rounding="nearest", 
     kernels = merged_kernels(leaves, plan, None if rounding == "nearest" else key)
     anew = jax.tree.map(jnp.zeros_like, state)
     anew |= {
-        moment.index: pruned(state[moment.index], moment.prune, moment.path, moment.stacks, key)
+        moment.place: pruned(state[moment.place], moment.prune, moment.path, moment.stacks, key)
         for moment in pruning
     }
     return constrain(kernels | adapters, places[0]), constrain(anew, places[1])

@@ -219,12 +219,14 @@ batching.primitive_batchers[FROZEN_KERNEL] = lambda args, axes: (FROZEN_KERNEL.b
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def frozen_product(lhs, rhs, call):
+def frozen_product(lhs: jax.Array, rhs: jax.Array, call: AdaptedProduct) -> jax.Array:
     """The base product with a constant kernel, marked for the interpreter of traced functions."""
     return call.product(lhs, FROZEN_KERNEL.bind(rhs))
 
 
 @frozen_product.defjvp
-def _jvp_of_frozen(call, primals, tangents):
+def _jvp_of_frozen(
+    call: AdaptedProduct, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
     (lhs, rhs), (dlhs, _) = primals, tangents
     return call.product(lhs, rhs), call.product(dlhs, rhs)

@@ -113,7 +113,7 @@ def delta_by_example(
     # Other integers lack -1, or the number of adapters.
     x, ids = lax.optimization_barrier((x, ids.astype(np.int32)))
 
-    def choose(leaf):
+    def choose(leaf: jax.Array) -> jax.Array:
         # A negative index would count from the end.
         index = jnp.where(ids < -1, len(leaf), jnp.maximum(ids, 0))
         chosen = leaf.at[index].get(mode="fill", fill_value=jnp.nan)

@@ -176,7 +176,7 @@ class BlockGrid:
         """
         size, total = self.size, squares * self.side
 
-        def local(split, whole):
+        def local(split: jax.Array, whole: jax.Array) -> jax.Array:
             width = split.shape[-1]
             start = lax.axis_index(axes) * width
             count = -(-(width + size - 1) // size)

@@ -38,7 +38,7 @@ class BlockScheme(Scheme):
     renamed_fields: ClassVar[Mapping[str, str]] = {"cycle": "wrap"}
     wrap: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.wrap, bool):
             raise ValueError(f"{type(self).__name__}: wrap must be a bool, got {self.wrap!r}.")
 

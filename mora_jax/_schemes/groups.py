@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Sharing(Scheme):
     shift: int = 0
     signs: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for side, grouping in (("input", self.input), ("output", self.output)):
             if grouping not in _GROUPINGS:
                 raise ValueError(f"Sharing: {side} must be one of {_GROUPINGS}, got {grouping!r}.")
@@ -306,7 +306,7 @@ class Groups:
             pairs.append((group, np.where(place < end, sign, 0)))
         return pairs
 
-    def _one_hot(self, dtype) -> jax.Array:
+    def _one_hot(self, dtype: Any) -> jax.Array:
         """[F, R], made from counting where it is used: each device makes its own rows."""
         column = lax.broadcasted_iota(np.int32, (self.features, self.size), 1)
         terms = [
@@ -319,14 +319,14 @@ class Groups:
         return _exact_product(x, self._one_hot(x.dtype))
 
     def _spread_by_table(self, z: jax.Array) -> jax.Array:
-        def look_up(z):
+        def look_up(z: jax.Array) -> jax.Array:
             terms = [
                 jnp.take(z, group, axis=-1, mode="clip") * features.expand(weight, z)
                 for group, weight in self.tables()
             ]
             return sum(terms[1:], terms[0])
 
-        def multiply(z):
+        def multiply(z: jax.Array) -> jax.Array:
             return _exact_product(z, self._one_hot(z.dtype).T)
 
         # TPUs look up slowly, and multiply fast.

@@ -29,7 +29,7 @@ class LowRank(Scheme):
     peft_leaves: ClassVar[tuple[str, str]] = ("a", "b")
     alpha: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.alpha is not None and not (isinstance(self.alpha, int | float) and self.alpha > 0):
             raise ValueError(f"LowRank: alpha must be a positive number, got {self.alpha!r}.")
 
@@ -43,7 +43,7 @@ class LowRank(Scheme):
         # Uniform in +-1/sqrt(I), as in the LoRA authors' code and in PEFT.
         limit = 1 / math.sqrt(in_features)
 
-        def draw(key, shape, dtype):
+        def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, minval=-limit, maxval=limit)
 
         return {"a": Leaf((in_features, size), draw, draws=True), "b": Leaf((size, out_features))}

@@ -52,7 +52,7 @@ def as_params(tree: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
     leaves, structure = jax.tree.flatten_with_path(tree)
     names = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in leaves]
 
-    def restore(params):
+    def restore(params: Any) -> Any:
         values = []
         for name in names:
             value = params
@@ -137,14 +137,16 @@ def plan(function: AdaptedFunction, params: Any, *inputs: Any, **kwargs: Any) ->
     return _plan(traced, base, function.mora_chooser)
 
 
-def _trace(function: Callable, params, base, inputs: tuple, kwargs: Any) -> Traced:
+def _trace(
+    function: Callable, params: Any, base: Mapping[str, Any], inputs: tuple, kwargs: Any
+) -> Traced:
     if bad := [path for path, leaf in base.items() if not hasattr(unbox(leaf), "shape")]:
         raise TypeError(
             f"parameters must be nested dicts of arrays, got something else at {list_paths(bad)}. "
             "Use as_params(tree) for other trees."
         )
 
-    def call(leaves, *inputs, **kwargs):
+    def call(leaves: Any, *inputs: Any, **kwargs: Any) -> Any:
         return function(unflatten_like(leaves, params), *inputs, **kwargs)
 
     return trace(call, dict(base), *inputs, **kwargs)
@@ -190,7 +192,7 @@ def _kernels(traced: Traced, base: Mapping[str, Any]) -> dict[str, KernelAxes]:
     found: dict[str, KernelAxes] = {}
     paths = sorted(base)
 
-    def run(arrays):
+    def run(arrays: Any) -> Any:
         views = list(arrays)
         for index, path in enumerate(paths):
             array, order = views[index], tuple(range(views[index].ndim))

@@ -52,7 +52,7 @@ def plan(model: Any) -> Plan:
 class _AdaptedModule:
     """Stands where a model holds its linen module, and applies it with adapters."""
 
-    def __init__(self, module: nn.Module, plan: Plan):
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
         self.mora_base, self.mora_plan = module, plan
 
     def __getattr__(self, name: str) -> Any:
@@ -85,14 +85,14 @@ def _plan(model: Any, config: MoRAConfig) -> Plan:
     calls = []
 
     class Recorder:
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> Any:
             return getattr(model.module, name)
 
-        def init(self, rngs, *args, **kwargs):
+        def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
             calls.append((args, kwargs))
             return model.module.init(rngs, *args, **kwargs)
 
-    def run(key):
+    def run(key: jax.Array) -> Any:
         recording = copy.copy(model)
         recording._module = Recorder()
         recording.init_weights(key, model.input_shape)

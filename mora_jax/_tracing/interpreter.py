@@ -12,7 +12,7 @@ one adapts them. Quantised kernels are a third (`quantized/_kernels.py`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,17 +25,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mora_jax._product.call import FROZEN_KERNEL
 from mora_jax._tracing.view import Taken, View, as_array
 
+#: The parameters of an equation, and what a rule gives: its outputs, or None.
+Params = Mapping[str, Any]
+Outputs = Sequence[Any] | None
+
 
 def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
     """Traces a function; of its arguments and results, those that are no arrays are static."""
     arrays, restore = _arrays_of((args, kwargs))
     put_together = []
 
-    def call(*arrays):
+    def call(*arrays: Any) -> Any:
         args, kwargs = restore(arrays)
-        arrays, outputs = _arrays_of(function(*args, **kwargs))
+        results, outputs = _arrays_of(function(*args, **kwargs))
         put_together.append(outputs)
-        return arrays
+        return results
 
     closed = jax.make_jaxpr(call)(*arrays)
     return Traced(closed, arrays, put_together[-1])
@@ -46,7 +50,7 @@ def _arrays_of(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
     leaves, structure = jax.tree.flatten(tree)
     dynamic = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
 
-    def restore(arrays):
+    def restore(arrays: Any) -> Any:
         arrays = iter(arrays)
         merged = [next(arrays) if d else leaf for d, leaf in zip(dynamic, leaves, strict=True)]
         return structure.unflatten(merged)
@@ -75,7 +79,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, inputs, strict=True))
 
-    def read(atom):
+    def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
@@ -100,22 +104,22 @@ def _bind(equation: Any, inputs: Iterator[Any]) -> Sequence[Any]:
 # Each rule gives the outputs, or None where the view must become an array.
 
 
-def _transpose(params, view):
+def _transpose(params: Params, view: Any) -> Outputs:
     return [view.transpose(params["permutation"])] if isinstance(view, View) else None
 
 
-def _convert(params, view):
+def _convert(params: Params, view: Any) -> Outputs:
     dtype = np.dtype(params["new_dtype"])
     floating = jnp.issubdtype(dtype, np.floating)
     return [dataclasses.replace(view, dtype=dtype)] if isinstance(view, View) and floating else None
 
 
-def _stop_gradient(params, view):
+def _stop_gradient(params: Params, view: Any) -> Outputs:
     del params
     return [view.map(lax.stop_gradient)] if isinstance(view, View) else None
 
 
-def _reshard(params, view):
+def _reshard(params: Params, view: Any) -> Outputs:
     """A kernel that is moved, or told where to lie, is still a kernel."""
     if not isinstance(view, View):
         return None
@@ -129,14 +133,14 @@ def _reshard(params, view):
     return [dataclasses.replace(view, value=move(view.value, own))]
 
 
-def _vary(params, view):
+def _vary(params: Params, view: Any) -> Outputs:
     """Inside `shard_map`, a kernel that all devices have in common meets what differs."""
     if not isinstance(view, View):
         return None
     return [view.map(lambda leaf: lax.pcast(leaf, tuple(params["axes"]), to="varying"))]
 
 
-def _slice(params, view):
+def _slice(params: Params, view: Any) -> Outputs:
     if not isinstance(view, View) or not set(params["strides"] or ()) <= {1}:
         return None
     bounds = zip(params["start_indices"], params["limit_indices"], view.shape, strict=True)
@@ -148,19 +152,19 @@ def _slice(params, view):
     return [Taken(element, axis)] if isinstance(element, View) else None
 
 
-def _unstack(params, view):
+def _unstack(params: Params, view: Any) -> Outputs:
     if not isinstance(view, View):
         return None
     axis = params["axis"]
     return [_element(view, axis, index) for index in range(view.shape[axis])]
 
 
-def _squeeze(params, taken):
+def _squeeze(params: Params, taken: Any) -> Outputs:
     whole = isinstance(taken, Taken) and tuple(params["dimensions"]) == (taken.axis,)
     return [taken.view] if whole else None
 
 
-def _dot_general(params, lhs, rhs):
+def _dot_general(params: Params, lhs: Any, rhs: Any) -> Outputs:
     params = dict(params)
     (contract_l, contract_r), (batch_l, batch_r) = params.pop("dimension_numbers")
     if isinstance(rhs, View):
@@ -185,18 +189,20 @@ def _dot_general(params, lhs, rhs):
     return [jnp.moveaxis(swapped, range(len(batch), len(batch) + free), range(-free, 0))]
 
 
-def _ragged_dot_general(params, lhs, rhs, group_sizes, *others):
+def _ragged_dot_general(
+    params: Params, lhs: Any, rhs: Any, group_sizes: Any, *others: Any
+) -> Outputs:
     if not isinstance(rhs, View) or others:
         return None
     params = {name: value for name, value in params.items() if value is not None}
     return [rhs.ragged_product(as_array(lhs), group_sizes, **params)]
 
 
-def _jit(params, *inputs):
+def _jit(params: Params, *inputs: Any) -> Outputs:
     return _run_closed(params["jaxpr"], inputs)
 
 
-def _custom_jvp(params, *inputs):
+def _custom_jvp(params: Params, *inputs: Any) -> Outputs:
     """The base product of a layer that is adapted already; its view knows how to differentiate.
 
     The mark in it tells it from a function of the user's, whatever its name: that keeps its own
@@ -207,15 +213,15 @@ def _custom_jvp(params, *inputs):
     return _run_closed(closed, inputs) if ours else None
 
 
-def _mark(params, view):
+def _mark(params: Params, view: Any) -> Outputs:
     del params
     return [view]
 
 
-def _remat(params, *inputs):
+def _remat(params: Params, *inputs: Any) -> Outputs:
     leaves, rebuild = _open_all(inputs)
 
-    def body(leaves):
+    def body(leaves: Any) -> Any:
         return [as_array(out) for out in _run(params["jaxpr"], (), rebuild(leaves))]
 
     # What is differentiated already is recomputed where it stands.
@@ -223,7 +229,7 @@ def _remat(params, *inputs):
     return body(leaves)
 
 
-def _scan(params, *inputs):
+def _scan(params: Params, *inputs: Any) -> Outputs:
     if "num_consts" in params:
         consts, carries = params["num_consts"], params["num_carry"]
     else:
@@ -232,7 +238,7 @@ def _scan(params, *inputs):
     carry = [as_array(value) for value in inputs[consts : consts + carries]]
     stacked, rebuild_element = _open_all(inputs[consts + carries :], axis=0)
 
-    def body(carry, stacked):
+    def body(carry: Any, stacked: Any) -> Any:
         inputs = [*rebuild_constant(constant), *carry, *rebuild_element(stacked)]
         outputs = [as_array(out) for out in _run_closed(params["jaxpr"], inputs)]
         return outputs[:carries], outputs[carries:]
@@ -275,7 +281,7 @@ def _open_all(values: Sequence[Any], axis: int | None = None) -> tuple[list[Any]
         value.open(axis) if isinstance(value, View) else (as_array(value), None) for value in values
     ]
 
-    def rebuild(leaves):
+    def rebuild(leaves: Any) -> Any:
         return [
             leaf if again is None else again(leaf)
             for leaf, (_, again) in zip(leaves, opened, strict=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.experts import ragged_delta
 from mora_jax._product.per_example import ExampleIds
 from mora_jax._schemes.base import Adapter
-from mora_jax._tracing.view import View
+from mora_jax._tracing.view import Pairs, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +38,13 @@ class RecordingView(View):
     origin: tuple[int, ...]
     stacks: tuple[int, ...] = ()
 
-    def open(self, axis=None):
+    def open(self, axis: int | None = None) -> tuple[Any, Callable[[Any], Any]]:
         if axis is None:
             return self.value, lambda value: dataclasses.replace(self, value=value)
         stored = self.order[axis]
         origin = self.origin[:stored] + self.origin[stored + 1 :]
 
-        def rebuild(value):
+        def rebuild(value: Any) -> Any:
             return dataclasses.replace(
                 self,
                 value=value,
@@ -53,7 +55,7 @@ class RecordingView(View):
 
         return jnp.moveaxis(self.value, stored, 0), rebuild
 
-    def product(self, lhs, contracting, batch, **params):
+    def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params: Any) -> jax.Array:
         inputs = tuple(sorted(self.origin[self.order[r]] for _, r in contracting))
         batched = tuple(sorted(self.origin[self.order[r]] for _, r in batch))
         outputs = tuple(sorted(set(self.origin) - {*inputs, *batched}))
@@ -62,7 +64,7 @@ class RecordingView(View):
             self.found.setdefault(self.path, axes)
         return _dot_general(lhs, self.array(), contracting, batch, **params)
 
-    def ragged_product(self, lhs, group_sizes, **params):
+    def ragged_product(self, lhs: jax.Array, group_sizes: jax.Array, **params: Any) -> jax.Array:
         if found := _ragged_axes(params, lhs):
             group, inputs, outputs = (self.origin[self.order[axis]] for axis in found)
             axes = KernelAxes((inputs,), (outputs,), (*self.stacks, group))
@@ -104,19 +106,19 @@ class AdaptedView(View):
         order = tuple(range(kernel.ndim))
         return cls(kernel, order, kernel.dtype, adapter, axes, config, key, examples)
 
-    def array(self):
+    def array(self) -> jax.Array:
         if self.examples is not None:
             raise self.examples.refuse("what is no product over its inputs (a lookup, a head)")
         base = self._base()
         delta = kernel_delta(base, self.adapter, self.axes, self.config.scheme)
         return add_delta(base, delta).transpose(self.order)
 
-    def _base(self):
+    def _base(self) -> jax.Array:
         """The kernel in the view's dtype, a constant unless it is trained beside the adapter."""
         value = self.value.astype(self.dtype)
         return value if self.config.train_kernel else lax.stop_gradient(value)
 
-    def open(self, axis=None):
+    def open(self, axis: int | None = None) -> tuple[Any, Callable[[Any], Any]]:
         if axis is None:
             return (self.value, dict(self.adapter), self.key), self._with
         stored = self.order[axis]
@@ -133,19 +135,19 @@ class AdaptedView(View):
         keys = None if self.key is None else jax.random.split(self.key, len(value))
         return (value, adapter, keys), one._with
 
-    def _with(self, leaves):
+    def _with(self, leaves: Any) -> AdaptedView:
         value, adapter, key = leaves
         return dataclasses.replace(self, value=value, adapter=adapter, key=key)
 
-    def _scale(self, after):
+    def _scale(self, after: jax.Array) -> jax.Array:
         """DoRA's, laid out like `value`."""
         value = self.value.astype(self.dtype)
         return column_scale(value, self.adapter, self.axes, self.config.scheme, after)
 
-    def _adapter_inputs(self, lhs):
+    def _adapter_inputs(self, lhs: jax.Array) -> jax.Array:
         return lhs if self.key is None else dropout(lhs, self.config.dropout, self.key)
 
-    def product(self, lhs, contracting, batch, **params):
+    def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params: Any) -> jax.Array:
         pairs = {self.order[right]: left for left, right in contracting}
         batches = {self.order[right]: left for left, right in batch}
         axes = self.axes
@@ -157,7 +159,7 @@ class AdaptedView(View):
                 return self._transposed(lhs, contracting, batch, **params)
         return _dot_general(lhs, self.array(), contracting, batch, **params)
 
-    def ragged_product(self, lhs, group_sizes, **params):
+    def ragged_product(self, lhs: jax.Array, group_sizes: jax.Array, **params: Any) -> jax.Array:
         found = tuple(self.order[axis] for axis in _ragged_axes(params, lhs))
         fitting = self.axes == KernelAxes(found[1:2], found[2:], found[:1])
         if not found or not fitting or self.examples is not None:
@@ -173,7 +175,15 @@ class AdaptedView(View):
         scale = self._scale(after=lhs).transpose(found)[:, 0]
         return scaled(y, jnp.repeat(scale, group_sizes, 0, total_repeat_length=len(y)))
 
-    def _adapted(self, lhs, pairs, batches, batch_order, out_sharding=None, **params):
+    def _adapted(
+        self,
+        lhs: jax.Array,
+        pairs: dict[int, int],
+        batches: dict[int, int],
+        batch_order: Sequence[int],
+        out_sharding: NamedSharding | None = None,
+        **params: Any,
+    ) -> jax.Array:
         """The product over the inputs. Its axes: batch, free ones of `lhs`, outputs."""
         axes = self.axes
         # From the order in which the kernel is stored to the one in which it is seen.
@@ -204,7 +214,9 @@ class AdaptedView(View):
         )
         return y.transpose(order)
 
-    def _transposed(self, lhs, contracting, batch, **params):
+    def _transposed(
+        self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params: Any
+    ) -> jax.Array:
         """The product over the outputs of a matrix, as with a tied embedding."""
         ((left, _),), (adapter, magnitude) = contracting, split_magnitude(self.adapter)
         if magnitude is not None:
@@ -220,8 +232,10 @@ class AdaptedView(View):
         return base + extra.reshape(base.shape).astype(base.dtype)
 
 
-def _dot_general(lhs, rhs, contracting, batch, **params):
-    def axes(side):
+def _dot_general(
+    lhs: jax.Array, rhs: jax.Array, contracting: Pairs, batch: Pairs, **params: Any
+) -> jax.Array:
+    def axes(side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return tuple(pair[side] for pair in contracting), tuple(pair[side] for pair in batch)
 
     (contract_l, batch_l), (contract_r, batch_r) = axes(0), axes(1)
@@ -237,7 +251,7 @@ def _permuted(sharding: NamedSharding | None, order: list[int]) -> NamedSharding
     return NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in order)))
 
 
-def _ragged_axes(params, lhs) -> tuple[int, ...]:
+def _ragged_axes(params: Any, lhs: jax.Array) -> tuple[int, ...]:
     """Axes (group, inputs, outputs) of experts whose rows are one after the other; else none."""
     numbers = params["ragged_dot_dimension_numbers"]
     contracting, batch = numbers.dot_dimension_numbers

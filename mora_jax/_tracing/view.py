@@ -57,11 +57,11 @@ class View(abc.ABC):
         """
 
     @abc.abstractmethod
-    def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params) -> jax.Array:
+    def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params: Any) -> jax.Array:
         """`lax.dot_general(lhs, view)`; pairs are of an axis of `lhs` and one of the view."""
 
     @abc.abstractmethod
-    def ragged_product(self, lhs: jax.Array, group_sizes: jax.Array, **params) -> jax.Array:
+    def ragged_product(self, lhs: jax.Array, group_sizes: jax.Array, **params: Any) -> jax.Array:
         """`lax.ragged_dot_general(lhs, view, group_sizes)`."""
 
 

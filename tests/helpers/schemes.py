@@ -26,15 +26,17 @@ class Row(NamedTuple):
 CUSTOM = RandomGroups(draw=3)
 
 
-# What CUSTOM draws, written out once more.
 def random_inputs(features, size):
-    drawn = np.random.default_rng((3, features, 0)).permutation(features)
-    return [(feature, number % size) for feature, number in enumerate(drawn)]
+    """(feature, group) of CUSTOM's inputs: stride groups over features in a random order."""
+    order = np.random.default_rng((3, 0, features)).permutation(features)
+    padded = size * -(-features // size)
+    return [(order[place % features], place % size) for place in range(padded)]
 
 
 def random_outputs(features, size):
-    drawn = np.random.default_rng((3, features, 1)).permutation(features)
-    return [(feature, number % size) for feature, number in enumerate(drawn)]
+    """(feature, group) of CUSTOM's outputs."""
+    order = np.random.default_rng((3, 1, features)).permutation(features)
+    return [(feature, place % size) for feature, place in enumerate(order)]
 
 
 ROWS = [
