@@ -62,7 +62,7 @@ def test_adapters_that_are_zero_and_those_that_are_not_finite():
 
 def test_the_table():
     report = mora_jax.ProjectionReport(
-        4, {"up": mora_jax.Projected(0.6, 5.0), "down": mora_jax.Projected(0.0, 12.0)}
+        4, {"up": mora_jax.LayerProjection(0.6, 5.0), "down": mora_jax.LayerProjection(0.0, 12.0)}
     )
     assert str(report).splitlines() == [
         "layer        norm  relative error  energy kept",

@@ -1,7 +1,7 @@
 """A program for eight devices: counts what a layer sends between them, and checks its numbers.
 
 Run by test_collectives.py in a process of its own, which has as many devices as it starts with.
-Prints, as JSON, the collectives of {floor, adapted} x {forward pass, whole step} for each case.
+Prints, as JSON, the collectives of {baseline, adapted} x {forward pass, whole step} for each case.
 """
 
 import itertools
@@ -68,8 +68,8 @@ def measure(mesh, in_features, out_features, rank, scheme, layout, check):
         alone = jax.jit(forward, in_shardings=inputs, out_shardings=(outputs[0], None))
         counts = collectives(alone.lower(x, kernel, adapter, dy).compile()), collectives(compiled)
         if check:
-            spread = jax.device_put((x, kernel, adapter, dy), inputs)
-            many = jax.device_get(compiled(*spread))
+            sharded = jax.device_put((x, kernel, adapter, dy), inputs)
+            many = jax.device_get(compiled(*sharded))
     if check:
         # In a manual region arrays are local: the other spelling, a part of the tokens on each.
         local = jax.shard_map(
@@ -87,7 +87,7 @@ def main():
     # R is 39 and 64: what divides no shard, and what divides every one.
     for in_features, out_features, rank in ((512, 1024, 1), (512, 512, 4)):
         for layout in LAYOUTS:
-            floor = measure(mesh, in_features, out_features, rank, None, layout, False)
+            baseline = measure(mesh, in_features, out_features, rank, None, layout, False)
             # Where tokens are sharded all features are at hand; the backward's place is one matter.
             places = ("kernel", "activation") if layout in ("row", "column") else ("kernel",)
             # Where sizes divide, only blocks have a case of their own.
@@ -100,7 +100,7 @@ def main():
                 check = place == "kernel"
                 counts = measure(mesh, in_features, out_features, rank, scheme, layout, check)
                 case = f"{in_features}x{out_features} {layout} {name}, backward in the {place}"
-                found[case] = (floor, counts)
+                found[case] = (baseline, counts)
     print(json.dumps(found))
 
 

@@ -1,8 +1,8 @@
 """A program for eight devices: a sharded model on several meshes, Auto and Explicit axes.
 
 Run by test_meshes.py in a process of its own. Checks numbers against one device, and prints, as
-JSON, the collectives of {floor, adapted} x {forward pass, whole step} for each case, with a delta
-alone and with DoRA.
+JSON, the collectives of {baseline, adapted} x {forward pass, whole step} for each case: with a
+delta alone, with DoRA, and with a scheme of the examples.
 """
 
 import functools
@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import mora_jax.sharding
 from helpers.devices import collectives
+from helpers.schemes import CUSTOM
 from mora_jax import export
 from mora_jax._arrays.mesh import FeatureSharding, feature_sharding_is
 from mora_jax._plans.layer import LayerConfig
@@ -77,17 +78,17 @@ def measure(name, kind, scheme, dora=False):
             {"down": (HIDDEN, WIDTH), "up": (WIDTH, HIDDEN)}.items()}  # fmt: skip
     x = numbers(8, 4, WIDTH)
     where = {layer: {"kernel": place(spec)} for layer, spec in SPECS.items()}
-    spread, rows = jax.device_put(base, where), jax.device_put(x, place(P(BATCH)))
+    sharded, rows = jax.device_put(base, where), jax.device_put(x, place(P(BATCH)))
     run = functools.partial(forward, kind == AxisType.Explicit)
     config = mora_jax.MoRAConfig(rank=1, scheme=scheme, placement="kernel", dora=dora)
     single, many = mora_jax.adapt(alone, config), mora_jax.adapt(run, config)
     with jax.set_mesh(mesh):
-        plan = mora_jax.plan(many, spread, rows)
+        plan = mora_jax.plan(many, sharded, rows)
         assert plan == mora_jax.plan(single, base, x)
         if kind == AxisType.Auto:
             plan = mora_jax.sharding.on_mesh(plan, where, BATCH)
             many = mora_jax.adapt(run, plan)
-        params = mora_jax.attach(plan, spread)
+        params = mora_jax.attach(plan, sharded)
         asked = mora_jax.sharding.param_shardings(plan, where)
         same = lambda leaf, own: leaf.sharding.is_equivalent_to(own, leaf.ndim)
         assert all(jax.tree.leaves(jax.tree.map(same, params, asked)))
@@ -97,10 +98,10 @@ def measure(name, kind, scheme, dora=False):
         trainable = jax.tree.map(draw, trainable)
         step = jax.jit(jax.value_and_grad(functools.partial(loss_of, many), (0, 2)))
         step = step.lower(trainable, frozen, rows).compile()
-        floor = jax.jit(jax.value_and_grad(functools.partial(loss_of, run), 2))
+        baseline = jax.jit(jax.value_and_grad(functools.partial(loss_of, run), 2))
         found = {
-            "floor forward": jax.jit(run).lower(spread, rows).compile(),
-            "floor step": floor.lower({}, spread, rows).compile(),
+            "baseline forward": jax.jit(run).lower(sharded, rows).compile(),
+            "baseline step": baseline.lower({}, sharded, rows).compile(),
             "forward": jax.jit(many).lower(mora_jax.join(trainable, frozen), rows).compile(),
             "step": step,
         }
@@ -202,15 +203,15 @@ def check_split_adapters():
     model = mora_jax.adapt(run, plan)
     wanted = jax.grad(functools.partial(loss_of, model))(trainable, frozen, x)
     told = mora_jax.adapt(run, mora_jax.sharding.on_mesh(plan, where, "fsdp"))
-    placed, spread = mora_jax.split(jax.device_put(params, split), plan)
+    placed, others = mora_jax.split(jax.device_put(params, split), plan)
     with jax.set_mesh(mesh):
         rows = jax.device_put(x, place(P("fsdp")))
         step = jax.jit(
             jax.grad(functools.partial(loss_of, told)),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, placed),
         )
-        compiled = step.lower(placed, spread, rows).compile()
-        found = compiled(placed, spread, rows)
+        compiled = step.lower(placed, others, rows).compile()
+        found = compiled(placed, others, rows)
         # Run at once, by parameters that lie on one device, the model has nothing to gather.
         np.testing.assert_allclose(told(params, x), model(params, x), rtol=1e-5, atol=1e-6)
     # Once on the way there and once back at most, and never the stack of four; no activations.
@@ -295,18 +296,19 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for kind in (AxisType.Auto, AxisType.Explicit):
             check_export(kind, folder)
-    found, dora = {}, {}
+    found, dora, custom = {}, {}, {}
     for mesh, kind in itertools.product(MESHES, (AxisType.Auto, AxisType.Explicit)):
         for name, scheme in SCHEMES.items():
             if name == "sharing" or mesh == "2x2x2":
                 found[f"{mesh} {kind.name} {name}"] = measure(mesh, kind, scheme)
         if mesh == "2x2x2":
             dora[kind.name] = measure(mesh, kind, SCHEMES["sharing"], dora=True)
+            custom[kind.name] = measure(mesh, kind, CUSTOM)
     check_parts_of_shards()
     check_double_precision()
     check_bank()
     check_split_adapters()
-    print(json.dumps({"delta": found, "dora": dora}))
+    print(json.dumps({"delta": found, "dora": dora, "custom": custom}))
 
 
 if __name__ == "__main__":

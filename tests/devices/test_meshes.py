@@ -7,28 +7,28 @@ from helpers.devices import run_on_eight_devices
 
 @pytest.fixture(scope="module")
 def found():
-    """Collectives of the floor and of the adapted model, in its forward pass and its step."""
+    """Collectives of the baseline and of the adapted model, in its forward pass and its step."""
     return run_on_eight_devices("eight_meshes.py")
 
 
-def test_the_forward_pass_sends_what_the_floor_sends(found):
+def test_the_forward_pass_sends_what_the_baseline_sends(found):
     assert len(found["delta"]) == 10
     for case, counts in found["delta"].items():
-        assert counts["forward"] == counts["floor forward"], case
+        assert counts["forward"] == counts["baseline forward"], case
 
 
 def test_the_step_sends_the_sum_of_the_adapters_gradients_besides(found):
     for case, counts in found["delta"].items():
-        floor, step = counts["floor step"], counts["step"]
-        assert step.keys() == floor.keys(), case
-        assert step["all-reduce"] <= floor["all-reduce"] + 1, case
+        baseline, step = counts["baseline step"], counts["step"]
+        assert step.keys() == baseline.keys(), case
+        assert step["all-reduce"] <= baseline["all-reduce"] + 1, case
         # Two matrices of 14 x 14, over each axis of the mesh on its own at worst; no activations.
         # Rotation's blocks, the fewer of 5 and 10, are summed before they are turned.
         matrices = 2 * 5 if "cycled" in case else 2
-        assert step["numbers"] <= floor["numbers"] + 2 * matrices * 14 * 14, case
+        assert step["numbers"] <= baseline["numbers"] + 2 * matrices * 14 * 14, case
         # Where the compiler places (Auto), a kernel may be gathered for its second sum again.
         extra = 2 if "Auto" in case else 0
-        assert step.get("all-gather", 0) <= floor.get("all-gather", 0) + extra, case
+        assert step.get("all-gather", 0) <= baseline.get("all-gather", 0) + extra, case
 
 
 def test_norms_of_dora_are_sums_of_two_numbers_for_each_output(found):
@@ -46,3 +46,10 @@ def test_norms_of_dora_are_sums_of_two_numbers_for_each_output(found):
             assert got.keys() == without.keys(), (kind, case)
             assert all(got[name] <= without[name] + extra[name] for name in got), (kind, case)
         assert counts["forward"]["numbers"] > plain["forward"]["numbers"], kind
+
+
+def test_the_forward_pass_of_a_custom_scheme_sends_what_the_baseline_sends(found):
+    """Its numbers are those of one device; what its gradient sends is left to the compiler."""
+    assert found["custom"].keys() == {"Auto", "Explicit"}
+    for kind, counts in found["custom"].items():
+        assert counts["forward"] == counts["baseline forward"], kind

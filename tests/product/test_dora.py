@@ -21,7 +21,7 @@ from helpers.models import adapted_network
 from helpers.schemes import DESCRIBED
 from mora_jax import checkpoint, peft, quantized
 from mora_jax import nnx as mora_nnx
-from mora_jax._arrays.paths import flatten
+from mora_jax._arrays.paths import flatten, unflatten_like
 from mora_jax._product.dora import kernel_delta
 
 LOW_RANK = mora_jax.LowRank(alpha=3.0)
@@ -32,7 +32,7 @@ DIMS = (((1,), (0,)), ((), ()))
 def drawn(tree):
     """Trained adapters: random numbers in what `attach` made."""
     leaves = {path: leaf for path, leaf in flatten(tree).items() if "mora" in path.split("/")}
-    return mora_jax._arrays.paths.rebuild(flatten(tree) | perturb(leaves), tree)
+    return unflatten_like(flatten(tree) | perturb(leaves), tree)
 
 
 @pytest.mark.parametrize("placement", ["kernel", "activation"])

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 import mora_jax
 from mora_jax import compress
 from mora_jax._arrays import mesh as _mesh
-from mora_jax._schemes import block_grid as _blocks
-from mora_jax._schemes import groups as _groups
 from mora_jax._schemes.groups import Groups
 
 SIDES = [
@@ -22,13 +20,6 @@ SIDES = [
     {"grouping": "stride", "circular": True, "signs": 5, "shift": 1},
     {"grouping": "stride", "signs": 2},
 ]
-
-
-@pytest.fixture
-def spread_over_devices(monkeypatch):
-    """Makes the spelling for several devices the one that runs."""
-    for module in (_groups, _blocks):
-        monkeypatch.setattr(module, "may_be_sharded", lambda: True)
 
 
 @pytest.mark.parametrize("side", SIDES, ids=str)
@@ -70,7 +61,7 @@ def test_tables_are_taken_where_nothing_is_known(monkeypatch):
 
     assert "dot_general" in text()
     assert "slice" not in text()
-    with _mesh.spread_is(_mesh.Spread(())):
+    with _mesh.feature_sharding_is(_mesh.FeatureSharding(())):
         assert "slice" in text()
 
 
