@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import mora_jax
+from mora_jax._schemes.registry import SCHEMES
 
 PACKAGE = pathlib.Path(mora_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -65,6 +66,21 @@ def imports_of(path, *, of_types):
     return {file_of(*parts) for parts in ours}
 
 
+def names_in(node):
+    """Every `x`, and the `y` of every `x.y`, in the code below a node."""
+    return {
+        inner.id if isinstance(inner, ast.Name) else inner.attr
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Name | ast.Attribute)
+    }
+
+
+def scheme_classes():
+    """The names of the built-in schemes' classes; tests may have registered others."""
+    ours = [cls for cls in SCHEMES.values() if cls.__module__.startswith("mora_jax.")]
+    return {cls.__name__ for cls in ours}
+
+
 def test_every_file_lies_on_a_floor():
     rooms = [room for floor in FLOORS for room in floor]
     assert sorted(rooms) == sorted({room_of(path) for path in FILES})
@@ -91,6 +107,30 @@ def test_files_of_a_folder_import_each_other_in_one_direction():
     [*graphlib.TopologicalSorter(graph).static_order()]  # raises CycleError, and names the files
 
 
+def test_no_file_beside_the_schemes_asks_for_a_schemes_class():
+    """What differs from scheme to scheme is a method or a flag of the scheme."""
+    classes = scheme_classes()
+    for path in FILES:
+        if room_of(path) == "_schemes":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            asked = set()
+            if isinstance(node, ast.Call) and names_in(node.func) & {"isinstance", "issubclass"}:
+                asked = set().union(*map(names_in, node.args[1:]))
+            elif isinstance(node, ast.MatchClass):
+                asked = names_in(node.cls)
+            assert not asked & classes, f"{name_of(path)}: {ast.unparse(node)}"
+
+
+def test_the_engine_and_the_tracer_name_no_scheme():
+    classes = scheme_classes()
+    for path in (path for path in FILES if room_of(path) in ("_product", "_tracing")):
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        named = names_in(tree) | {alias.name for node in imports for alias in node.names}
+        assert not named & classes, f"{name_of(path)} names {named & classes}"
+
+
 def test_folders_and_files_are_small():
     for folder in {path.parent for path in FILES if path.parent.name.startswith("_")}:
         files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
@@ -99,10 +139,10 @@ def test_folders_and_files_are_small():
     assert {name: count for name, count in lines.items() if count > 350} == {}
 
 
-def test_the_facade_opens_no_door():
-    doors = {"mora_jax." + name for name in ("checkpoint", "export", "peft", "quantized")}
-    doors |= {"orbax", "qwix", "safetensors"}
-    code = f"import sys, mora_jax; assert not {doors} & sys.modules.keys()"
+def test_the_facade_imports_no_optional_module():
+    optional = {"mora_jax." + name for name in ("checkpoint", "export", "peft", "quantized")}
+    optional |= {"orbax", "qwix", "safetensors"}
+    code = f"import sys, mora_jax; assert not {optional} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -7,7 +7,7 @@ import shutil
 import jax.numpy as jnp
 import optax
 
-from conftest import GOLDEN
+from helpers.files import GOLDEN
 from llama.loading import load_hf
 from llama.model import Llama
 
