@@ -119,7 +119,7 @@ class Plan(Mapping[str, AdapterSpec]):
 
     def __str__(self) -> str:
         """The table of what was adapted; layers that differ in a number alone share a row."""
-        return plan_table(self)
+        return plan_table(self.layers, self.also_train, self.unadapted, self.base_parameters)
 
     def to_json(self) -> str:
         """The plan as JSON, read back by `Plan.from_json`."""

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mora_jax._plans.layer import AdapterSpec
-    from mora_jax._plans.plan import Plan
+from mora_jax._plans.layer import AdapterSpec
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -27,15 +24,30 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def plan_table(plan: Plan) -> str:
-    """What `print(plan)` shows: a row for each kind of layer, totals, and what was left alone."""
+def plan_table(
+    layers: Sequence[tuple[str, AdapterSpec]],
+    also_train: Sequence[tuple[str, tuple[int, ...]]],
+    unadapted: Sequence[tuple[str, str]],
+    base_parameters: int,
+) -> str:
+    """What `print(plan)` shows: a row for each kind of layer, totals, and what was left alone.
+
+    The arguments are the fields of a `Plan`.
+    """
     rows = [("layer", "kernel", "scheme", "size", "trained")]
-    rows += _rows_of_layers(plan.layers)
+    rows += _rows_of_layers(layers)
     rows += [
         (path, " x ".join(map(str, shape)), "(trained in full)", "", f"{math.prod(shape):,}")
-        for path, shape in plan.also_train
+        for path, shape in also_train
     ]
-    return "\n".join([*table(rows), _totals(plan), *_reasons(plan.unadapted)])
+    adapters = sum(math.prod(spec.batch) for _, spec in layers)
+    trained = sum(spec.parameters for _, spec in layers)
+    trained += sum(math.prod(shape) for _, shape in also_train)
+    total = (
+        f"{adapters:,} adapters in {len(layers):,} kernels; {trained:,} trained parameters, "
+        f"{trained / max(base_parameters, 1):.2%} of the base model's {base_parameters:,}"
+    )
+    return "\n".join([*table(rows), total, *_reasons(unadapted)])
 
 
 def _rows_of_layers(
@@ -56,15 +68,6 @@ def _rows_of_layers(
         kernel, scheme, size, trained = rest
         name = paths[0] or "(root)" if len(paths) == 1 else f"{pattern} ({len(paths)}x)"
         yield name, kernel, scheme, size, trained
-
-
-def _totals(plan: Plan) -> str:
-    adapters = sum(math.prod(spec.batch) for _, spec in plan.layers)
-    share = plan.trained_parameters / max(plan.base_parameters, 1)
-    return (
-        f"{adapters:,} adapters in {len(plan):,} kernels; {plan.trained_parameters:,} trained "
-        f"parameters, {share:.2%} of the base model's {plan.base_parameters:,}"
-    )
 
 
 def _reasons(left: Sequence[tuple[str, str]]) -> Iterator[str]:
