@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# `_schemes` takes `summable` from here too.
-from mora_jax._arrays.dtypes import summable as summable
 from mora_jax._arrays.dtypes import widen
 
 

@@ -88,7 +88,7 @@ def unflatten_like(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
     """`unflatten` with the keys of other trees, and an `nnx.State` where one of them is.
 
     >>> state = nnx.State({"layers": {0: {"kernel": 1}}})
-    >>> nnx.to_pure_dict(rebuild({"layers/0/mora/matrix": 2}, state))
+    >>> nnx.to_pure_dict(unflatten_like({"layers/0/mora/matrix": 2}, state))
     {'layers': {0: {'mora': {'matrix': 2}}}}
     """
     keys: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def _note_keys(tree: Mapping[Any, Any], prefix: str, keys: dict[str, Any]) -> No
 def path_seed(path: str) -> int:
     """A number for a path, the same everywhere, to derive random keys by.
 
-    >>> checksum("dense/kernel")
+    >>> path_seed("dense/kernel")
     988593171
     """
     return zlib.crc32(path.encode())

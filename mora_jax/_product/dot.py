@@ -8,7 +8,7 @@ The delta can be added in two places, and the choice decides speed, memory and c
 
 DoRA scales the columns of either, of the sum or of the result.
 
-"kernel" and "auto" have a gradient rule of their own (`_dot_gradient.py`). Such a rule has no
+"kernel" and "auto" have a gradient rule of their own (`gradient.py`). Such a rule has no
 forward mode, so "activation" does without.
 
 Shape letters: I input features, O output features, B batch axes, T rows.

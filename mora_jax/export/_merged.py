@@ -71,7 +71,7 @@ def save_merged(
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
-    >>> names = [KernelName("kernel", "fc"), Kept("bias", "fc.bias")]
+    >>> names = [KernelName("kernel", "fc"), TensorName("bias", "fc.bias")]
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     config = {"tie_word_embeddings": True}
     ...     save_merged(f"{folder}/model", params, plan, config=config, names=names)

@@ -193,7 +193,7 @@ def test_kernels_of_other_shapes_where_names_state_their_axes(tmp_path):
     assert isinstance(loaded["layers"][0]["attn"]["q_proj"]["mora"]["a"], MoRAParam)
     assert_same_bits(nnx.to_pure_dict(loaded), nnx.to_pure_dict(params))
     plain = [peft.KernelName("layers/{n}/attn/*/w", "model.layers.{n}.self_attn.*")]
-    with pytest.raises(ValueError, match=r"has shape \(10, 3, 4\).*State its axes: Name\("):
+    with pytest.raises(ValueError, match=r"has shape \(10, 3, 4\).*State its axes: KernelName\("):
         peft.load_adapters(tmp_path / "lora", state, names=plain)
 
 
