@@ -11,26 +11,11 @@ import numpy as np
 import pytest
 
 from helpers.files import ROOT
-from train import log as train_log
-from train import train_llama
+from helpers.train_runs import FLAGS, losses, train
 from train.checkpoints import OtherRunError
-from train.flags import parse_args
 
 EXAMPLES = ROOT / "examples"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-FLAGS = ("--model", "tiny", "--rank", "2", "--targets", ".*up_proj", "--length", "16",
-         "--batch", "4", "--steps", "8", "--lr", "1e-2", "--save-every", "2", "--remora-every", "4",
-         "--text", ROOT / "LICENSE")  # fmt: skip
-
-
-def train(out, *flags):
-    """In this process, on its one device."""
-    return train_llama.train(parse_args([*map(str, (*FLAGS, "--out", out, *flags))]))
-
-
-def losses(out):
-    """Loss by step, in the order of the file."""
-    return {row["step"]: float(row["loss"]) for row in train_log.read(out / "metrics.csv")}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +29,7 @@ def whole(tmp_path_factory):
     """The losses of the uninterrupted run on one device."""
     out = tmp_path_factory.mktemp("whole")
     summary = train(out)
-    found = losses(out)
+    found = losses(out / "metrics.csv")
     assert [*found] == [*map(str, range(1, 9))]
     assert summary["loss"] == found["8"]
     assert found["8"] < found["1"]
@@ -66,7 +51,7 @@ def test_resumes_at_the_last_whole_checkpoint_bit_for_bit(whole, tmp_path, capsy
     assert "step 5 is torn: not used" in printed
     assert "step 6 was being saved when the run ended: not used" in printed
     assert f"resumed at step 4 of {saved}" in printed
-    assert losses(tmp_path) == whole
+    assert losses(tmp_path / "metrics.csv") == whole
     assert sorted(path.name.partition("-")[0] for path in saved.iterdir()) == ["5.torn", "6", "8"]
     with pytest.raises(OtherRunError, match=r"rank: 2 there, 3 here\n  seed: 0 there, 1 here"):
         train(tmp_path, "--rank", 3, "--seed", 1)
@@ -116,7 +101,7 @@ def test_two_processes_save_on_four_devices_for_two_and_for_one(whole, environme
     assert summary["mesh"] == {"data": 1, "fsdp": 1, "tensor": 2}
     train(one, "--accumulate", 2)
     for out in (two, one):
-        found = losses(out)
+        found = losses(out / "metrics.csv")
         assert [*found] == [*whole]
         np.testing.assert_allclose([*found.values()], [*whole.values()], rtol=1e-5)
 

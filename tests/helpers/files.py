@@ -8,7 +8,10 @@ import pytest
 
 TESTS = pathlib.Path(__file__).parents[1]
 ROOT = TESTS.parent
+#: Numbers of the authors' implementation.
 GOLDEN = TESTS / "golden"
+#: Files of version 0.1.0.
+SAVED = TESTS / "saved"
 
 
 def golden_operators():
