@@ -38,6 +38,11 @@ class KernelAxes:
     def delta(self, adapter: Adapter, shape: Sequence[int], scheme: Scheme) -> jax.Array:
         """The delta, laid out like the kernel; adapter leaves are [B..., rows, columns]."""
         batch, in_features, out_features = self.sizes(shape)
+        one = {
+            name: jax.ShapeDtypeStruct(leaf.shape[len(batch) :], leaf.dtype)
+            for name, leaf in adapter.items()
+        }
+        scheme.check(one, in_features, out_features)
         kernel = functools.partial(
             scheme.delta_kernel, in_features=in_features, out_features=out_features
         )

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._arrays.dtypes import summable, wide_dtype
+from mora_jax._arrays.mesh import vary_alike
 
 Adapter = Mapping[str, jax.Array]
 
@@ -128,7 +129,11 @@ class Scheme:
         raise TypeError(f"{self} has no fixed compression; use `delta`.")
 
     def decompress(self, z: jax.Array, out_features: int) -> jax.Array:
-        """f_decomp: [..., R] or [..., N, R] -> [..., O]; linear, keeps the dtype."""
+        """f_decomp: [..., R] or [..., N, R] -> [..., O]; linear, keeps the dtype.
+
+        In the activations JAX transposes it in that dtype: a map that copies one number to many
+        outputs should copy in float32 (`Sharing` does), or bfloat16 gradients lose digits.
+        """
         raise TypeError(f"{self} has no fixed decompression; use `delta`.")
 
     # The adapter's arrays.
@@ -214,16 +219,14 @@ class Scheme:
         """The transpose of `compress`: [..., R] or [..., N, R] -> [..., I]."""
         blocks = self.blocks(in_features, out_features, z.shape[-1])
         lead = z.shape[: z.ndim - 1 - len(blocks)]
-        inputs = jax.ShapeDtypeStruct((*lead, in_features), z.dtype)
         compress = functools.partial(self.compress, size=z.shape[-1], out_features=out_features)
-        return jax.linear_transpose(compress, inputs)(z)[0]
+        return _transpose(compress, (*lead, in_features), z)
 
     def decompress_transpose(self, dy: jax.Array, size: int, in_features: int) -> jax.Array:
         """The transpose of `decompress`: [..., O] -> [..., R] or [..., N, R]."""
         blocks = self.blocks(in_features, dy.shape[-1], size)
-        outputs = jax.ShapeDtypeStruct((*dy.shape[:-1], *blocks, size), dy.dtype)
         decompress = functools.partial(self.decompress, out_features=dy.shape[-1])
-        return jax.linear_transpose(decompress, outputs)(dy)[0]
+        return _transpose(decompress, (*dy.shape[:-1], *blocks, size), dy)
 
     def blocks(self, in_features: int, out_features: int, size: int) -> tuple[int, ...]:
         """(N,) where `compress` gives [..., N, R], else ()."""
@@ -325,6 +328,17 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a @ b` in a's dtype, accumulated and returned in at least float32."""
     wide = wide_dtype(a.dtype)
     return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=wide)
+
+
+def _transpose(
+    function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], y: jax.Array
+) -> jax.Array:
+    """The transpose of a linear function of arrays of this shape, summed in float32 or better."""
+    wide = wide_dtype(y.dtype)
+    # Inside `shard_map` what is differentiated must vary over devices as the gradient does.
+    zeros, wide_y = vary_alike((jnp.zeros(shape, wide), y.astype(wide)))
+    _, transpose = jax.vjp(lambda x: function(x).astype(wide), zeros)
+    return transpose(wide_y)[0].astype(y.dtype)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -52,9 +52,13 @@ def register_scheme(cls: type[SchemeT]) -> type[SchemeT]:
     if not (isinstance(cls, type) and issubclass(cls, Scheme)):
         raise TypeError(f"register_scheme: expected a class derived from Scheme, got {cls!r}.")
     if "__dataclass_params__" not in vars(cls):
+        if "__init__" in vars(cls):
+            raise TypeError(
+                f"register_scheme: {cls.__name__} has an __init__ of its own. Write annotated "
+                "fields with defaults instead: schemes are compared and saved by their fields."
+            )
         cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
-    elif not vars(cls)["__dataclass_params__"].frozen:
-        raise TypeError(f"register_scheme: {cls.__name__} must be frozen, for schemes are hashed.")
+    _check_class(cls)
     if not isinstance(cls.kind, str) or cls.kind in ("", "auto"):
         raise ValueError(f"register_scheme: {cls.__name__}.kind must name it, got {cls.kind!r}.")
     other = SCHEMES.get(cls.kind, cls)
@@ -63,6 +67,22 @@ def register_scheme(cls: type[SchemeT]) -> type[SchemeT]:
         raise ValueError(f"register_scheme: the kind {cls.kind!r} is taken by {other!r}.")
     SCHEMES[cls.kind] = cls
     return cls
+
+
+def _check_class(cls: type[Scheme]) -> None:
+    """Raises TypeError for a scheme that would be compared, saved or differentiated wrongly."""
+    name, params = f"register_scheme: {cls.__name__}", vars(cls)["__dataclass_params__"]
+    if not params.frozen or not params.eq:
+        raise TypeError(f"{name} must be frozen and compared by its fields, for it is hashed.")
+    if "kind" in {field.name for field in dataclasses.fields(cls)}:
+        raise TypeError(f"{name} has a field `kind`; write `kind = ...` without an annotation.")
+    if cls.compress is Scheme.compress and cls.delta is Scheme.delta:
+        raise TypeError(f"{name} must define compress and decompress.")
+    if cls.leaves is not Scheme.leaves:
+        # What is derived knows of one square matrix alone.
+        derived = ("delta_by", "delta_kernel", "delta_transpose", "gradient_residual", "gradient")
+        if left := [m for m in derived if getattr(cls, m) is getattr(Scheme, m)]:
+            raise TypeError(f"{name} has leaves of its own, so it must define {', '.join(left)}.")
 
 
 for _scheme in (Sharing, Rotation, Decoupling, Truncation, LowRank):
@@ -130,6 +150,12 @@ def as_scheme(scheme: Scheme | str, rank: int) -> Scheme:
     (Rotation(wrap=True), Truncation())
     """
     if isinstance(scheme, Scheme):
+        known = SCHEMES.get(scheme.kind)
+        if known is None or known.__qualname__ != type(scheme).__qualname__:
+            raise ValueError(
+                f"{type(scheme).__name__} is not registered, so a plan with it could not be read "
+                "back: put @mora_jax.register_scheme above the class."
+            )
         return scheme
     if scheme == "auto":
         return Rotation(wrap=True) if rank < 32 else Sharing()
