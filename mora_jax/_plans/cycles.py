@@ -10,7 +10,7 @@ Shape letters: I input features, O output features, R the square size.
 from __future__ import annotations
 
 from mora_jax._schemes.base import Scheme
-from mora_jax._schemes.registry import named_cycles, owners_of
+from mora_jax._schemes.registry import check_registered, named_cycles, owners_of
 
 Cycle = str | tuple[Scheme, ...] | None
 
@@ -26,6 +26,8 @@ def check_cycle(cycle: Cycle) -> None:
     is_tuple = isinstance(cycle, tuple) and len(cycle) > 0
     if not is_tuple or not all(isinstance(scheme, Scheme) for scheme in cycle):
         raise ValueError(f"cycle must be a name, None or a tuple of schemes, got {cycle!r}.")
+    for scheme in cycle:
+        check_registered(scheme)
     if len(set(cycle)) < len(cycle):
         raise ValueError(f"cycle names a scheme twice: {cycle!r}.")
 

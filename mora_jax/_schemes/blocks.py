@@ -10,6 +10,7 @@ Shape letters: I input features, O output features, R features a block, N blocks
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from mora_jax._schemes.block_grid import BlockGrid
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class BlockScheme(Scheme):
+class BlockScheme(Scheme, abc.ABC):
     """What the two have in common: each block has a matrix that is made of the one.
 
     Args:
@@ -41,13 +42,13 @@ class BlockScheme(Scheme):
         if not isinstance(self.wrap, bool):
             raise ValueError(f"{type(self).__name__}: wrap must be a bool, got {self.wrap!r}.")
 
+    @abc.abstractmethod
     def block_matrices(self, matrix: jax.Array, count: int) -> jax.Array:
         """The matrix of each block: [R, R] -> [N, R, R]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def block_matrices_transpose(self, gradients: jax.Array) -> jax.Array:
         """[P, N, R, R] -> [R, R]; the sum over P is the last one, and the smallest."""
-        raise NotImplementedError
 
     def compress(self, x: jax.Array, size: int, *, out_features: int | None = None) -> jax.Array:
         """[..., I] -> [..., N, R]."""

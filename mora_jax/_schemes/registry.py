@@ -23,8 +23,9 @@ def register_scheme(cls: type[SchemeT]) -> type[SchemeT]:
     """Makes a scheme known by its `kind`: in configs, plans, and files that are read back.
 
     A class decorator, which makes the class a frozen dataclass if it is not one. The class is
-    derived from `mora_jax.Scheme` and defines `kind`, `compress` and `decompress`; its fields are
-    values of JSON. A program that loads a plan with this scheme must import its module first.
+    derived from `mora_jax.Scheme` and defines `kind`, `compress` and `decompress`. Each field has a
+    default and holds values of JSON, lists as tuples. A program that loads a plan with this scheme
+    must import its module first.
 
     Args:
       cls: the scheme's class.
@@ -33,7 +34,9 @@ def register_scheme(cls: type[SchemeT]) -> type[SchemeT]:
       The class itself.
 
     Raises:
-      TypeError: if the class is not derived from `Scheme`, or is a dataclass that is not frozen.
+      TypeError: if the class is not derived from `Scheme`, lacks a map, has an `__init__` of its
+        own, a field without a default or a field called `kind`, is not frozen or not compared by
+        its fields, or has other leaves than one matrix and takes what is derived for one.
       ValueError: if the kind is empty, has a meaning of its own, or is taken by another class.
 
     >>> import jax.numpy as jnp, mora_jax
@@ -76,6 +79,9 @@ def _check_class(cls: type[Scheme]) -> None:
         raise TypeError(f"{name} must be frozen and compared by its fields, for it is hashed.")
     if "kind" in {field.name for field in dataclasses.fields(cls)}:
         raise TypeError(f"{name} has a field `kind`; write `kind = ...` without an annotation.")
+    missing = dataclasses.MISSING
+    if bare := [f.name for f in dataclasses.fields(cls) if f.default is missing]:
+        raise TypeError(f"{name}: a scheme can be given by its name, so give {bare} defaults.")
     if cls.compress is Scheme.compress and cls.delta is Scheme.delta:
         raise TypeError(f"{name} must define compress and decompress.")
     if cls.leaves is not Scheme.leaves:
@@ -133,7 +139,12 @@ def scheme_from_dict(fields: Mapping[str, Any]) -> Scheme:
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"Scheme {kind!r} has no field {unknown}; it has: {sorted(known)}.")
-    return cls(**fields)
+    return cls(**{name: _as_tuples(value) for name, value in fields.items()})
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON has lists where a scheme, which is hashed, has tuples."""
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def as_scheme(scheme: Scheme | str, rank: int) -> Scheme:
@@ -150,18 +161,23 @@ def as_scheme(scheme: Scheme | str, rank: int) -> Scheme:
     (Rotation(wrap=True), Truncation())
     """
     if isinstance(scheme, Scheme):
-        known = SCHEMES.get(scheme.kind)
-        if known is None or known.__qualname__ != type(scheme).__qualname__:
-            raise ValueError(
-                f"{type(scheme).__name__} is not registered, so a plan with it could not be read "
-                "back: put @mora_jax.register_scheme above the class."
-            )
+        check_registered(scheme)
         return scheme
     if scheme == "auto":
         return Rotation(wrap=True) if rank < 32 else Sharing()
     if scheme not in SCHEMES:
         raise ValueError(f"Unknown scheme {scheme!r}; there are: auto, {', '.join(SCHEMES)}.")
     return SCHEMES[scheme]()
+
+
+def check_registered(scheme: Scheme) -> None:
+    """Raises ValueError for a scheme whose class `register_scheme` has not seen."""
+    known = SCHEMES.get(scheme.kind)
+    if known is None or known.__qualname__ != type(scheme).__qualname__:
+        raise ValueError(
+            f"{type(scheme).__name__} is not registered, so a plan with it could not be read "
+            "back: put @mora_jax.register_scheme above the class."
+        )
 
 
 def owners_of(cycle: str) -> list[str]:

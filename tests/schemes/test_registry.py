@@ -1,5 +1,6 @@
 """Schemes as data: sizes, names, round trips, what is refused."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import mora_jax
 from helpers import reference
 from helpers.schemes import ALL_SCHEMES
 from mora_jax._plans.cycles import check_cycle, next_scheme
+from mora_jax._schemes import registry
 from mora_jax._schemes.registry import as_scheme
 
 
@@ -99,6 +101,58 @@ def test_ranks_are_positive_integers(rank):
 def test_what_makes_no_sense_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def own(bases=(mora_jax.Scheme,), **members):
+    """A class with the two maps, and what is given beside or in place of them."""
+    maps = {"compress": lambda self, x, size, **_: x, "decompress": lambda self, z, out_features: z}
+    members = {"kind": "own", "__module__": __name__, **maps, **members}
+    return type("Own", bases, {name: value for name, value in members.items() if value})
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: 3, TypeError, "expected a class derived from Scheme, got 3"),
+        (lambda: own(bases=(object,)), TypeError, "expected a class derived from Scheme"),
+        (lambda: own(kind=""), ValueError, "kind must name it, got ''"),
+        (lambda: own(kind="auto"), ValueError, "kind must name it, got 'auto'"),
+        (lambda: own(kind="sharing"), ValueError, "'sharing' is taken by .*Sharing"),
+        (lambda: own(__annotations__={"kind": str}), TypeError, "a field `kind`"),
+        (lambda: own(__annotations__={"turns": int}), TypeError, r"give \['turns'\] defaults"),
+        (lambda: own(__init__=lambda self: None), TypeError, "__init__ of its own"),
+        (lambda: dataclasses.dataclass(frozen=True, eq=False)(own()), TypeError, "must be frozen"),
+        (lambda: own(compress=None, decompress=None), TypeError, "must define compress and"),
+        (lambda: own(leaves=lambda *_: {}), TypeError, "leaves of its own.* delta_by, delta_ker"),
+    ],
+)
+def test_a_scheme_that_could_not_be_compared_saved_or_trained_is_not_registered(
+    make, error, message
+):
+    before = dict(registry.SCHEMES)
+    with pytest.raises(error, match=message):
+        mora_jax.register_scheme(make())
+    assert before == registry.SCHEMES
+
+
+def test_a_scheme_that_is_not_registered_enters_no_config():
+    unknown = own(kind="unknown")()
+    for config in (
+        lambda: mora_jax.MoRAConfig(scheme=unknown),
+        lambda: mora_jax.MoRAConfig(schemes={"q": unknown}),
+        lambda: mora_jax.MoRAConfig(cycle=(mora_jax.Sharing(), unknown)),
+    ):
+        with pytest.raises(ValueError, match="Own is not registered, so a plan with it could not"):
+            config()
+
+
+def test_lists_of_json_come_back_as_tuples(monkeypatch):
+    monkeypatch.setattr(registry, "SCHEMES", dict(registry.SCHEMES))
+    cls = mora_jax.register_scheme(own(offsets=((0, 1), (2,)), __annotations__={"offsets": tuple}))
+    scheme = cls(offsets=((3, 1), ()))
+    found = mora_jax.scheme_from_dict(json.loads(json.dumps(scheme.to_dict())))
+    assert found == scheme
+    assert hash(found) == hash(scheme)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 6, 7, 12, 19])
