@@ -34,8 +34,8 @@ def main() -> None:
         print(f"{name}:", ", ".join(f"loss on {task} {loss:.4f}" for task, loss in errors.items()))
 
     half = bank.combine({"poems": 0.5, "maths": 0.5})  # exact: a delta is linear in its matrix
-    both = [trained[name][0]["up"]["mora"]["matrix"] for name in bank.names]
-    off = jnp.abs(half["up"]["mora"]["matrix"] - (both[0] + both[1]) / 2).max()
+    both = [trained[name][0]["up"]["mora"]["matrix_sharing"] for name in bank.names]
+    off = jnp.abs(half["up"]["mora"]["matrix_sharing"] - (both[0] + both[1]) / 2).max()
     print(f"the combined matrix differs from the mean by {off:.1e}")
 
     @jax.jit

@@ -37,7 +37,9 @@ def main() -> None:
         print("MoRA, as the authors' code reads it:")
         show(mora)
         loaded, _ = peft.load_adapters(mora, pretrained, names=NAMES)
-        same = jnp.array_equal(loaded["up"]["mora"]["matrix"], params["up"]["mora"]["matrix"])
+        same = jnp.array_equal(
+            loaded["up"]["mora"]["matrix_sharing"], params["up"]["mora"]["matrix_sharing"]
+        )
         print(f"  read back bit for bit: {same}")
 
         report = export.save_lora(lora, params, plan, rank=8, names=NAMES)

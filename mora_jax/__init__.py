@@ -3,10 +3,14 @@
 Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv 2405.12130.
 """
 
+import importlib
+from typing import Any
+
 from mora_jax._adapt import adapt, plan
 from mora_jax._analysis.allocate import Allocation, LayerScore, allocate
 from mora_jax._analysis.projection import LayerProjection, ProjectionReport, project_to_lora
 from mora_jax._analysis.spectrum import Spectrum, SpectrumReport, spectrum
+from mora_jax._arrays.paths import rename_leaves
 from mora_jax._compat.renamed import renamed_names
 from mora_jax._merging.losses import MergeLoss, MergeWarning
 from mora_jax._merging.merge import merge, merge_losses
@@ -86,6 +90,7 @@ __all__ = [
     "plan",
     "project_to_lora",
     "register_scheme",
+    "rename_leaves",
     "scheme_from_dict",
     "scheme_from_mora_type",
     "spectrum",
@@ -97,4 +102,11 @@ __all__ = [
     "unmerge_losses",
 ]
 
-__getattr__ = renamed_names(__name__, {"Projected": ("LayerProjection", LayerProjection)})
+#: Imported where they are asked for: some need an extra.
+_MODULES = {"checkpoint", "export", "linen", "nnx", "peft", "quantized", "sharding"}
+
+_renamed = renamed_names(__name__, {"Projected": ("LayerProjection", LayerProjection)})
+
+
+def __getattr__(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}") if name in _MODULES else _renamed(name)

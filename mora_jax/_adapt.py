@@ -71,10 +71,13 @@ def adapt(model: Any, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | Non
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
     >>> jax.tree.map(jax.numpy.shape, params)
-    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix_sharing': (3, 3)}}
     """
     if not isinstance(config_or_plan, MoRAConfig | Plan):
-        raise TypeError(f"expected a MoRAConfig or a Plan, got {type(config_or_plan).__name__}.")
+        raise TypeError(
+            f"adapt(model, config_or_plan): expected a MoRAConfig or a Plan, got a "
+            f"{type(config_or_plan).__name__}."
+        )
     if isinstance(model, AdaptedFunction):
         raise TypeError("the function is adapted already; adapt the base function instead.")
     if isinstance(model, flax_nnx.Module):

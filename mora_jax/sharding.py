@@ -58,7 +58,7 @@ def param_shardings(
     >>> plan = mora_jax.plan(model, jnp.ones((1, 3)))
     >>> specs = {"kernel": PartitionSpec("fsdp", "tensor"), "bias": PartitionSpec()}
     >>> param_shardings(plan, specs)["mora"]
-    {'matrix': P(None, None)}
+    {'matrix_sharing': P(None, None)}
     """
     leaves = flatten(base)
     check_paths(plan, leaves)

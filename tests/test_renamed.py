@@ -32,7 +32,7 @@ def product(**options):
         (lambda: sharding.Spread, sharding.FeatureSharding, "mora_jax.sharding.FeatureSharding"),
         (lambda: PLAN.left, PLAN.unadapted, "unadapted"),
         (lambda: mora_jax.Plan((), left=PLAN.unadapted).unadapted, PLAN.unadapted, "unadapted="),
-        (lambda: PLAN.group("up/mora/matrix"), "adapter", "Plan.role"),
+        (lambda: PLAN.group("up/mora/matrix_sharing"), "adapter", "Plan.role"),
         (lambda: product(spread=sharding.FeatureSharding()).tolist(), product().tolist(),
          "feature_sharding="),
     ],

@@ -68,13 +68,14 @@ class Checkpoints:
         self._checkpointer.close()
 
     def restore(
-        self, shapes: TrainState, shardings: TrainState
+        self, shapes: TrainState, shardings: TrainState, plan: mora_jax.Plan | None
     ) -> tuple[int, TrainState, mora_jax.Plan | None] | None:
         """The newest whole checkpoint: (step, state, plan), or None where there is none.
 
         Args:
           shapes: shapes and dtypes of the state.
           shardings: where it is to lie, on this run's mesh.
+          plan: the plan that these two are named by.
 
         Returns:
           The frozen half of the state is None where there is one that checkpoints do not hold.
@@ -104,17 +105,19 @@ class Checkpoints:
             shardings,
         )
         try:
-            loaded: Any = self._checkpointer.load(step, self._tree(abstract))
+            loaded: Any = self._checkpointer.load(step, self._tree(abstract, plan))
         except Exception as error:
             raise RuntimeError(
                 f"{self.directory}/{step} cannot be read: {error!r:.300}. If files are damaged, "
                 "rename it, and the run goes back to the checkpoint before it."
             ) from error
         self.say(f"resumed at step {step} of {self.directory}")
-        frozen = loaded.get("frozen", None if shapes.frozen else {})
-        state = TrainState(loaded["trainable"], loaded["opt_state"], frozen)
         plan = saved["plan"] and mora_jax.Plan.from_json(saved["plan"])
-        return step, state, plan
+        if plan is not None:
+            names = {plain: path for path, plain in plan.plain_paths().items()}
+            loaded = mora_jax.rename_leaves(loaded, names)
+        frozen = loaded.get("frozen", None if shapes.frozen else {})
+        return step, TrainState(loaded["trainable"], loaded["opt_state"], frozen), plan
 
     def save(self, step: int, state: TrainState, plan: mora_jax.Plan | None) -> None:
         """Begins to save; the arrays may be given up as soon as it returns."""
@@ -122,11 +125,14 @@ class Checkpoints:
         if latest is not None and latest.step == step:
             return
         custom = {"run": self.run, "plan": plan and plan.to_json()}
-        self._checkpointer.save_async(step, self._tree(state), force=True, custom_metadata=custom)
+        tree = self._tree(state, plan)
+        self._checkpointer.save_async(step, tree, force=True, custom_metadata=custom)
 
-    def _tree(self, state: TrainState) -> dict[str, Any]:
+    def _tree(self, state: TrainState, plan: mora_jax.Plan | None) -> dict[str, Any]:
+        """What is saved, its names without the schemes, which the plan beside it says."""
         tree = {"trainable": state.trainable, "opt_state": state.opt_state}
-        return tree | ({"frozen": state.frozen} if self.keeps_base else {})
+        tree |= {"frozen": state.frozen} if self.keeps_base else {}
+        return tree if plan is None else mora_jax.rename_leaves(tree, plan.plain_paths())
 
     def _set_torn_ones_aside(self) -> None:
         for path in sorted(self.directory.iterdir()):

@@ -5,6 +5,7 @@ Shape letters: A microbatches, B sequences of a step, T tokens of a sequence, D 
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -173,6 +174,19 @@ def make_step(
         donate_argnums=(1, 2),
         out_shardings=(shardings.trainable, shardings.opt_state, NamedSharding(mesh, P())),
     )
+
+
+def step_by_plan(
+    optimizer: Any, schedule: optax.Schedule, shardings: TrainState, plan: mora_jax.Plan | None
+) -> Callable[[mora_jax.Plan | None], Callable]:
+    """`make_step` for each plan that ReMoRA comes to; `shardings` have the names of `plan`."""
+
+    @functools.cache
+    def step_for(current: mora_jax.Plan | None) -> Callable:
+        names = {} if plan is None or current is None else plan.renamed(current)
+        return make_step(optimizer, schedule, mora_jax.rename_leaves(shardings, names))
+
+    return step_for
 
 
 def _shifted(shift: jax.Array | None):

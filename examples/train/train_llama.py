@@ -38,7 +38,7 @@ from train.checkpoints import Checkpoints, OtherRunError
 from train.flags import of_the_run, parse_args, sizes
 from train.log import TrainLog
 from train.state import TrainState, part, place
-from train.step import Method, make_method, make_optimizer, make_step, merge
+from train.step import Method, make_method, make_optimizer, merge, step_by_plan
 
 
 def load(args: argparse.Namespace) -> tuple[LlamaConfig, Any, text.Windows]:
@@ -140,7 +140,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     shapes, shardings, make = lay_out(
         args, base_shardings, base_model, pretrained, method, optimizer
     )
-    step_once = make_step(optimizer, schedule, shardings)
+    step_for = step_by_plan(optimizer, schedule, shardings, method.plan)
     batch_place = NamedSharding(mesh, P(None, *batch_sharding(mesh).spec))
     key = jax.random.fold_in(jax.random.key(args.seed), 1)
     dropout_key = jax.random.fold_in(key, 0) if args.dropout else None
@@ -164,7 +164,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     last = min(args.steps, args.stop_at or args.steps)
     with checkpoints:
         state, first = None, 0
-        if (restored := checkpoints.restore(shapes, shardings)) is not None:
+        if (restored := checkpoints.restore(shapes, shardings, method.plan)) is not None:
             first, state, plan = restored
             method = dataclasses.replace(method, plan=plan).on_mesh(base_shardings)
         if state is None or state.frozen is None:
@@ -177,7 +177,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             nn.logical_axis_rules(RULES),
         ):  # fmt: skip
             for step in range(first + 1, last + 1):
-                trainable, opt_state, metrics = step_once(
+                trainable, opt_state, metrics = step_for(method.plan)(
                     method.adapt(base_model), state.trainable, state.opt_state, state.frozen,
                     windows.batch(step - 1, shape, batch_place), step - 1, dropout_key,
                 )  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 
 from mora_jax._analysis.singular_values import core_matrices, layer_names
 from mora_jax._arrays.boxes import put_beside
-from mora_jax._arrays.paths import flatten, is_adapter, unflatten_like
+from mora_jax._arrays.paths import flatten, is_adapter, last_name, unflatten_like
 from mora_jax._params.checks import check_adapted, check_adapters_finite, refuse_dora
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec
@@ -100,7 +100,7 @@ def project_to_lora(
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
-    >>> params["mora"]["matrix"] = jax.numpy.diag(jax.numpy.array([0.0, 3.0, 4.0]))
+    >>> params["mora"]["matrix_sharing"] = jax.numpy.diag(jax.numpy.array([0.0, 3.0, 4.0]))
     >>> lora_params, lora_plan, report = project_to_lora(params, plan, rank=1)
     >>> jax.tree.map(jax.numpy.shape, lora_params["mora"])
     {'a': (3, 1), 'b': (1, 6)}
@@ -135,7 +135,7 @@ def project_to_lora(
         for name, leaf in lora.leaf_paths(path).items():
             kernel, axes = owners[leaf]
             value = np.moveaxis(factors[path][name], range(len(batch)), batch)
-            new[leaf] = put_beside(leaves[kernel], value, axes)
+            new[leaf] = put_beside(leaves[kernel], value, axes, last_name(leaf))
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     report = ProjectionReport(rank, layer_names(plan, found))
     return unflatten_like(base | new, params), lora, report

@@ -16,6 +16,7 @@ from flax import nnx
 from flax.core import meta
 from jax.sharding import NamedSharding
 
+from mora_jax._arrays.paths import NAME
 from mora_jax._arrays.places import sharding_beside_kernel, sharding_of
 
 
@@ -46,7 +47,7 @@ def rebox(leaf: Any, value: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(leaf), [value])
 
 
-def box_like(kernel: Any, value: jax.Array, axes: Mapping[int, int]) -> Any:
+def box_like(kernel: Any, value: jax.Array, axes: Mapping[int, int], name: str) -> Any:
     """An adapter's leaf in a box such as its kernel has.
 
     Args:
@@ -54,6 +55,7 @@ def box_like(kernel: Any, value: jax.Array, axes: Mapping[int, int]) -> Any:
       value: the leaf.
       axes: axis of the leaf -> the axis of the kernel that it has in common (stacks, experts);
         their names go with them, the leaf's other axes have none.
+      name: the leaf's, which a variable of NNX remembers: `nnx.merge` goes by order alone.
     """
 
     def names(of_kernel):
@@ -62,7 +64,7 @@ def box_like(kernel: Any, value: jax.Array, axes: Mapping[int, int]) -> Any:
 
     if isinstance(kernel, nnx.Variable):
         # Not in the constructor, which would move the value, and wants a mesh for it.
-        leaf, known = MoRAParam(value), kernel.get_metadata()
+        leaf, known = MoRAParam(value, **{NAME: name}), kernel.get_metadata()
         if of_kernel := known.get("out_sharding"):
             leaf.set_metadata(out_sharding=names(of_kernel))
             for key in ("mesh", "sharding_rules"):
@@ -86,15 +88,16 @@ def place_for(kernel: Any, ndim: int, axes: Mapping[int, int]) -> NamedSharding 
     return None if place is None else sharding_beside_kernel(place, ndim, axes)
 
 
-def put_beside(kernel: Any, value: Any, axes: Mapping[int, int]) -> Any:
+def put_beside(kernel: Any, value: Any, axes: Mapping[int, int], name: str) -> Any:
     """A new leaf of an adapter, put on its kernel's mesh and in a box such as the kernel has.
 
     Args:
       kernel: the kernel, in its box or without one.
       value: the leaf, an array of NumPy; its dtype stays.
       axes: as for `box_like`.
+      name: likewise.
     """
-    return box_like(kernel, jax.device_put(value, place_for(kernel, value.ndim, axes)), axes)
+    return box_like(kernel, jax.device_put(value, place_for(kernel, value.ndim, axes)), axes, name)
 
 
 @functools.singledispatch

@@ -5,7 +5,7 @@ as in error messages and patterns, with slashes: `"layers/self_attn/q_proj/kerne
 adapter stands beside its kernel, under one name:
 
     layers/self_attn/q_proj/kernel         the base, frozen
-    layers/self_attn/q_proj/mora/matrix    the adapter, trained
+    layers/self_attn/q_proj/mora/matrix_sharing    the adapter, trained
 
 An `nnx.State` is such a tree too, with variables at its leaves.
 """
@@ -22,6 +22,9 @@ from flax import nnx
 #: The name under which a layer holds its adapter.
 ADAPTER = "mora"
 
+#: The metadata by which a variable of NNX remembers the name of its leaf.
+NAME = "mora_name"
+
 #: The name under which a collection `mora` of linen, or an adapter of NNX, holds adapter ids.
 IDS = "adapter_ids"
 
@@ -29,6 +32,11 @@ IDS = "adapter_ids"
 def join_path(*parts: str) -> str:
     """`"a/b/c"` from its parts, leaving out empty ones (the root's own path is empty)."""
     return "/".join(part for part in parts if part)
+
+
+def last_name(path: str) -> str:
+    """The last part of a path."""
+    return path.rpartition("/")[2]
 
 
 def adapter_path(layer: str, kernel_name: str) -> str:
@@ -55,9 +63,14 @@ def _unescape(part: str) -> str:
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves by path, names escaped.
 
+    Raises:
+      TypeError: for what is no tree of dicts.
+
     >>> flatten({"dense": {"kernel": 1, "bias": 2}})
     {'dense/kernel': 1, 'dense/bias': 2}
     """
+    if not isinstance(tree, Mapping):
+        raise TypeError(_no_tree(tree))
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
         path = join_path(prefix, escape(str(name)))
@@ -66,6 +79,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[path] = value
     return leaves
+
+
+def _no_tree(value: Any) -> str:
+    found = f"expected nested dicts of parameters, got a {type(value).__name__}. "
+    if isinstance(value, nnx.Module):
+        return found + (
+            "Of an NNX model give the state, flax.nnx.state(model, nnx.Param), or take the "
+            "functions of mora_jax.nnx, which take models."
+        )
+    return found + (
+        "Of a linen model give variables['params']; of other trees what mora_jax.as_params makes."
+    )
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,8 +113,8 @@ def unflatten_like(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
     """`unflatten` with the keys of other trees, and an `nnx.State` where one of them is.
 
     >>> state = nnx.State({"layers": {0: {"kernel": 1}}})
-    >>> nnx.to_pure_dict(unflatten_like({"layers/0/mora/matrix": 2}, state))
-    {'layers': {0: {'mora': {'matrix': 2}}}}
+    >>> nnx.to_pure_dict(unflatten_like({"layers/0/mora/matrix_sharing": 2}, state))
+    {'layers': {0: {'mora': {'matrix_sharing': 2}}}}
     """
     keys: dict[str, Any] = {}
     for like in likes:
@@ -117,6 +142,50 @@ def _note_keys(tree: Mapping[Any, Any], prefix: str, keys: dict[str, Any]) -> No
             _note_keys(value, path, keys)
 
 
+def rename_leaves(tree: Any, names: Mapping[str, str]) -> Any:
+    """Any pytree, with leaves of the parameters in it under other names.
+
+    Args:
+      tree: parameters, an optimizer's state, shardings: dicts of parameters at any depth.
+      names: path of a leaf of the parameters -> its new path in the same dict.
+
+    >>> rename_leaves(({"d": {"mora": {"a": 1}}}, 2), {"d/mora/a": "d/mora/b"})
+    ({'d': {'mora': {'b': 1}}}, 2)
+    """
+
+    def rename(node: Any, prefix: str = "", kind: type = dict) -> Any:
+        if not isinstance(node, Mapping):
+            return node if jax.tree_util.all_leaves([node]) else rename_leaves(node, names)
+        # A State and a FrozenDict have plain dicts within, which they show as their own kind.
+        own = dict if type(node) is kind else type(node)
+        items = {}
+        for key, value in node.items():
+            path = join_path(prefix, escape(str(key)))
+            new = _last_name(path, names) if ADAPTER in prefix.split("/") else None
+            value = _rename_variable(rename(value, path, type(node)), new)
+            items[key if new is None else new] = value
+        return own(items)  # pyright: ignore[reportCallIssue]
+
+    return jax.tree.map(rename, tree, is_leaf=lambda node: isinstance(node, Mapping))
+
+
+def _rename_variable(value: Any, name: str | None) -> Any:
+    if name is None or not isinstance(value, nnx.Variable) or not value.has_metadata(NAME):
+        return value
+    renamed = value.copy()
+    renamed.set_metadata(**{NAME: name})
+    return renamed
+
+
+def _last_name(path: str, names: Mapping[str, str]) -> str | None:
+    """The new name of what ends in one of these paths, as in the states of some optimizers."""
+    parts = path.split("/")
+    for start in range(len(parts)):
+        if new := names.get("/".join(parts[start:])):
+            return _unescape(last_name(new))
+    return None
+
+
 def path_seed(path: str) -> int:
     """A number for a path, the same everywhere, to derive random keys by.
 
@@ -129,7 +198,7 @@ def path_seed(path: str) -> int:
 def is_adapter(path: str) -> bool:
     """Whether a leaf's path lies inside an adapter.
 
-    >>> is_adapter("q_proj/mora/matrix"), is_adapter("q_proj/kernel")
+    >>> is_adapter("q_proj/mora/matrix_sharing"), is_adapter("q_proj/kernel")
     (True, False)
     """
     return ADAPTER in path.split("/")[:-1]

@@ -96,7 +96,7 @@ def merge_losses(
     >>> model = mora_jax.adapt(layer, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
-    >>> params["mora"]["matrix"] += 1e-6
+    >>> params["mora"]["matrix_sharing"] += 1e-6
     >>> round(merge_losses(params, plan)[""].kept, 3)  # a millionth, in weights of about one half
     0.0
     """

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._arrays.boxes import rebox, unbox
-from mora_jax._arrays.paths import flatten, unflatten_like
+from mora_jax._arrays.paths import flatten, rename_leaves, unflatten_like
 from mora_jax._arrays.places import constrain, places_of
 from mora_jax._arrays.rounding import Rounding, check_rounding
 from mora_jax._merging.losses import MergeLoss, warn_of_losses
@@ -146,9 +146,11 @@ def merge_and_reset(
     changed, anew = restart(changing, resetting, key, plan, places, rounding, pruning)
     for index, leaf in anew.items():
         state[int(index)] = leaf
+    kept = leaves | {path: rebox(leaves[path], value) for path, value in changed.items()}
+    names = plan.renamed(next_plan)
     return ResetResult(
-        unflatten_like(leaves | {p: rebox(leaves[p], v) for p, v in changed.items()}, params),
-        structure.unflatten(state),
+        rename_leaves(unflatten_like(kept, params), names),
+        rename_leaves(structure.unflatten(state), names),
         next_plan,
         ResetReport(len(plan), len(found.moments), len(found.counts), losses),
     )

@@ -4,7 +4,9 @@ Pure functions over nested dicts, or over an `nnx.State`; where leaves are boxed
 parameters of linen, variables of NNX), so are the adapters. With a plan that adapts `dense`:
 
     params                {"dense": {"kernel": W}, "norm": {"scale": s}}
-    attach(plan, params)  {"dense": {"kernel": W, "mora": {"matrix": 0}}, "norm": {"scale": s}}
+    attach(plan, params)  {"dense": {"kernel": W, "mora": {"matrix_sharing": M}}, ...}
+
+The name of a leaf says the scheme (`LayerConfig.stored_name`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import jax
 
 from mora_jax._arrays.boxes import box_like, place_for
-from mora_jax._arrays.paths import flatten, list_paths, path_seed, unflatten_like
+from mora_jax._arrays.paths import flatten, last_name, list_paths, path_seed, unflatten_like
 from mora_jax._params.checks import check_unadapted
 from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
@@ -42,7 +44,7 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> pretrained = nn.Dense(6).init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
     >>> jax.tree.map(jax.numpy.shape, mora_jax.attach(plan, pretrained))
-    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix_sharing': (3, 3)}}
     """
     leaves = flatten(params)
     check_unadapted(plan, leaves)
@@ -56,7 +58,10 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
         # On every device at once, and in every process.
         make = jax.jit(make, out_shardings={path: places.get(path) for path in owners})
     new = make(key)
-    boxed = {p: box_like(leaves[kernel], new[p], axes) for p, (kernel, axes) in owners.items()}
+    boxed = {
+        path: box_like(leaves[kernel], new[path], axes, last_name(path))
+        for path, (kernel, axes) in owners.items()
+    }
     return unflatten_like(leaves | boxed, params)
 
 
@@ -69,9 +74,10 @@ def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
             f"(layers {list_paths(drawing)}). Pass key=jax.random.key(...)."
         )
     leaves = {}
+    plain = plan.plain_paths()
     for path, spec in plan.items():
         for name, leaf in plan.leaf_paths(path).items():
             # By the path's checksum, so that a layer's numbers do not depend on the others.
-            own = None if key is None else jax.random.fold_in(key, path_seed(leaf))
+            own = None if key is None else jax.random.fold_in(key, path_seed(plain[leaf]))
             leaves[leaf] = spec.leaves[name].start(own, spec.shapes[name], spec.config.dtype)
     return leaves

@@ -4,8 +4,8 @@ A bank is a tree of adapters in which those of one layer stand one below the oth
 each. Which of them acts is a number in an array, so nothing is compiled again when adapters are
 added, switched, combined, or mixed in a batch:
 
-    bank.adapters                {"up": {"mora": {"matrix": [A R, R]}}}
-    bank.select("french")        {"up": {"mora": {"matrix": [R, R]}}}
+    bank.adapters                {"up": {"mora": {"matrix_sharing": [A R, R]}}}
+    bank.select("french")        {"up": {"mora": {"matrix_sharing": [R, R]}}}
     join(bank.adapters, base)    parameters for a batch whose examples have adapters of their own
 
 Shape letters: A adapters (the bank's capacity), E examples, R the square size.
@@ -218,9 +218,9 @@ def stack_adapters(
     >>> import flax.linen as nn, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
-    >>> french, maths = ({"mora": {"matrix": value * jnp.ones((3, 3))}} for value in (1, 2))
+    >>> french, maths = ({"mora": {"matrix_sharing": value * jnp.ones((3, 3))}} for value in (1, 2))
     >>> bank = mora_jax.stack_adapters({"french": (french, plan), "maths": (maths, plan)})
-    >>> bank.combine({"french": 0.5, "maths": 0.25})["mora"]["matrix"][0]
+    >>> bank.combine({"french": 0.5, "maths": 0.25})["mora"]["matrix_sharing"][0]
     Array([1., 1., 1.], dtype=float32)
     >>> base = {"kernel": jnp.zeros((3, 6)), "bias": jnp.zeros(6)}
     >>> params = mora_jax.join(bank.adapters, base)

@@ -12,12 +12,28 @@ from jax.core import Tracer
 from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.checksums import all_finite
 from mora_jax._arrays.paths import is_adapter, join_path, list_paths
+from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import bank_size, holds_bank
 
 
+def check_plan(plan: Any) -> None:
+    """Raises TypeError for what is no plan."""
+    if isinstance(plan, Plan):
+        return
+    found = f"expected a Plan, got a {type(plan).__name__}. "
+    if isinstance(plan, MoRAConfig):
+        found += "A config has no layers: plan = mora_jax.plan(mora_jax.adapt(model, config), ...)."
+    elif isinstance(plan, Mapping):
+        found += "Are the arguments swapped? It is attach(plan, params), and (params, plan) after."
+    else:
+        found += "mora_jax.plan(adapted_model, *inputs) makes one."
+    raise TypeError(found)
+
+
 def check_unadapted(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError unless the leaves are a base model's, and the plan's."""
+    check_plan(plan)
     if present := [path for path in leaves if is_adapter(path)]:
         raise ValueError(f"the parameters have adapters already: {list_paths(present)}.")
     check_base(plan, leaves)
@@ -44,17 +60,41 @@ def check_adapted(plan: Plan, leaves: Mapping[str, Any], *, count: int = 1) -> N
 
 def check_adapters(plan: Plan, leaves: Mapping[str, Any], *, count: int = 1) -> None:
     """The part of `check_adapted` that needs no base."""
+    check_plan(plan)
     wanted = plan.adapter_leaves(count)
     present = {path for path in leaves if is_adapter(path)}
     if not present:
         raise ValueError("the parameters hold no adapters; call attach(plan, params) first.")
     if surplus := present - wanted.keys():
+        _check_schemes(plan, surplus)
         raise ValueError(
             f"the parameters hold adapters that the plan lacks: {list_paths(surplus)}."
         )
     if count == 1 and (held := adapters_per_layer(plan, leaves)) > 1:
         raise holds_bank(held, "the parameters")
     _check_shapes({path: leaf.shape for path, leaf in wanted.items()}, leaves, "adapters")
+
+
+def no_adapter(layer: str) -> ValueError:
+    """What is raised where a model looks for an adapter and the parameters have none."""
+    return ValueError(
+        f"the parameters have no adapter for the layer {layer!r}. Are they the base model's? "
+        "Add new adapters, params = mora_jax.attach(plan, params), or load saved ones with "
+        "mora_jax.checkpoint.load_adapters, and adapt the model with the plan that comes with them."
+    )
+
+
+def other_adapter(
+    layer: str, there: Iterable[str], wanted: Iterable[str], scheme: Any
+) -> ValueError:
+    """What is raised where a model or a plan has another scheme than the parameters."""
+    return ValueError(
+        f"the parameters hold an adapter of another scheme for the layer {layer!r}: "
+        f"{list_paths(there)}, and {scheme} looks for {list_paths(wanted)}. After merge_and_reset "
+        "and load_adapters, go on with the plan that they return: model = mora_jax.adapt("
+        "base_model, plan). A jitted step must take the model as a static argument, or be jitted "
+        "anew; one that keeps the old model would train the old grouping."
+    )
 
 
 def adapters_per_layer(plan: Plan, leaves: Mapping[str, Any]) -> int:
@@ -67,6 +107,16 @@ def adapters_per_layer(plan: Plan, leaves: Mapping[str, Any]) -> int:
     return 1
 
 
+def _check_schemes(plan: Plan, surplus: set[str]) -> None:
+    """Raises ValueError where adapters of the plan's own layers have another scheme than its."""
+    for layer, spec in plan.items():
+        wanted = plan.leaf_paths(layer).values()
+        beside = {path.rpartition("/")[0] for path in wanted}
+        if there := {path for path in surplus if path.rpartition("/")[0] in beside}:
+            names = [{path.rpartition("/")[2] for path in paths} for paths in (there, wanted)]
+            raise other_adapter(layer, *names, spec.scheme)
+
+
 def check_paths(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError unless there are leaves where the plan has the base model's kernels."""
     _check_present([*plan.kernel_paths(), *dict(plan.also_train)], leaves, "base model")
@@ -74,9 +124,11 @@ def check_paths(plan: Plan, leaves: Mapping[str, Any]) -> None:
 
 def _check_present(wanted: Iterable[str], leaves: Mapping[str, Any], what: str) -> None:
     if missing := set(wanted) - leaves.keys():
+        inside = {f"params/{path}" for path in missing} <= leaves.keys()
         raise ValueError(
             f"the plan does not fit the {what}: no parameter at {list_paths(missing)}. "
-            f"There are: {list_paths(leaves)}. Was the plan made for another model?"
+            f"There are: {list_paths(leaves)}. "
+            + ("Give variables['params']." if inside else "Was the plan made for another model?")
         )
 
 

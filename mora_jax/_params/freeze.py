@@ -6,7 +6,8 @@ from collections.abc import Hashable
 
 import optax
 
-from mora_jax._arrays.paths import flatten, list_paths, unflatten_like
+from mora_jax._arrays.paths import flatten, is_adapter, list_paths, unflatten_like
+from mora_jax._params.checks import check_plan
 from mora_jax._plans.plan import Plan
 
 
@@ -38,15 +39,22 @@ def freeze_base(
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = model.init(jax.random.key(0), jax.numpy.ones((1, 3)))["params"]
     >>> state = freeze_base(optax.sgd(1.0, momentum=0.9), plan).init(params)
-    >>> [leaf.shape for leaf in jax.tree.leaves(state)]  # the momentum of mora/matrix, no other
+    >>> [leaf.shape for leaf in jax.tree.leaves(state)]  # the momentum of the matrix, no other
     [(3, 3)]
     """
 
-    wanted = {*plan.adapter_leaves(), *dict(plan.also_train)}
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"freeze_base(optimizer, plan): expected an optax transformation, got a "
+            f"{type(optimizer).__name__}."
+        )
+    check_plan(plan)
+    # Where adapters stand, not their names: after a restart these say another scheme.
+    wanted = {*map(_place, plan.adapter_leaves()), *dict(plan.also_train)}
 
     def labels(params):
         leaves = flatten(params)
-        if missing := wanted - leaves.keys():
+        if missing := wanted - {_place(path) for path in leaves}:
             raise ValueError(
                 f"the tree lacks what the plan trains: {list_paths(missing)}; it has "
                 f"{list_paths(leaves)}. Give the parameters themselves, with adapters."
@@ -61,3 +69,8 @@ def freeze_base(
         "frozen": optax.set_to_zero(),
     }
     return optax.partition(groups, labels)
+
+
+def _place(path: str) -> str:
+    """The dict that an adapter's leaf stands in; the path itself of all else."""
+    return path.rpartition("/")[0] if is_adapter(path) else path

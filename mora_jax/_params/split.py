@@ -2,8 +2,8 @@
 
 Pure functions over nested dicts, or over an `nnx.State`. With a plan that adapts `dense`:
 
-    params      {"dense": {"kernel": W, "mora": {"matrix": 0}}, "norm": {"scale": s}}
-    split(...)  {"dense": {"mora": {"matrix": 0}}},
+    params      {"dense": {"kernel": W, "mora": {"matrix_sharing": M}}, "norm": {"scale": s}}
+    split(...)  {"dense": {"mora": {"matrix_sharing": M}}},
                 {"dense": {"kernel": W}, "norm": {"scale": s}}
 """
 
@@ -48,8 +48,8 @@ def join(first: Params, second: Params) -> dict[str, Any]:
     Raises:
       ValueError: where a leaf stands in both.
 
-    >>> join({"dense": {"kernel": 1}}, {"dense": {"mora": {"matrix": 0}}})
-    {'dense': {'kernel': 1, 'mora': {'matrix': 0}}}
+    >>> join({"dense": {"kernel": 1}}, {"dense": {"mora": {"matrix_sharing": 0}}})
+    {'dense': {'kernel': 1, 'mora': {'matrix_sharing': 0}}}
     """
     ours, theirs = flatten(first), flatten(second)
     if both := ours.keys() & theirs.keys():

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from mora_jax._arrays.paths import join_path, list_paths
 from mora_jax._plans.cycles import Cycle
+from mora_jax._plans.hints import hint_at_names
 from mora_jax._plans.layer import LayerConfig
-from mora_jax._plans.patterns import Pattern, check_pattern, first_match, matches, pairs_of
+from mora_jax._plans.patterns import (
+    Pattern,
+    check_pattern,
+    ends_in,
+    first_match,
+    matches,
+    pairs_of,
+)
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._schemes.base import Scheme
@@ -20,6 +28,7 @@ from mora_jax._schemes.operators import check_rank
 from mora_jax._schemes.registry import as_scheme
 
 
+@hint_at_names
 @dataclasses.dataclass(frozen=True)
 class MoRAConfig:
     """How `adapt` chooses the layers of a model and what it gives them.
@@ -30,7 +39,8 @@ class MoRAConfig:
     Attributes:
       rank: the LoRA rank whose number of parameters each layer trains.
       scheme: a `Scheme`, its name, or "auto": rotation that wraps below rank 32, sharing above.
-      targets: the layers to adapt; "all-linear" takes every one there is, an output head too.
+      targets: the layers to adapt; "all-linear" takes every one there is, an output head too; a
+        list of names, such as `["q_proj", "v_proj"]`, takes the layers whose paths end in them.
       exclude: layers to leave alone though `targets` matches them.
       ranks: pattern -> rank, for layers that differ; the first match counts.
       schemes: pattern -> scheme, likewise.
@@ -65,7 +75,7 @@ class MoRAConfig:
 
     rank: int = 8
     scheme: Scheme | str = "auto"
-    targets: Pattern = "all-linear"
+    targets: Pattern | Sequence[str] = "all-linear"
     exclude: Pattern | None = None
     ranks: Mapping[str, int] | tuple[tuple[Pattern, int], ...] = ()
     schemes: Mapping[str, Scheme | str] | tuple[tuple[Pattern, Scheme | str], ...] = ()
@@ -83,6 +93,8 @@ class MoRAConfig:
         # Tuples instead of dicts and names instead of dtypes make the config hashable.
         for name in ("ranks", "schemes", "kernels"):
             object.__setattr__(self, name, pairs_of(getattr(self, name)))
+        if isinstance(self.targets, list | tuple | set | frozenset):
+            object.__setattr__(self, "targets", ends_in(self.targets))
         if isinstance(self.cycle, list):
             object.__setattr__(self, "cycle", tuple(self.cycle))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)

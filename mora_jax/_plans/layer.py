@@ -77,6 +77,18 @@ class LayerConfig:
         leaves = self.scheme.leaves(in_features, out_features, size)
         return leaves | ({MAGNITUDE: magnitude_leaf(out_features)} if self.dora else {})
 
+    def stored_name(self, leaf: str) -> str:
+        """The name of a leaf in the parameters, which says the scheme.
+
+        So a model with another scheme than the parameters' does not find it.
+
+        >>> from mora_jax import Sharing
+        >>> LayerConfig(rank=8, scheme=Sharing(signs=3)).stored_name("matrix")
+        'matrix_sharing_signs_3'
+        """
+        tag = "" if leaf == MAGNITUDE else self.scheme.tag
+        return f"{leaf}_{tag}" if tag else leaf
+
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, int]]:
         """Names and shapes of one adapter's leaves."""
         leaves = self.leaves(in_features, out_features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Pattern = str | Callable[[str], bool]
@@ -13,6 +13,15 @@ def pairs_of(value: Any) -> tuple[tuple[Pattern, Any], ...]:
     """A mapping by pattern, or pairs, as a tuple of pairs: hashable, in the same order."""
     pairs = value.items() if isinstance(value, Mapping) else value
     return tuple((pattern, item) for pattern, item in pairs)
+
+
+def ends_in(names: Iterable[str]) -> str:
+    """The pattern of the paths that end in one of these names.
+
+    >>> ends_in(["q_proj", "mlp/up"])
+    '(?:.*/)?(?:mlp/up|q_proj)'
+    """
+    return f"(?:.*/)?(?:{'|'.join(re.escape(name) for name in sorted(names))})"
 
 
 def first_match(pairs: Any, path: str, default: Any) -> Any:

@@ -32,6 +32,8 @@ class Plan(Mapping[str, AdapterSpec]):
       layers: (path, spec) of every adapted layer, in the model's order.
       also_train: (path, shape) of every parameter trained in full beside the adapters.
       base_parameters: how many numbers the base model has.
+      merges: how often adapters were merged into the base by `merge_and_reset`; then they belong to
+        the base as it is now, not to the pretrained one. Plans are not compared by it.
       unadapted: (path, why) of every other layer, and of other parameters that are matrices. It is
         printed; plans are not compared by it, and it is not saved.
     """
@@ -39,6 +41,7 @@ class Plan(Mapping[str, AdapterSpec]):
     layers: tuple[tuple[str, AdapterSpec], ...]
     also_train: tuple[tuple[str, tuple[int, ...]], ...] = ()
     base_parameters: int = 0
+    merges: int = dataclasses.field(default=0, compare=False, kw_only=True)
     unadapted: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
 
     def __getitem__(self, path: str) -> AdapterSpec:
@@ -83,10 +86,29 @@ class Plan(Mapping[str, AdapterSpec]):
         return any(path == also for also, _ in self.also_train)
 
     def leaf_paths(self, layer: str) -> dict[str, str]:
-        """Name -> path of the leaves of one layer's adapter."""
+        """Name -> path of the leaves of one layer's adapter.
+
+        The path says the scheme: `{"matrix": "q_proj/mora/matrix_sharing"}`.
+        """
         spec = self[layer]
         prefix = adapter_path(layer, spec.kernel_name)
-        return {name: join_path(prefix, name) for name in spec.shapes}
+        return {name: join_path(prefix, spec.config.stored_name(name)) for name in spec.shapes}
+
+    def renamed(self, other: Plan) -> dict[str, str]:
+        """Path of an adapter's leaf -> its path in another plan of these layers, where it differs.
+
+        They differ where the schemes do.
+        """
+        pairs = zip(self.plain_paths(), other.plain_paths(), strict=True)
+        return {old: new for old, new in pairs if old != new}
+
+    def plain_paths(self) -> dict[str, str]:
+        """Path of every adapter's leaf -> the same without the scheme: its name in files."""
+        return {
+            path: join_path(path.rpartition("/")[0], name)
+            for layer in self
+            for name, path in self.leaf_paths(layer).items()
+        }
 
     def adapter_owners(self) -> dict[str, tuple[str, dict[int, int]]]:
         """Path of an adapter's leaf -> its kernel's, and which axes the two have in common.
@@ -109,7 +131,7 @@ class Plan(Mapping[str, AdapterSpec]):
     def advance(self) -> Plan:
         """The plan after a merge: every layer with the next scheme of its cycle."""
         layers = tuple((path, spec.advance()) for path, spec in self.layers)
-        return dataclasses.replace(self, layers=layers)
+        return dataclasses.replace(self, layers=layers, merges=self.merges + 1)
 
     @property
     def trained_parameters(self) -> int:
@@ -124,7 +146,11 @@ class Plan(Mapping[str, AdapterSpec]):
     def to_json(self) -> str:
         """The plan as JSON, read back by `Plan.from_json`."""
         layers = {path: spec_to_dict(spec) for path, spec in self.layers}
-        fields = {"format": _FORMAT, "base_parameters": self.base_parameters}
+        fields = {
+            "format": _FORMAT,
+            "base_parameters": self.base_parameters,
+            "merges": self.merges,
+        }
         return json.dumps({**fields, "layers": layers, "also_train": dict(self.also_train)})
 
     @classmethod
@@ -142,6 +168,7 @@ class Plan(Mapping[str, AdapterSpec]):
                 tuple((path, spec_from_dict(spec)) for path, spec in fields["layers"].items()),
                 tuple((path, tuple(shape)) for path, shape in fields["also_train"].items()),
                 fields["base_parameters"],
+                merges=fields.get("merges", 0),
             )
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(

@@ -3,8 +3,8 @@
 A bank holds the adapters of one layer one below the other, so that a leaf keeps its number of axes
 and stacks of layers keep theirs wherever they have them:
 
-    up/mora/matrix         [R, R]      one adapter
-    up/mora/matrix         [A R, R]    a bank of A adapters
+    up/mora/matrix_sharing    [R, R]      one adapter
+    up/mora/matrix_sharing    [A R, R]    a bank of A adapters
 
 Shape letters: A adapters, E examples, T rows of one example, I input features, O output features, R
 the square size, B batch axes (experts, stacked layers).

@@ -116,6 +116,20 @@ class Scheme:
         """
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
+    @property
+    def tag(self) -> str:
+        """What tells this scheme's parameters from another's: it ends the names of their leaves.
+
+        >>> from mora_jax import LowRank, Sharing
+        >>> Sharing().tag, Sharing(signs=3).tag, LowRank().tag
+        ('sharing', 'sharing_signs_3', '')
+        """
+        fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
+        given = [(name, value) for name, value, default in fields if value != default]
+        return "_".join(
+            [self.kind, *(name if value is True else f"{name}_{value}" for name, value in given)]
+        )
+
     # The two maps that define a scheme.
 
     def compress(self, x: jax.Array, size: int, *, out_features: int | None = None) -> jax.Array:

@@ -33,6 +33,11 @@ class LowRank(Scheme):
         if self.alpha is not None and not (isinstance(self.alpha, int | float) and self.alpha > 0):
             raise ValueError(f"LowRank: alpha must be a positive number, got {self.alpha!r}.")
 
+    @property
+    def tag(self) -> str:
+        """alpha where it is given; the leaves' names, `a` and `b`, say the rest."""
+        return "" if self.alpha is None else f"alpha_{self.alpha:g}"
+
     def size(self, in_features: int, out_features: int, rank: int, multiple: int = 1) -> int:
         """The rank itself."""
         del in_features, out_features, multiple

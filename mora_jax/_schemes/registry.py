@@ -163,6 +163,9 @@ def as_scheme(scheme: Scheme | str, rank: int) -> Scheme:
     if isinstance(scheme, Scheme):
         check_registered(scheme)
         return scheme
+    # What everyone calls it.
+    if scheme == "lora":
+        return LowRank()
     if scheme == "auto":
         return Rotation(wrap=True) if rank < 32 else Sharing()
     if scheme not in SCHEMES:

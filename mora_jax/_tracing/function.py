@@ -170,7 +170,7 @@ def _plan(traced: Traced, base: Mapping[str, Any], config: MoRAConfig) -> Plan:
     others = (path for path, leaf in base.items() if leaf.ndim > 1 and path not in kernels)
     left += [(path, "enters no product") for path in others if not config.trains(path)]
     total = sum(math.prod(leaf.shape) for leaf in base.values())
-    return Plan(tuple(specs), also_train, total, tuple(sorted(left)))
+    return Plan(tuple(specs), also_train, total, unadapted=tuple(sorted(left)))
 
 
 def _layers(kernels: Mapping[str, KernelAxes]) -> dict[str, tuple[str, str, KernelAxes]]:

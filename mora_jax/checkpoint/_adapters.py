@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mora_jax._arrays.boxes import box_like, place_for, rebox, unbox
 from mora_jax._arrays.checksums import checksums
-from mora_jax._arrays.paths import flatten, list_paths, unflatten, unflatten_like
+from mora_jax._arrays.paths import flatten, last_name, list_paths, unflatten, unflatten_like
 from mora_jax._params.checks import check_finite, check_unadapted
 from mora_jax._params.split import Params, split
 from mora_jax._plans.plan import Plan
@@ -26,6 +26,7 @@ from mora_jax.checkpoint._record import (
     check_saved,
     fingerprint_of,
     from_custom,
+    kernels_in,
     shape_of,
     to_custom,
     with_path_in_errors,
@@ -80,7 +81,8 @@ def save_adapters(
     *,
     name: str | None = None,
     metadata: Mapping[str, Any] | None = None,
-    fingerprint: bool = False,
+    fingerprint: bool | None = None,
+    kernels: bool = False,
 ) -> int:
     """Saves what the plan trains: adapters, and the parameters of `also_train`.
 
@@ -88,13 +90,16 @@ def save_adapters(
 
     Args:
       directory: without a name, a path that does not exist yet; with one, where named adapters lie.
-      params: parameters with adapters; the base is not written.
+      params: parameters with adapters; of the base, only what `kernels` says is written.
       plan: the plan.
       name: letters, digits, ".", "_", "-". Each save is a new version of it.
       metadata: anything that JSON holds, given back by `list_adapters`.
       fingerprint: also save a checksum of every adapted kernel, so that adapters are refused beside
         kernels with other numbers of the same shape and dtype. It reads the base, here and when
-        they are loaded.
+        they are loaded. By default it is made where `merge_and_reset` has changed the base, which
+        the adapters then belong to.
+      kernels: also save the adapted kernels, which `load_adapters` then puts in place of those that
+        it is given: after `merge_and_reset` they hold most of what was trained.
 
     Returns:
       The version, 1 at first; 0 without a name.
@@ -114,11 +119,15 @@ def save_adapters(
     ...     loaded, plan = load_adapters(folder, pretrained, name="poems")
     poems 1: 1 layers, Sharing(), 36 bytes, {'steps': 100}
     >>> jax.tree.map(jnp.shape, loaded)
-    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix_sharing': (3, 3)}}
     """
     trainable, _ = split(params, plan)
     leaves = flatten(params)
-    values = {path: unbox(leaf) for path, leaf in flatten(trainable).items()}
+    # In files names are plain, for the plan beside them says the scheme.
+    plain = plan.plain_paths()
+    values = {plain.get(p, p): unbox(leaf) for p, leaf in flatten(trainable).items()}
+    if kernels:
+        values |= {kernel: unbox(leaves[kernel]) for kernel in plan.kernel_paths()}
     path = epath.Path(directory).absolute()
     check_room(path, name)
     if name is not None:
@@ -126,7 +135,7 @@ def save_adapters(
     sums = checksums(values)
     check_finite(values, f"saved at {path}")
     base = {p: shape_of(unbox(leaves[p])) for p in (*plan.kernel_paths(), *dict(plan.also_train))}
-    if fingerprint:
+    if plan.merges > 0 if fingerprint is None else fingerprint:
         for kernel, checksum in fingerprint_of(plan, leaves).items():
             base[kernel]["checksum"] = checksum
     arrays = {p: {**shape_of(leaf), "checksum": sums[p]} for p, leaf in values.items()}
@@ -171,11 +180,15 @@ def load_adapters(
     plan, leaves = record.plan, flatten(params)
     check_fits(path, record, leaves)
     check_unadapted(plan, leaves)
-    wanted = {name: leaf.shape for name, leaf in plan.adapter_leaves().items()}
-    wanted |= dict(plan.also_train)
+    plain = plan.plain_paths()
+    wanted = {plain[name]: leaf.shape for name, leaf in plan.adapter_leaves().items()}
+    # What replaces a parameter of the base.
+    replaced = dict(plan.also_train) | kernels_in(record)
+    wanted |= replaced
     check_saved(path, wanted, saved, record.arrays)
     # Orbax wants to be told where arrays go: to their kernel's mesh, or where new arrays go.
-    owners, anywhere = plan.adapter_owners(), jnp.zeros(()).sharding
+    owners = {plain[leaf]: owner for leaf, owner in plan.adapter_owners().items()}
+    anywhere = jnp.zeros(()).sharding
     abstract = {}
     for leaf, shape in wanted.items():
         kernel, axes = owners.get(leaf, (leaf, {axis: axis for axis in range(len(shape))}))
@@ -187,12 +200,14 @@ def load_adapters(
         if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf].get("checksum")]:
             raise ValueError(f"{path} is damaged: {list_paths(other)} are not the numbers saved.")
     check_finite(loaded, f"loaded from {path}")
+    names = {plain: last_name(path) for path, plain in plan.plain_paths().items()}
     for leaf, (kernel, axes) in owners.items():
-        loaded[leaf] = box_like(leaves[kernel], loaded[leaf], axes)
-    for leaf, _ in plan.also_train:
+        loaded[leaf] = box_like(leaves[kernel], loaded[leaf], axes, names[leaf])
+    for leaf in replaced:
         loaded[leaf] = rebox(leaves[leaf], loaded[leaf])
     frozen = {path: leaf for path, leaf in leaves.items() if path not in wanted}
-    return unflatten_like(frozen | loaded, params), plan
+    adapters = {leaf: loaded.pop(name) for leaf, name in plain.items()}
+    return unflatten_like(frozen | loaded | adapters, params), plan
 
 
 def list_adapters(directory: str | os.PathLike[str]) -> list[SavedAdapters]:

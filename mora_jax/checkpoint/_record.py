@@ -119,7 +119,8 @@ def check_fits(path: os.PathLike[str], record: Record, leaves: Mapping[str, Any]
         kernel: spec.kernel_shape
         for kernel, spec in zip(plan.kernel_paths(), plan.values(), strict=True)
     }
-    known = ((kernel, record.base.get(kernel, {})) for kernel in shapes)
+    saved = kernels_in(record)
+    known = ((kernel, record.base.get(kernel, {})) for kernel in shapes if kernel not in saved)
     prints = {kernel: of["checksum"] for kernel, of in known if "checksum" in of}
     for name, shape in {**shapes, **dict(plan.also_train)}.items():
         if name not in leaves:
@@ -132,6 +133,10 @@ def check_fits(path: os.PathLike[str], record: Record, leaves: Mapping[str, Any]
             prints.pop(name, None)
         dtype = record.base.get(name, {}).get("dtype")
         if dtype is not None and dtype != str(value.dtype):
+            if name in prints and plan.merges:
+                differences.append(
+                    f"{name!r} is {value.dtype}, and was {dtype} when adapters were merged into it"
+                )
             notes.append(f"(no error: {name!r} is {value.dtype}, and was {dtype})")
             prints.pop(name, None)
     found = fingerprint_of(plan, {name: leaves[name] for name in prints}) if prints else {}
@@ -140,6 +145,11 @@ def check_fits(path: os.PathLike[str], record: Record, leaves: Mapping[str, Any]
         for name, number in found.items()
         if number != prints[name]
     ]
+    if differences and plan.merges:
+        notes.append(
+            "(these adapters were trained after a merge_and_reset, which changed the base: give "
+            "the merged parameters, or save the adapted kernels too, save_adapters(kernels=True))"
+        )
     if differences:
         there = [name for name in leaves if not is_adapter(name)]
         raise ValueError(
@@ -147,6 +157,13 @@ def check_fits(path: os.PathLike[str], record: Record, leaves: Mapping[str, Any]
             + "\n  ".join(differences + notes)
             + f"\nThe parameters given are {list_paths(there)}."
         )
+
+
+def kernels_in(record: Record) -> dict[str, tuple[int, ...]]:
+    """Path and shape of the adapted kernels that are saved beside the adapters."""
+    plan, arrays = record.plan, record.arrays or {}
+    pairs = zip(plan.kernel_paths(), plan.values(), strict=True)
+    return {kernel: spec.kernel_shape for kernel, spec in pairs if kernel in arrays}
 
 
 def check_saved(

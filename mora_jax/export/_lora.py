@@ -17,6 +17,7 @@ from mora_jax._plans.plan import Plan
 from mora_jax._torch.directories import check_new
 from mora_jax._torch.names import KernelName, torch_kernels
 from mora_jax._torch.tensors import LLAMA
+from mora_jax.peft._save import check_base_model
 
 
 def save_lora(
@@ -26,6 +27,7 @@ def save_lora(
     rank: int,
     *,
     names: Iterable[KernelName] = LLAMA,
+    base_model: str | None = None,
 ) -> ProjectionReport:
     """Writes the LoRA nearest to the adapters, as PEFT has it, and says what each layer lost.
 
@@ -39,6 +41,7 @@ def save_lora(
       plan: the plan.
       rank: of the LoRA, in every layer. Servers limit it.
       names: what kernels are called in PyTorch.
+      base_model: as for `peft.save_adapters`; required after `merge_and_reset`.
 
     Returns:
       The relative error of every layer; `print` gives a table.
@@ -49,13 +52,15 @@ def save_lora(
         embedding), or `also_train` has parameters, which a LoRA cannot hold.
     """
     check_new(directory)
+    check_base_model(plan, base_model)
     _check_projectable(params, plan, names)
     lora, lora_plan, report = project_to_lora(params, plan, rank)
     leaves = flatten(lora)
     # Arrays of all processes come together by the help of all.
     host = {p: rebox(leaves[p], on_host(unbox(leaves[p]))) for p in lora_plan.adapter_leaves()}
     if jax.process_index() == 0:
-        peft.save_adapters(directory, unflatten_like(leaves | host, lora), lora_plan, names=names)
+        own = unflatten_like(leaves | host, lora)
+        peft.save_adapters(directory, own, lora_plan, names=names, base_model=base_model)
     return report
 
 

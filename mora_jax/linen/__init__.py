@@ -4,7 +4,7 @@
 that the model is not edited and the base parameters keep their paths:
 
     q_proj/kernel         [I, O]    the pretrained kernel, as before
-    q_proj/mora/matrix    [R, R]    the adapter, R the square size
+    q_proj/mora/matrix_sharing    [R, R]    the adapter, R the square size
 
 Where the adapters are those of a bank, the model's collection `mora` says which one each example
 has: `model.apply({"params": params, "mora": {"adapter_ids": ids}}, *inputs)`.

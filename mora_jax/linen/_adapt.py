@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.core import freeze
 from jax import lax
 
-from mora_jax._arrays.paths import ADAPTER, IDS, join_path
+from mora_jax._arrays.paths import ADAPTER, IDS, flatten, is_adapter, join_path, list_paths
 from mora_jax._plans.layer import LayerConfig
 from mora_jax.linen._layers import (
     ADAPTED_WHEN_NAMED,
@@ -68,7 +68,8 @@ def adapt(model: ModuleT, chooser: Chooser) -> ModuleT:
         raise TypeError("the model is adapted already; adapt the base model instead.")
     if model.scope is not None:
         raise ValueError("the model is bound to variables; adapt it before binding.")
-    key = (id(model), chooser)
+    # Plans are equal whatever their merges, and so are the models, for jit; their plans are not.
+    key = (id(model), chooser, getattr(chooser, "merges", 0))
     adapted = _ADAPTED.get(key)
     if adapted is None:
         adapted = _ADAPTED[key] = _make_adapted(model, chooser)
@@ -76,7 +77,7 @@ def adapt(model: ModuleT, chooser: Chooser) -> ModuleT:
 
 
 # The value holds its base model, so the id in the key cannot be given to another while it lives.
-_ADAPTED: weakref.WeakValueDictionary[tuple[int, Chooser], nn.Module] = (
+_ADAPTED: weakref.WeakValueDictionary[tuple[int, Chooser, int], nn.Module] = (
     weakref.WeakValueDictionary()
 )
 
@@ -86,7 +87,7 @@ def _make_adapted(model: nn.Module, chooser: Chooser) -> nn.Module:
     namespace = {
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
-        "__hash__": lambda self: hash(type(self)),
+        "__hash__": lambda self: hash((id(self.mora_base), self.mora_chooser)),
         "__eq__": _same_fields,
     }
     adapted = type(cls.__name__, (cls, AdaptedModule), namespace)  # pyright: ignore
@@ -118,6 +119,8 @@ def _intercepted(method: Callable[..., Any], chooser: Chooser) -> Callable[..., 
         root = self.path if self.scope is not None else ()
         intercept = functools.partial(_use_adapter, chooser, len(root))
         ids = _adapter_ids(self, args, kwargs)
+        if self.scope is None and method.__name__ == "apply":
+            _check_chosen(chooser, args[0] if args else kwargs.get("variables"))
         # Ids are constants of what the model's own `nn.jit` traces, so each call has traces of its.
         marks = {"mora_adapt": mark, "mora_plan": TRACE.get(), "mora_ids": _mark_of(ids)}
         mark_scope(self, **marks)
@@ -159,6 +162,19 @@ def _adapter_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     return IDS_OF_EXAMPLES.get()
 
 
+def _check_chosen(chooser: Chooser, variables: Any) -> None:
+    """Raises ValueError where layers have adapters that the model would not use."""
+    params = variables.get("params") if isinstance(variables, Mapping) else None
+    leaves = flatten(params) if isinstance(params, Mapping) else {}
+    layers = {f"/{path}".partition(f"/{ADAPTER}/")[0][1:] for path in leaves if is_adapter(path)}
+    if unused := [layer for layer in layers if chooser.choose(layer) is None]:
+        raise ValueError(
+            f"the parameters have adapters in layers that the model leaves alone: "
+            f"{list_paths(unused)}. Adapt the base model with the plan that made the parameters: "
+            "model = mora_jax.adapt(base_model, plan)."
+        )
+
+
 def _use_adapter(chooser, depth, next_fun, args, kwargs, context):
     """Runs a chosen layer as a copy of itself, on the same scope, whose product is `MoRA`."""
     layer, method = context.module, context.method_name
@@ -198,7 +214,10 @@ def _fields(model: nn.Module) -> dict[str, Any]:
 
 
 def _same_fields(self: nn.Module, other: object) -> bool:
-    """Equality by class and fields: a clone with another dtype is another model."""
+    """Equality by base, config and fields: a clone with another dtype is another model."""
     if self is other:
         return True
-    return type(self) is type(other) and _fields(self) == _fields(other)  # pyright: ignore
+    if not (isinstance(self, AdaptedModule) and isinstance(other, AdaptedModule)):
+        return False
+    alike = self.mora_base is other.mora_base and self.mora_chooser == other.mora_chooser
+    return alike and _fields(self) == _fields(other)

@@ -18,7 +18,7 @@ from mora_jax.linen._layers import MoRA, uses_mora
 
 
 class MoRADense(nn.Dense):
-    """`nn.Dense` with an adapter: the same fields and parameters, and `mora/matrix` beside them.
+    """`nn.Dense` with an adapter: the same fields and parameters, and an adapter `mora`.
 
     Its scheme is a field, so ReMoRA keeps it (no cycle); `adapt` on a plain `nn.Dense` walks on.
 
@@ -34,7 +34,7 @@ class MoRADense(nn.Dense):
     >>> layer = MoRADense(6, rank=1, scheme="sharing")
     >>> params = layer.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     >>> jax.tree.map(jnp.shape, params)
-    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix_sharing': (3, 3)}}
     """
 
     rank: int = 8

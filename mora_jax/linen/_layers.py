@@ -19,6 +19,7 @@ from jax import lax
 
 from mora_jax._arrays.boxes import box_like
 from mora_jax._arrays.paths import ADAPTER, join_path
+from mora_jax._params.checks import no_adapter, other_adapter
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.layer import LayerConfig
 from mora_jax._product.axes import KernelAxes, einsum_axes, kernel_axes
@@ -32,6 +33,9 @@ LINEAR = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 
 #: Layers that are adapted where a pattern names them; with einsums, those that run as functions.
 ADAPTED_WHEN_NAMED = (nn.Conv, nn.Embed)
+
+#: Names of what the recorder leaves beside an adapter, see `_recorder.py`.
+PROBES = ("kernel", "adapter")
 
 #: Set while a layer runs as a function of its kernel, so that it is not adapted once more.
 RUNNING_AS_FUNCTION: contextvars.ContextVar[bool] = contextvars.ContextVar("WITHIN", default=False)
@@ -61,7 +65,7 @@ class MoRA(nn.Module):
     >>> layer = nn.Dense(6, dot_general_cls=functools.partial(MoRA, config, name="mora"))
     >>> params = layer.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     >>> jax.tree.map(jnp.shape, params)
-    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix_sharing': (3, 3)}}
     """
 
     config: LayerConfig
@@ -132,13 +136,24 @@ def _leaves(
     _, in_features, out_features = axes.sizes(kernel.shape)
     shapes = module.config.shapes(in_features, out_features)
     rows = {name: shape[0] for name, shape in shapes.items()}
-    found = {name: module.get_variable("params", name) for name in rows}
+    names = {name: module.config.stored_name(name) for name in rows}
+    _check_stored(module, layer, set(names.values()))
+    found = {name: module.get_variable("params", stored) for name, stored in names.items()}
     stored = {name: nn.unbox(leaf) for name, leaf in found.items() if leaf is not None}
     if stored and ids is not None:
         return unstack_bank(stored, rows, layer), ExampleIds(ids, layer)
     if (count := bank_size(stored, rows)) > 1:
         raise holds_bank(count, f"the parameters of the layer {layer!r}")
     return _make_leaves(module, kernel, axes, name), None
+
+
+def _check_stored(module: Any, layer: str, wanted: set[str]) -> None:
+    """Raises ValueError where the parameters have no adapter for a layer, or another scheme."""
+    there = set(module.variables.get("params", {})) - set(PROBES)
+    if there - wanted:
+        raise other_adapter(layer, there, wanted, module.config.scheme)
+    if wanted - there and not module.is_mutable_collection("params"):
+        raise no_adapter(layer)
 
 
 def _make_leaves(module: Any, kernel: jax.Array, axes: KernelAxes, name: str) -> dict[str, Any]:
@@ -150,11 +165,12 @@ def _make_leaves(module: Any, kernel: jax.Array, axes: KernelAxes, name: str) ->
     common = dict(enumerate(axes.batch))
 
     def boxed(key, shape, dtype, start):
-        return box_like(stored, start(key, shape, dtype), common)
+        return box_like(stored, start(key, shape, dtype), common, name)
 
     for name, leaf in config.leaves(in_features, out_features).items():
         make, shape = functools.partial(boxed, start=leaf.start), (*batch, *leaf.shape)
-        leaves[name] = module.param(name, make, shape, jnp.dtype(config.dtype))
+        stored_name = config.stored_name(name)
+        leaves[name] = module.param(stored_name, make, shape, jnp.dtype(config.dtype))
     return leaves
 
 

@@ -31,7 +31,9 @@ def plan(
     _check_noted(chooser, noted)
     layers = tuple((path, layer.spec(path, params)) for path, layer in noted.adapted.items())
     total = sum(math.prod(shape) for shape in base.values())
-    return Plan(layers, _also_train(chooser, base), total, _left(chooser, noted, base))
+    merges = chooser.merges if isinstance(chooser, Plan) else 0
+    left = _left(chooser, noted, base)
+    return Plan(layers, _also_train(chooser, base), total, merges=merges, unadapted=left)
 
 
 def _check_layers_of(plan: Plan, noted: Recorder) -> None:

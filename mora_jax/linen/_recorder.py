@@ -20,7 +20,7 @@ from mora_jax._arrays.paths import ADAPTER, flatten, join_path
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._product.axes import KernelAxes, kernel_axes
 from mora_jax.linen._adapt import TRACE, mark_scope
-from mora_jax.linen._layers import Leaves, MoRA, is_adaptable
+from mora_jax.linen._layers import PROBES, Leaves, MoRA, is_adaptable
 
 #: The axes of a probe have sizes from here on; no model stacks as many layers.
 _PROBE_SIZE = 1_000_003
@@ -122,8 +122,8 @@ class Recorder:
     def _note_adapter(self, module: Any, kernel: Any, noted: Noted) -> str:
         path = join_path(*module.path[:-1])
         self.adapted[path] = noted
-        _leave_probe(module, "kernel", kernel.ndim)
-        _leave_probe(module, "adapter", len(noted.axes.batch) + 2)
+        for name, ndim in zip(PROBES, (kernel.ndim, len(noted.axes.batch) + 2), strict=True):
+            _leave_probe(module, name, ndim)
         return path
 
 

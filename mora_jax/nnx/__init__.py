@@ -4,7 +4,7 @@ An adapted layer is an object of a subclass of its own class, so that the graph 
 base model stay as they are, with its adapter beside the kernel:
 
     q_proj.kernel         [I, O]    Param, the pretrained kernel, as before
-    q_proj.mora.matrix    [R, R]    MoRAParam, the adapter, R the square size
+    q_proj.mora.matrix_sharing    [R, R]    MoRAParam, the adapter, R the square size
 
 Training is NNX's own, `nnx.Optimizer(model, tx, wrt=MoRAParam)`. What `MoRAConfig.also_train` names
 is of the type `AlsoTrained`, a `MoRAParam` too, and so is trained with the adapters.

@@ -34,6 +34,7 @@ def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = 
             config = dataclasses.replace(config, train_kernel=trained)
         spec = kernel.spec(config)
         _add_adapter(kernel, spec, _key_of(path, spec, key))
+        kernel.layer.mora.merged = isinstance(chooser, Plan) and chooser.merges > 0
     for path, variable in parameters_of(adapted).items():
         if chooser.trains(path):
             variable.set_metadata(mora_base=type(variable))
@@ -79,7 +80,8 @@ def plan(model: nnx.Module) -> Plan:
     trained = [path for path, leaf in base.items() if isinstance(leaf, AlsoTrained)]
     also_train = tuple((path, tuple(base[path].shape)) for path in trained)
     total = sum(math.prod(leaf.shape) for leaf in base.values())
-    found = Plan(tuple(layers), also_train, total)
+    merged = any(layer.mora.merged for _, layer in adapted_layers(model))
+    found = Plan(tuple(layers), also_train, total, merges=int(merged))
     others = base.keys() - {*found.kernel_paths(), *trained}
     left = sorted((path, "not chosen") for path in others if base[path].ndim > 1)
     return dataclasses.replace(found, unadapted=tuple(left))

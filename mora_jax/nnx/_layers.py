@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ from flax import nnx
 from jax import lax
 
 from mora_jax._arrays.boxes import MoRAParam, box_like, place_for
-from mora_jax._arrays.paths import ADAPTER, IDS
+from mora_jax._arrays.paths import ADAPTER, IDS, NAME
+from mora_jax._params.checks import other_adapter
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
@@ -39,6 +40,8 @@ class MoRA(nnx.Module):
       kernel_name: the layer's name for the kernel.
       kernel_axes: as the layer sees it, without the axes of stacked layers.
       kernel_shape: likewise.
+      merged: whether adapters were merged into the kernel by `merge_and_reset`. A count would have
+        jit compile anew after each.
       deterministic: no dropout where True, as `model.eval()` sets it.
       rngs: the stream of the dropout's keys, where the config asks for dropout.
       adapter_ids: which adapter each example has, where `set_adapter_ids` has said it and the
@@ -66,12 +69,12 @@ class MoRA(nnx.Module):
             common = dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True))
             if place := place_for(kernel, len(shape), common):
                 make = jax.jit(make, out_shardings=place)
-            setattr(
-                self,
-                name,
-                MoRAParam(make(own)) if kernel is None else box_like(kernel, make(own), common),
-            )
-        self.deterministic = False
+            stored, value = self.config.stored_name(name), make(own)
+            alone = kernel is None
+            leaf = MoRAParam(value) if alone else box_like(kernel, value, common, stored)
+            leaf.set_metadata(**{NAME: stored})
+            setattr(self, stored, leaf)
+        self.merged, self.deterministic = False, False
         if self.config.dropout:
             assert key is not None
             own = jax.random.fold_in(key, len(spec.shapes))
@@ -87,7 +90,7 @@ class MoRA(nnx.Module):
         _, in_features, out_features = self.kernel_axes.sizes(self.kernel_shape)
         shapes = self.config.shapes(in_features, out_features)
         rows = {name: shape[0] for name, shape in shapes.items()}
-        leaves = {name: getattr(self, name)[...] for name in rows}
+        leaves = self._stored_leaves(rows)
         if (variable := getattr(self, IDS, None)) is None:
             if (count := bank_size(leaves, rows)) > 1:
                 raise holds_bank(count, f"the variables of a layer of {self.config.scheme}")
@@ -95,6 +98,34 @@ class MoRA(nnx.Module):
         # Stacked layers have their ids stacked, whether a scan takes them apart or not.
         ids, path = variable[...], variable.get_metadata("layer")
         return unstack_bank(leaves, rows, path), ExampleIds(ids[(0,) * (ids.ndim - 1)], path)
+
+    def _stored_leaves(self, names: Iterable[str]) -> dict[str, jax.Array]:
+        """The leaves' values by their plain names.
+
+        Raises:
+          ValueError: where the variables were put here from a model of another scheme.
+        """
+        stored = {name: self.config.stored_name(name) for name in names}
+        there = {
+            variable.get_metadata(NAME, name)
+            for name, variable in vars(self).items()
+            if isinstance(variable, MoRAParam)
+        }
+        if there != set(stored.values()):
+            sizes = " -> ".join(map(str, self.kernel_shape))
+            raise other_adapter(f"of {sizes}", there, stored.values(), self.config.scheme)
+        return {name: getattr(self, attribute)[...] for name, attribute in stored.items()}
+
+    def go_on_with(self, config: LayerConfig) -> None:
+        """Takes the next scheme of a cycle; the leaves stay, under the names that say it."""
+        for name in self.config.leaves(1, 1):
+            old, new = self.config.stored_name(name), config.stored_name(name)
+            if old != new:
+                leaf = getattr(self, old)
+                leaf.set_metadata(**{NAME: new})
+                setattr(self, new, leaf)
+                delattr(self, old)
+        self.config, self.merged = config, True
 
     def dropout_key(self) -> jax.Array | None:
         """A new key for the dropout of one call; None where there is none."""
@@ -250,7 +281,7 @@ class MoRALinear(_WithDotGeneral, nnx.Linear):
     """`nnx.Linear` with an adapter: the same arguments and parameters, and `mora` beside them.
 
     >>> layer = MoRALinear(3, 6, rank=1, scheme="sharing", rngs=nnx.Rngs(0))
-    >>> layer.mora.matrix.shape, layer(jnp.ones((2, 3))).shape
+    >>> layer.mora.matrix_sharing.shape, layer(jnp.ones((2, 3))).shape
     ((3, 3), (2, 6))
     """
 

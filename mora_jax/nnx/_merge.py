@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from mora_jax._arrays.boxes import AlsoTrained
-from mora_jax._arrays.paths import flatten, unflatten
+from mora_jax._arrays.paths import flatten, rename_leaves, unflatten
 from mora_jax._arrays.rounding import Rounding
 from mora_jax._merging import merge as _merge
 from mora_jax._merging import remora as _remora
@@ -113,21 +113,26 @@ def merge_and_reset(
     """
     state = jax.tree.map(_as_dict, optimizer.opt_state, is_leaf=_is_state)
     values = jax.tree.map(lambda leaf: leaf[...], state, is_leaf=_is_variable)
+    before = plan(model)
     result = _remora.merge_and_reset(
         values_of(model),
         values,
-        plan(model),
+        before,
         key=key,
         donate=donate,
         rounding=rounding,
         reset=reset,
     )
-    jax.tree.map(_set, state, result.opt_state, is_leaf=_is_variable)
+    for path, layer in adapted_layers(model):
+        layer.mora.go_on_with(result.plan[path].config)
     params = flatten(result.params)
     for path, variable in parameters_of(model).items():
         variable.set_value(params[path])
-    for path, layer in adapted_layers(model):
-        layer.mora.config = result.plan[path].config
+    names = before.renamed(result.plan)
+    if names:
+        optimizer.opt_state = rename_leaves(optimizer.opt_state, names)
+        state = rename_leaves(state, names)
+    jax.tree.map(_set, state, result.opt_state, is_leaf=_is_variable)
     return result.report
 
 

@@ -72,6 +72,7 @@ class PeftConfig:
       exclude: `exclude_modules`, likewise.
       dropout: `lora_dropout`.
       rank_stabilized: `use_rslora`: alpha over the root of the rank.
+      base_model: `base_model_name_or_path`; written, and not used where it is read.
       file: where it was read, for errors.
     """
 
@@ -84,6 +85,7 @@ class PeftConfig:
     exclude: Modules = ()
     dropout: float = 0.0
     rank_stabilized: bool = False
+    base_model: str | None = None
     file: str = CONFIG
 
     def selects(self, module: str) -> bool:
@@ -136,7 +138,7 @@ class PeftConfig:
         fields: dict[str, Any] = {
             "alpha_pattern": dict(self.alphas),
             "auto_mapping": None,
-            "base_model_name_or_path": None,
+            "base_model_name_or_path": self.base_model,
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 
 from mora_jax._arrays.boxes import put_beside, unbox
-from mora_jax._arrays.paths import flatten, list_paths, unflatten_like
+from mora_jax._arrays.paths import flatten, last_name, list_paths, unflatten_like
 from mora_jax._params.checks import check_unadapted
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
@@ -84,7 +84,7 @@ def load_adapters(
     for layer, _ in plan.layers:
         for name, leaf in plan.leaf_paths(layer).items():
             kernel, axes = owners[leaf]
-            new[leaf] = put_beside(leaves[kernel], loaded[kernel][name], axes)
+            new[leaf] = put_beside(leaves[kernel], loaded[kernel][name], axes, last_name(leaf))
     return unflatten_like(leaves | new, params), plan
 
 

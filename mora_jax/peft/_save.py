@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Mapping
@@ -43,6 +44,7 @@ def save_adapters(
     plan: Plan,
     *,
     names: Iterable[KernelName] = LLAMA,
+    base_model: str | None = None,
 ) -> None:
     """Saves adapters for PEFT (`LowRank`) or the authors' fork of it (MoRA) to load.
 
@@ -55,9 +57,12 @@ def save_adapters(
       params: parameters with adapters; the base is not written.
       plan: the plan.
       names: which PyTorch modules the kernels are; the first that matches counts.
+      base_model: name or path of the base model, for whoever loads the adapter. Required after
+        `merge_and_reset`, which changed the base: where `export.save_merged` wrote the merged one.
 
     Raises:
-      ValueError: where the plan does not fit the parameters; where the directory exists; where a
+      ValueError: where the plan does not fit the parameters; where the base was merged into and
+        `base_model` does not say where it is; where the directory exists; where a
         layer has no name; naming the layers that the format has no words for: schemes that the
         authors lack, several schemes in one plan, DoRA, `also_train`; where an adapter holds a
         number that is not finite.
@@ -72,12 +77,13 @@ def save_adapters(
     ...     save_adapters(f"{folder}/adapter", params, plan, names=names)
     ...     loaded, plan = mora_jax.peft.load_adapters(f"{folder}/adapter", pretrained, names=names)
     >>> jax.tree.map(jax.numpy.shape, loaded)
-    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix': (3, 3)}}
+    {'bias': (6,), 'kernel': (3, 6), 'mora': {'matrix_sharing': (3, 3)}}
     """
     path = check_new(directory)
     leaves = flatten(params)
     check_adapted(plan, leaves)
     _check_plan(plan)
+    check_base_model(plan, base_model)
     kernels, left = torch_kernels(
         {path: np.shape(unbox(leaf)) for path, leaf in leaves.items()}, names
     )
@@ -98,7 +104,20 @@ def save_adapters(
             raise ValueError(f"not saved: the adapter of {layer!r} is not finite.")
     others = {module for kernel in kernels.values() for module in kernel.modules} - layers.keys()
     config = config_for(schemes, ranks, others, layers=layers, dropout=_dropout(plan))
+    config = dataclasses.replace(config, base_model=base_model)
     write(path, config.to_json(), tensors)
+
+
+def check_base_model(plan: Plan, base_model: str | None) -> None:
+    """Raises ValueError where adapters of a changed base do not say which it is."""
+    if plan.merges and base_model is None:
+        raise ValueError(
+            "not saved: merge_and_reset has changed the base, and beside the pretrained one these "
+            "adapters would give other outputs. Write the base as it is now with "
+            "mora_jax.export.save_merged (of mora_jax.split(params, plan)[1]), and say where: "
+            "base_model='that/directory'. To serve all that was trained, "
+            "mora_jax.export.save_merged(directory, params, plan) writes one model."
+        )
 
 
 def _check_plan(plan: Plan) -> None:

@@ -62,7 +62,7 @@ def test_gains_are_those_of_the_formula(count):
     found = mora_jax.allocate(params, plan, loss, batches, 0.5)
     gradients = [jax.grad(loss)(params, batch) for batch in batches]
     for path, score in found.scores.items():
-        g = np.stack([gradient[path]["mora"]["matrix"] for gradient in gradients])
+        g = np.stack([gradient[path]["mora"]["matrix_sharing"] for gradient in gradients])
         pairs = [a * b for (i, a), (j, b) in itertools.product(enumerate(g), repeat=2) if i != j]
         signal = np.mean(pairs, axis=0) if count > 1 else g[0] ** 2
         gain = (signal / np.sqrt(np.mean(g**2, axis=0))).sum()
@@ -224,6 +224,8 @@ def test_gradients_that_say_nothing():
     plan, params, _ = adapted_chain(SHAPES, rank=2)
     with pytest.raises(ValueError, match="no adapter has a gradient"):
         mora_jax.allocate(params, plan, lambda params, x: x, [1.0], 0.5)
-    bad = lambda params, x: jnp.nan * params["c"]["mora"]["matrix"].sum()
-    with pytest.raises(ValueError, match=r"the gradients of 'c/mora/matrix' are not finite"):
+    bad = lambda params, x: jnp.nan * params["c"]["mora"]["matrix_sharing"].sum()
+    with pytest.raises(
+        ValueError, match=r"the gradients of 'c/mora/matrix_sharing' are not finite"
+    ):
         mora_jax.allocate(params, plan, bad, [1.0], 0.5)

@@ -54,7 +54,7 @@ def test_adapters_that_are_zero_and_those_that_are_not_finite():
     assert report.total == (0.0, 0.0)
     assert report.total.kept == 1.0
     bad = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    with pytest.raises(ValueError, match=r"not projected: .*layers/mora/matrix"):
+    with pytest.raises(ValueError, match=r"not projected: .*layers/mora/matrix_sharing"):
         mora_jax.project_to_lora(bad, plan, 2)
     with pytest.raises(ValueError, match="rank must be a positive integer, got 0"):
         mora_jax.project_to_lora(params, plan, 0)

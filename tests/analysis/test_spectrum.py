@@ -72,7 +72,7 @@ def test_a_quantised_base_is_measured_as_its_products_see_it(inputs):
 def test_what_is_no_spectrum():
     plan, params = stacked(mora_jax.Sharing())
     bad = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    with pytest.raises(ValueError, match=r"not decomposed: .*layers/mora/matrix"):
+    with pytest.raises(ValueError, match=r"not decomposed: .*layers/mora/matrix_sharing"):
         mora_jax.spectrum(bad, plan)
     with pytest.raises(ValueError, match="threshold must not be negative, got -1"):
         mora_jax.spectrum(params, plan, threshold=-1)

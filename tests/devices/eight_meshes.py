@@ -176,8 +176,8 @@ def check_bank():
     params = mora_jax.attach(plan, {"up": {"kernel": kernel}})
     bank = mora_jax.stack_adapters({"one": (params, plan)}, capacity=2)
     matrix = jax.device_put(numbers(4, 4), jax.devices()[1])
-    bank = bank.add("two", {"up": {"mora": {"matrix": matrix}}}, plan)
-    np.testing.assert_array_equal(bank.select("two")["up"]["mora"]["matrix"], matrix)
+    bank = bank.add("two", {"up": {"mora": {"matrix_sharing": matrix}}}, plan)
+    np.testing.assert_array_equal(bank.select("two")["up"]["mora"]["matrix_sharing"], matrix)
 
 
 def check_split_adapters():
@@ -196,9 +196,11 @@ def check_split_adapters():
     (spec,) = plan.values()
     where = {"layers": {"kernel": place(P())}}
     split = mora_jax.sharding.param_shardings(plan, where, split="fsdp")
-    assert split["layers"]["mora"]["matrix"].spec == P(None, "fsdp", None)
+    assert split["layers"]["mora"]["matrix_sharing"].spec == P(None, "fsdp", None)
     params = mora_jax.attach(plan, base)
-    params["layers"]["mora"]["matrix"] += numbers(*params["layers"]["mora"]["matrix"].shape)
+    params["layers"]["mora"]["matrix_sharing"] += numbers(
+        *params["layers"]["mora"]["matrix_sharing"].shape
+    )
     trainable, frozen = mora_jax.split(params, plan)
     model = mora_jax.adapt(run, plan)
     wanted = jax.grad(functools.partial(loss_of, model))(trainable, frozen, x)
@@ -263,8 +265,8 @@ def check_export(kind, folder):
     config = LayerConfig(1, SCHEMES["sharing"])
     spec = mora_jax.AdapterSpec(config, (4, 6, 8), mora_jax.KernelAxes((1,), (2,), (0,)), (0,))
     plan = mora_jax.Plan((("layers/mlp/up_proj", spec),))
-    layer = {"kernel": numbers(4, 6, 8), "mora": {"matrix": numbers(4, *[spec.size] * 2)}}
-    places = {"kernel": P("fsdp", None, "tensor"), "mora": {"matrix": P("fsdp")}}
+    layer = {"kernel": numbers(4, 6, 8), "mora": {"matrix_sharing": numbers(4, *[spec.size] * 2)}}
+    places = {"kernel": P("fsdp", None, "tensor"), "mora": {"matrix_sharing": P("fsdp")}}
     placed = jax.tree.map(lambda x, p: jax.device_put(x, NamedSharding(mesh, p)), layer, places)
     files = {}
     for name, leaves in {"one": layer, "many": placed}.items():

@@ -38,9 +38,9 @@ def test_experts_are_split_and_matrices_are_whole():
     for given in (SPECS, base, jax.tree.map(lambda leaf: leaf.sharding, base)):
         found = sharding.param_shardings(plan, given)
         for layer, spec in WANTED.items():
-            leaf = found[layer]["mora"]["matrix"]
+            leaf = found[layer]["mora"]["matrix_sharing"]
             assert (leaf if given is SPECS else leaf.spec) == spec
-            assert params[layer]["mora"]["matrix"].sharding.spec == spec
+            assert params[layer]["mora"]["matrix_sharing"].sharding.spec == spec
     shardings = sharding.param_shardings(plan, base)
     optimizer = mora_jax.freeze_base(optax.adam(1e-3), plan)
     wanted = jax.tree.map(lambda leaf: leaf.sharding, optimizer.init(params))
@@ -72,8 +72,8 @@ def test_metadata_of_nnx_goes_with_the_adapters():
         )  # fmt: skip
         model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
         specs = nnx.get_partition_spec(nnx.state(model))
-    assert specs["mora"]["matrix"].get_value() == P("expert", None, None)
-    assert model.mora.matrix[...].sharding.spec == P("expert", None, None)
+    assert specs["mora"]["matrix_sharing"].get_value() == P("expert", None, None)
+    assert model.mora.matrix_sharing[...].sharding.spec == P("expert", None, None)
 
 
 def test_metadata_of_linen_gives_the_same_specs():

@@ -138,7 +138,12 @@ def refusals(params, plan, empty):
         {"config": {"tie_word_embeddings": True}},
     )
     yield "hold no 'lm_head.weight'", headless, plan, config
-    yield "not written: .* not finite: .*'layers/mlp/down_proj/mora/matrix'", bad, plan, config
+    yield (
+        "not written: .* not finite: .*'layers/mlp/down_proj/mora/matrix_sharing'",
+        bad,
+        plan,
+        config,
+    )
     yield "adapters that the plan lacks", params, None, config
     yield "'extra/kernel' matches no name", extra, plan, config
     yield "'norm/scale' and 'final/scale' are both", norms, plan, {**config, "names": twice}

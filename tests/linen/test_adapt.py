@@ -72,10 +72,10 @@ def test_base_parameters_keep_their_paths(inputs):
     assert jax.tree.map(lambda leaf: leaf.shape, initialized) == shapes
     paths = jax.tree.map(jnp.shape, pretrained)
     for layer in ("up", "down"):
-        paths["layers"][layer]["mora"] = {"matrix": (3, 9, 9)}
-    paths["embed"]["mora"] = {"matrix": (7, 7)}
+        paths["layers"][layer]["mora"] = {"matrix_sharing": (3, 9, 9)}
+    paths["embed"]["mora"] = {"matrix_sharing": (7, 7)}
     for layer in ("query", "key", "value", "out"):
-        paths["attention"][layer]["mora"] = {"matrix": (8, 8)}
+        paths["attention"][layer]["mora"] = {"matrix_sharing": (8, 8)}
     assert shapes == paths
 
 
@@ -205,13 +205,13 @@ def test_compute_in_bfloat16_with_a_float32_adapter(inputs):
 
     model = mora_jax.adapt(Half(), mora_jax.MoRAConfig(rank=2, scheme="sharing"))
     params = perturb(init(model, inputs))
-    adapter = params["Dense_0"]["mora"]["matrix"]
+    adapter = params["Dense_0"]["mora"]["matrix_sharing"]
     assert adapter.dtype == jnp.float32
     assert apply(model, params, inputs).dtype == jnp.bfloat16
     loss = lambda p: apply(model, p, inputs).astype(jnp.float32).sum()
     gradient = jax.jit(jax.grad(loss))(params)
-    assert gradient["Dense_0"]["mora"]["matrix"].dtype == jnp.float32
-    assert gradient["Dense_0"]["mora"]["matrix"].any()
+    assert gradient["Dense_0"]["mora"]["matrix_sharing"].dtype == jnp.float32
+    assert gradient["Dense_0"]["mora"]["matrix_sharing"].any()
 
 
 def test_the_adapted_kernel_is_frozen_unless_asked(inputs):

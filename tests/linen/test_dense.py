@@ -32,7 +32,7 @@ def test_mora_dense_is_a_dense(inputs, optimized):
 def test_dropout_keeps_the_mean_and_the_named_rate():
     x = jnp.ones((20_000, 4))
     layer = mora_jax.MoRADense(4, rank=2, scheme="sharing", dropout=0.25, use_bias=False)
-    params = {"kernel": jnp.zeros((4, 4)), "mora": {"matrix": jnp.eye(4)}}
+    params = {"kernel": jnp.zeros((4, 4)), "mora": {"matrix_sharing": jnp.eye(4)}}
     y = layer.apply({"params": params}, x, rngs={"mora": jax.random.key(0)})
     np.testing.assert_allclose(y.mean(), 1.0, atol=0.02)
     np.testing.assert_allclose((y == 0).mean(), 0.25, atol=0.02)

@@ -72,7 +72,7 @@ def test_the_plan_finds_them(targets, wanted, optimized):
     model, plan, params = adapted(targets=targets)
     assert {path: (spec.kernel_name, spec.kernel_axes) for path, spec in plan.items()} == wanted
     # One matrix for each expert of each layer, and its axes where the layer has them.
-    chex.assert_shape(params["stack"]["experts"]["mora"]["matrix"], (3, 4, 4, 4))
+    chex.assert_shape(params["stack"]["experts"]["mora"]["matrix_sharing"], (3, 4, 4, 4))
     made = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
     np.testing.assert_array_equal(run(model, params), run(Model(), pretrained()))

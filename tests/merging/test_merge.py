@@ -40,7 +40,8 @@ def test_unmerge_takes_the_adapters_out_again(inputs):
     restored = mora_jax.unmerge(mora_jax.merge(params, plan), trainable, plan)
     chex.assert_trees_all_close(restored, params, rtol=0, atol=2e-7)
     np.testing.assert_array_equal(
-        restored["layers"]["up"]["mora"]["matrix"], params["layers"]["up"]["mora"]["matrix"]
+        restored["layers"]["up"]["mora"]["matrix_sharing"],
+        params["layers"]["up"]["mora"]["matrix_sharing"],
     )
 
 
@@ -83,10 +84,12 @@ def test_only_adapted_kernels_change(inputs):
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_what_is_not_finite_is_not_merged(inputs, value):
     _, _, plan, params = trained(inputs, scheme="sharing")
-    matrix = params["layers"]["up"]["mora"]["matrix"]
-    params["layers"]["up"]["mora"]["matrix"] = matrix.at[1, 2, 3].set(value)
+    matrix = params["layers"]["up"]["mora"]["matrix_sharing"]
+    params["layers"]["up"]["mora"]["matrix_sharing"] = matrix.at[1, 2, 3].set(value)
     before = jax.tree.map(np.array, params)
-    with pytest.raises(ValueError, match=r"not merged: .* not finite: 'layers/up/mora/matrix'"):
+    with pytest.raises(
+        ValueError, match=r"not merged: .* not finite: 'layers/up/mora/matrix_sharing'"
+    ):
         mora_jax.merge(params, plan)
     assert_same_bits(jax.tree.map(np.array, params), before)
 

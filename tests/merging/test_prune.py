@@ -28,7 +28,7 @@ def moments(state):
     found, others = {}, {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
         path = parameter_path(keys)
-        if path.endswith("mora/matrix"):
+        if path.endswith("mora/matrix_sharing"):
             found.setdefault(path, []).append(np.asarray(leaf))
         else:
             others[jax.tree_util.keystr(keys)] = np.asarray(leaf)
@@ -114,7 +114,10 @@ def test_training_with_nnx_goes_on_after_pruning():
     losses = [step(model, optimizer) for _ in range(5)]
     report = merge_and_reset(model, optimizer, donate=False, reset=mora_jax.Prune(0.9))
     assert report == (1, 2, 1, {})
-    for leaf in (optimizer.opt_state[0].mu.mora.matrix, optimizer.opt_state[0].nu.mora.matrix):
+    for leaf in (
+        optimizer.opt_state[0].mu.mora.matrix_sharing,
+        optimizer.opt_state[0].nu.mora.matrix_sharing,
+    ):
         assert (leaf[...] != 0).sum() == 36 - round(0.9 * 36)
     assert optimizer.opt_state[0].count[...] == 0
     losses += [step(model, optimizer) for _ in range(5)]

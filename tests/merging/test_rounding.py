@@ -219,7 +219,7 @@ def test_a_stochastic_merge_is_undone_with_its_key():
 def test_nnx_takes_the_same_options():
     base = nnx.Linear(24, 16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     model = mora_jax.adapt(base, mora_jax.MoRAConfig(rank=2, scheme="sharing"))
-    model.mora.matrix[...] += 1e-5
+    model.mora.matrix_sharing[...] += 1e-5
     state, plan, options = nnx.state(model, nnx.Param), mora_jax.plan(model), {"key": KEY}
     with pytest.warns(mora_jax.MergeWarning):
         mora_jax.nnx.merge(model)

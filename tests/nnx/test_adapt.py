@@ -121,7 +121,7 @@ def test_the_plan_and_the_graph(targets, wanted):
     assert type(base.blocks[0].up) is nnx.Linear
     assert model.blocks[0].up.kernel is not base.blocks[0].up.kernel
     assert isinstance(model.blocks[0].up, nnx.Linear)
-    assert isinstance(model.blocks[0].up.mora.matrix, nnx.LoRAParam)
+    assert isinstance(model.blocks[0].up.mora.matrix_sharing, nnx.LoRAParam)
     assert mora_jax.Plan.from_json(plan.to_json()) == plan
     again = mora_jax.plan(mora_jax.adapt(base, plan))
     assert again == plan

@@ -32,19 +32,19 @@ def test_attach_split_join_mask(tiny):
     plan, pretrained = tiny(scheme="sharing", also_train="norm/scale")
     params = mora_jax.attach(plan, freeze(pretrained))
     assert jax.tree.map(jnp.shape, params) == {
-        "dense": {"kernel": (4, 6), "bias": (6,), "mora": {"matrix": (3, 3)}},
+        "dense": {"kernel": (4, 6), "bias": (6,), "mora": {"matrix_sharing": (3, 3)}},
         "norm": {"scale": (6,)},
     }
     assert params["dense"]["kernel"] is pretrained["dense"]["kernel"]
     trainable, frozen = mora_jax.split(params, plan)
     assert jax.tree.map(jnp.shape, trainable) == {
-        "dense": {"mora": {"matrix": (3, 3)}}, "norm": {"scale": (6,)},
+        "dense": {"mora": {"matrix_sharing": (3, 3)}}, "norm": {"scale": (6,)},
     }  # fmt: skip
     assert jax.tree.map(jnp.shape, frozen) == {"dense": {"kernel": (4, 6), "bias": (6,)}}
     joined = mora_jax.join(trainable, frozen)
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, joined, params))
     assert mora_jax.trainable_mask(params, plan) == {
-        "dense": {"kernel": False, "bias": False, "mora": {"matrix": True}},
+        "dense": {"kernel": False, "bias": False, "mora": {"matrix_sharing": True}},
         "norm": {"scale": True},
     }
 
@@ -73,7 +73,9 @@ def test_equal_layers_draw_different_numbers(inputs):
 
 def test_the_adapters_dtype_is_the_configs(tiny):
     plan, pretrained = tiny(dtype=jnp.bfloat16)
-    assert mora_jax.attach(plan, pretrained)["dense"]["mora"]["matrix"].dtype == jnp.bfloat16
+    assert (
+        mora_jax.attach(plan, pretrained)["dense"]["mora"]["matrix_sharing"].dtype == jnp.bfloat16
+    )
 
 
 def test_trees_that_do_not_fit_are_named(tiny):
@@ -81,7 +83,7 @@ def test_trees_that_do_not_fit_are_named(tiny):
     params = mora_jax.attach(plan, pretrained)
     wide = {"dense": {"kernel": jnp.ones((4, 7)), "bias": jnp.ones(7)}}
     integers = {"dense": {"kernel": jnp.ones((4, 6), jnp.int8)}}
-    with pytest.raises(ValueError, match="have adapters already: 'dense/mora/matrix'"):
+    with pytest.raises(ValueError, match="have adapters already: 'dense/mora/matrix_sharing'"):
         mora_jax.attach(plan, params)
     with pytest.raises(ValueError, match=r"no parameter at 'dense/kernel'.*'other/kernel'"):
         mora_jax.attach(plan, {"other": {"kernel": jnp.ones((4, 6))}})
@@ -93,14 +95,18 @@ def test_trees_that_do_not_fit_are_named(tiny):
         mora_jax.split(pretrained, plan)
     with pytest.raises(ValueError, match="share leaves: 'dense/kernel'"):
         mora_jax.join({"dense": {"kernel": 1}}, {"dense": {"kernel": 2}})
-    params["dense"]["mora"]["matrix"] = jnp.ones((4, 4))
-    with pytest.raises(ValueError, match=r"'dense/mora/matrix' has shape \(4, 4\).* \(3, 3\)"):
+    params["dense"]["mora"]["matrix_sharing"] = jnp.ones((4, 4))
+    with pytest.raises(
+        ValueError, match=r"'dense/mora/matrix_sharing' has shape \(4, 4\).* \(3, 3\)"
+    ):
         mora_jax.trainable_mask(params, plan)
-    params["norm"]["mora"] = {"matrix": jnp.ones((3, 3))}
-    with pytest.raises(ValueError, match="adapters that the plan lacks: 'norm/mora/matrix'"):
+    params["norm"]["mora"] = {"matrix_sharing": jnp.ones((3, 3))}
+    with pytest.raises(
+        ValueError, match="adapters that the plan lacks: 'norm/mora/matrix_sharing'"
+    ):
         mora_jax.merge(params, plan)
 
 
 def test_stacked_layers_get_stacked_adapters(inputs):
     *_, params = adapted_network(inputs, scheme="sharing")
-    assert params["layers"]["up"]["mora"]["matrix"].shape == (3, 9, 9)
+    assert params["layers"]["up"]["mora"]["matrix_sharing"].shape == (3, 9, 9)

@@ -58,9 +58,9 @@ def test_metadata_goes_with_the_adapters(box, optimized):
     # Stacks and experts are split as their kernels are, the matrix itself is not.
     stack = params["stack"]
     assert stack["dense"]["kernel"].names == ("data", "layers", "model")
-    assert stack["dense"]["mora"]["matrix"].names == (None, "layers", None)
-    assert stack["experts"]["mora"]["matrix"].names == ("expert", "layers", None, None)
-    assert not isinstance(params["plain"]["mora"]["matrix"], nn.Partitioned)
+    assert stack["dense"]["mora"]["matrix_sharing"].names == (None, "layers", None)
+    assert stack["experts"]["mora"]["matrix_sharing"].names == ("expert", "layers", None, None)
+    assert not isinstance(params["plain"]["mora"]["matrix_sharing"], nn.Partitioned)
     np.testing.assert_array_equal(
         jax.jit(model.apply)({"params": params}, X), jax.jit(base.apply)({"params": pretrained}, X)
     )
@@ -102,7 +102,12 @@ def test_a_function_takes_boxed_parameters(optimized):
     )
     plan = mora_jax.plan(forward, pretrained, X)
     params = mora_jax.attach(plan, pretrained)
-    assert params["stack"]["experts"]["mora"]["matrix"].names == ("layers", "expert", None, None)
+    assert params["stack"]["experts"]["mora"]["matrix_sharing"].names == (
+        "layers",
+        "expert",
+        None,
+        None,
+    )
     np.testing.assert_array_equal(
         jax.jit(forward)(params, X), jax.jit(base.apply)({"params": pretrained}, X)
     )

@@ -262,7 +262,7 @@ def test_what_else_is_not_saved(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"one module, 'mlp\.0'"):
         peft.save_adapters(tmp_path / "adapter", params, plan, names=two)
     broken = flatten(params)
-    path = "layers/mlp/up_proj/mora/matrix"
+    path = "layers/mlp/up_proj/mora/matrix_sharing"
     broken[path] = np.where(np.arange(2)[:, None, None] == 1, np.nan, broken[path])
     with pytest.raises(ValueError, match="adapter of 'layers/mlp/up_proj' is not finite"):
         peft.save_adapters(tmp_path / "adapter", unflatten(broken), plan)

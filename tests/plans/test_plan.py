@@ -76,7 +76,7 @@ def test_rounded_sizes_stand_in_the_plan_and_in_every_kind_of_model(inputs):
     again = mora_jax.Plan.from_json(plan.to_json())
     assert again == plan != mora_jax.plan(mora_jax.adapt(Small(), mora_jax.MoRAConfig(3)), inputs)
     params = mora_jax.attach(again, Small().init(jax.random.key(0), inputs)["params"])
-    assert params["head"]["mora"]["matrix"].shape == (8, 8)
+    assert params["head"]["mora"]["matrix_sharing"].shape == (8, 8)
     params = perturb(params)
     merged = mora_jax.merge(params, again)
     np.testing.assert_allclose(
@@ -86,7 +86,7 @@ def test_rounded_sizes_stand_in_the_plan_and_in_every_kind_of_model(inputs):
         atol=1e-5,
     )
     linear = mora_jax.adapt(nnx.Linear(10, 16, rngs=nnx.Rngs(0)), config)
-    assert linear.mora.matrix.shape == (8, 8)
+    assert linear.mora.matrix_sharing.shape == (8, 8)
     assert linear(inputs).shape == (2, 5, 16)
 
 

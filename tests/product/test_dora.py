@@ -140,7 +140,7 @@ def test_nnx_restarts_in_place():
     assert mora_nnx.merge_and_reset(model, optimizer, donate=False).layers == 2
     np.testing.assert_allclose(run(model), y, rtol=1e-5, atol=1e-6)
     assert (model.up.mora.magnitude[...] == 1).all()
-    assert not model.up.mora.matrix[...].any()
+    assert not model.up.mora.matrix_sharing[...].any()
 
 
 def test_training_restarts_and_saves(tmp_path):

@@ -120,7 +120,7 @@ def test_linen_with_stacked_layers_and_attention(examples):
         return model.apply({"params": params}, x)
 
     bank, base, adapters = make_bank(plan, params, capacity=4)
-    assert bank.adapters["layers"]["up"]["mora"]["matrix"].shape == (3, 4 * 9, 9)
+    assert bank.adapters["layers"]["up"]["mora"]["matrix_sharing"].shape == (3, 4 * 9, 9)
     check_mixed(bank, base, adapters, examples, run, single)
     with pytest.raises(ValueError, match=r"layer 'embed' hold a bank of 4 adapters.*select"):
         single(mora_jax.join(bank.adapters, base), examples)

@@ -80,8 +80,8 @@ def adapted(**config):
 def test_the_plan_reads_axes_off_the_products():
     _, plan, params = adapted(scheme="sharing")
     assert {path: (spec.kernel_name, spec.kernel_axes) for path, spec in plan.items()} == AXES
-    chex.assert_shape(params["mlp"]["mora"]["gating"]["matrix"], (2, 4, 4))
-    chex.assert_shape(params["layers"]["dense"]["mora"]["matrix"], (3, 4, 4))
+    chex.assert_shape(params["mlp"]["mora"]["gating"]["matrix_sharing"], (2, 4, 4))
+    chex.assert_shape(params["layers"]["dense"]["mora"]["matrix_sharing"], (3, 4, 4))
     assert mora_jax.Plan.from_json(plan.to_json()) == plan
 
 
@@ -182,7 +182,7 @@ def test_numbers_may_be_keys_and_kernels_may_stand_on_the_left():
     forward = mora_jax.adapt(function, mora_jax.MoRAConfig(rank=1, scheme="sharing"))
     plan = mora_jax.plan(forward, params, x)
     params = mora_jax.attach(plan, params)
-    params["layers"][0]["mora"]["matrix"] += 1
+    params["layers"][0]["mora"]["matrix_sharing"] += 1
     merged = mora_jax.merge(params, plan)
     assert list(merged["layers"]) == [0]
     np.testing.assert_allclose(forward(params, x), function(merged, x), rtol=1e-6)
@@ -224,7 +224,7 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="no adapters; call attach"):
         forward(parameters(), IDS)
     del params["experts"]["mora"]
-    with pytest.raises(ValueError, match="no parameter at 'experts/mora/matrix'"):
+    with pytest.raises(ValueError, match="no parameter at 'experts/mora/matrix_sharing'"):
         forward(params, IDS)
     nothing = mora_jax.adapt(model, mora_jax.MoRAConfig(targets="nothing"))
     with pytest.raises(ValueError, match=r"targets='nothing' matches none of the 6 layers"):
@@ -248,8 +248,8 @@ def test_dropout_needs_a_key():
     forward = mora_jax.adapt(function, config)
     plan = mora_jax.plan(forward, params, x)
     params = mora_jax.attach(plan, params)
-    params["one"]["mora"]["matrix"] = jnp.eye(4)
-    params["stack"]["mora"]["matrix"] = jnp.stack([jnp.eye(4)] * 3)
+    params["one"]["mora"]["matrix_sharing"] = jnp.eye(4)
+    params["stack"]["mora"]["matrix_sharing"] = jnp.stack([jnp.eye(4)] * 3)
     chex.assert_trees_all_equal(forward(params, x)["stack"], jnp.ones((3, 20_000, 4)))
     y = forward(params, x, mora_key=jax.random.key(0))
     for product in (y["one"], *y["stack"]):
