@@ -276,6 +276,9 @@ def _differences(wanted: Plan, plan: Plan) -> list[str]:
             if ours != theirs:
                 lines.append(f"{path!r} has {what} {theirs}, in the bank {ours}")
     lines += [f"{path!r} is trained in full" for path, _ in plan.also_train]
+    if plan.merges != wanted.merges:
+        times = "it belongs to a base merged into {} times, those in the bank to one of {}"
+        lines.append(times.format(plan.merges, wanted.merges))
     return lines
 
 
