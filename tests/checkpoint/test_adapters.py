@@ -91,15 +91,14 @@ def test_a_checkpoint_that_disagrees_with_its_plan_is_refused(tmp_path, inputs):
     _, pretrained, _, plan, params = adapted_network(inputs, scheme="sharing")
     trainable, _ = mora_jax.split(params, plan)
     metadata = {"mora_jax_plan": plan.to_json()}
-    trainable["embed"]["mora"]["matrix_sharing"] = jnp.ones((8, 8))
+    trainable = mora_jax.rename_leaves(trainable, plan.plain_paths())
+    trainable["embed"]["mora"]["matrix"] = jnp.ones((8, 8))
     ocp.save(tmp_path / "shape", trainable, custom_metadata=metadata)
-    with pytest.raises(
-        ValueError, match=r"'embed/mora/matrix_sharing' was saved with shape \(8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"'embed/mora/matrix' was saved with shape \(8, 8\)"):
         checkpoint.load_adapters(tmp_path / "shape", pretrained)
     del trainable["embed"]
     ocp.save(tmp_path / "missing", trainable, custom_metadata=metadata)
-    with pytest.raises(ValueError, match="missing 'embed/mora/matrix_sharing', surplus none"):
+    with pytest.raises(ValueError, match="missing 'embed/mora/matrix', surplus none"):
         checkpoint.load_adapters(tmp_path / "missing", pretrained)
 
 
@@ -221,7 +220,7 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"not saved at .* not finite: 'layers_1/bias'"):
         checkpoint.save_adapters(tmp_path / "nan", params, plan)
     assert not (tmp_path / "nan").exists()
-    trainable, _ = mora_jax.split(params, plan)
+    trainable = mora_jax.rename_leaves(mora_jax.split(params, plan)[0], plan.plain_paths())
     # As the first version of this format did it, with the plan alone.
     ocp.save(tmp_path / "nan", trainable, custom_metadata={"mora_jax_plan": plan.to_json()})
     with pytest.raises(ValueError, match=r"not loaded from .*'layers_1/bias'"):
@@ -230,19 +229,18 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path):
     ocp.save(tmp_path / "old", trainable, custom_metadata={"mora_jax_plan": plan.to_json()})
     loaded, its_plan = checkpoint.load_adapters(tmp_path / "old", pretrained)
     assert its_plan == plan
-    assert_same_bits(mora_jax.split(loaded, plan)[0], trainable)
+    found = mora_jax.rename_leaves(mora_jax.split(loaded, plan)[0], plan.plain_paths())
+    assert_same_bits(found, trainable)
 
 
 def test_what_disagrees_with_its_own_record_is_refused(tmp_path):
     pretrained, plan, params, saved = small_adapters(tmp_path)
     custom = ocp.metadata(saved).custom_metadata
-    trainable, _ = mora_jax.split(params, plan)
+    trainable = mora_jax.rename_leaves(mora_jax.split(params, plan)[0], plan.plain_paths())
     later = {**custom, "mora_jax_record": json.dumps({"format": 3})}
     other_plan = {**custom, "mora_jax_plan": plan.advance().to_json()}
     numbers = jax.tree.map(lambda leaf: leaf, trainable)
-    numbers["layers_0"]["mora"]["matrix_sharing"] = (
-        numbers["layers_0"]["mora"]["matrix_sharing"].at[2, 3].add(1e-7)
-    )
+    numbers["layers_0"]["mora"]["matrix"] = numbers["layers_0"]["mora"]["matrix"].at[2, 3].add(1e-7)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), trainable)
     record = json.dumps({"format": 2, "base": [], "arrays": {}, "metadata": {}})
     digest = digest_of(custom["mora_jax_plan"], record)
@@ -251,7 +249,7 @@ def test_what_disagrees_with_its_own_record_is_refused(tmp_path):
         r"its record has \[\], and not fields by path": (trainable, made_up),
         "format 3 of a later mora_jax; this version reads formats up to 2": (trainable, later),
         "is damaged: its metadata are not those": (trainable, other_plan),
-        "damaged: 'layers_0/mora/matrix_sharing' are not the numbers saved": (numbers, custom),
+        "damaged: 'layers_0/mora/matrix' are not the numbers saved": (numbers, custom),
         "is bfloat16, and was saved as float32": (half, custom),
     }
     for index, (message, (tree, metadata)) in enumerate(cases.items()):

@@ -28,8 +28,9 @@ def moments(state):
     found, others = {}, {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
         path = parameter_path(keys)
-        if path.endswith("mora/matrix_sharing"):
-            found.setdefault(path, []).append(np.asarray(leaf))
+        layer, _, name = path.rpartition("/mora/matrix_")
+        if name:  # which says the scheme
+            found.setdefault(layer, []).append(np.asarray(leaf))
         else:
             others[jax.tree_util.keystr(keys)] = np.asarray(leaf)
     return found, others
@@ -115,8 +116,8 @@ def test_training_with_nnx_goes_on_after_pruning():
     report = merge_and_reset(model, optimizer, donate=False, reset=mora_jax.Prune(0.9))
     assert report == (1, 2, 1, {})
     for leaf in (
-        optimizer.opt_state[0].mu.mora.matrix_sharing,
-        optimizer.opt_state[0].nu.mora.matrix_sharing,
+        optimizer.opt_state[0].mu.mora.matrix_sharing_signs_1,
+        optimizer.opt_state[0].nu.mora.matrix_sharing_signs_1,
     ):
         assert (leaf[...] != 0).sum() == 36 - round(0.9 * 36)
     assert optimizer.opt_state[0].count[...] == 0
