@@ -172,7 +172,7 @@ def _check_nothing_accumulated(opt_state: Any, owners: set[KeyPath]) -> None:
         state = _at(opt_state, owner)
         if (field := _ACCUMULATORS.get(type(state).__name__)) is None:
             continue
-        count, name = getattr(state, field), f"{jax.tree_util.keystr(owner)}.{field}"
+        count, name = getattr(state, field), f"opt_state{jax.tree_util.keystr(owner)}.{field}"
         if isinstance(count, Tracer):
             raise ValueError(
                 f"{name} is not known under a transformation such as jit, so merge_and_reset "

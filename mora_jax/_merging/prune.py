@@ -105,7 +105,9 @@ def _largest(x: jax.Array, count: int, axes: tuple[int, ...]) -> jax.Array:
     width = 8 * x.dtype.itemsize
 
     def next_bit(index, least):
-        tried = least | (jnp.ones_like(least) << (width - 1 - index).astype(least.dtype))
+        # A number of Python's where jit is disabled.
+        place = jnp.asarray(width - 1 - index).astype(least.dtype)
+        tried = least | (jnp.ones_like(least) << place)
         enough = (bits >= tried).sum(axes, keepdims=True, dtype=jnp.int32) >= count
         return jnp.where(enough, tried, least)
 
