@@ -101,7 +101,7 @@ def test_a_sum_beyond_the_kernels_dtype_is_refused_and_nothing_is_given_up(dtype
     with pytest.raises(ValueError, match=said):
         mora_jax.merge_and_reset(params, state, plan, donate=donate)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
-    assert jnp.isinf(jax.jit(mora_jax.merge, static_argnums=1)(params, plan)["kernel"]).all()
+    assert jnp.isinf(jax.jit(mora_jax.merge, static_argnums=1)(params, plan)["kernel"]).any()
 
 
 def test_a_base_that_is_not_finite_is_named_as_such():
@@ -114,7 +114,7 @@ def test_a_base_that_is_not_finite_is_named_as_such():
 def test_what_an_unmerge_cannot_hold_is_refused():
     plan, params = overflowing(kernel=-60000.0)
     trained, base = mora_jax.split(params, plan)
-    with pytest.raises(ValueError, match="not unmerged: .*'kernel'"):
+    with pytest.raises(ValueError, match=r"not unmerged: .*'kernel'"):
         mora_jax.unmerge(base, trained, plan)
 
 
@@ -122,12 +122,12 @@ def test_a_bank_holds_no_number_that_was_cast_to_infinity():
     _, plan, params = adapted("sharing", "float32")
     trained = jax.tree.map(lambda leaf: jnp.full_like(leaf, 4e4), mora_jax.split(params, plan)[0])
     large = jax.tree.map(lambda leaf: 100 * leaf, trained)
-    with pytest.raises(ValueError, match="adapter 'large' not stacked: .* float16 ends at 65504"):
+    with pytest.raises(ValueError, match=r"adapter 'large' not stacked: .* float16 ends at 65504"):
         mora_jax.stack_adapters({"one": (trained, plan), "large": (large, plan)}, dtype="float16")
     bank = mora_jax.stack_adapters(
         {"one": (trained, plan), "two": (trained, plan)}, dtype="float16"
     )
-    with pytest.raises(ValueError, match="not combined: .* float16"):
+    with pytest.raises(ValueError, match=r"not combined: .* float16"):
         bank.combine({"one": 1.0, "two": 1.0})
     combined = bank.combine({"one": 1.0, "two": -0.5})
     assert all((leaf == 2e4).all() for leaf in jax.tree.leaves(combined))
