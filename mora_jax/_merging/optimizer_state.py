@@ -149,7 +149,7 @@ def _goes_with_moments(
 
 def _above(opt_state: Any, keys: KeyPath) -> Iterator[Any]:
     """The nodes on the way from the state to a leaf of it, the leaf not among them."""
-    node = opt_state
+    node: Any = opt_state
     for key in keys:
         yield node
         if (name := getattr(key, "name", None)) is not None:
