@@ -63,8 +63,7 @@ def load_adapters(
     file = path / TENSORS
     kernels, left = torch_kernels(_shapes(leaves), names)
     check_modules(file, tensors, config, kernels, left)
-    dtypes = loaded_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, dtype, file)
-    tensors = {name: tensor.astype(dtypes[name]) for name, tensor in tensors.items()}
+    tensors = _widened(file, tensors, dtype)
     layers, loaded, parents = [], {}, [kernel.rpartition("/")[0] for kernel in kernels]
     for kernel, (axes, modules) in kernels.items():
         chosen = [config.selects(module) for module in modules]
@@ -97,6 +96,13 @@ def load_adapters(
             kernel, axes = owners[leaf]
             new[leaf] = put_beside(leaves[kernel], loaded[kernel][name], axes)
     return unflatten_like(leaves | new, params), plan
+
+
+def _widened(
+    file: pathlib.Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None
+) -> dict[str, np.ndarray]:
+    dtypes = loaded_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, dtype, file)
+    return {name: tensor.astype(dtypes[name]) for name, tensor in tensors.items()}
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

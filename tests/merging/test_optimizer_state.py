@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from optax import contrib
 
 import mora_jax
+from mora_jax.nnx import MoRAParam, merge_and_reset
 
 X = jnp.ones((2, 8))
 
@@ -193,3 +195,14 @@ def test_an_accumulation_is_no_secret_of_jit(steps):
             mora_jax.merge_and_reset(params, state, plan)
     else:
         assert mora_jax.merge_and_reset(params, state, plan).report.layers == 1
+
+
+def test_an_nnx_optimizer_of_adapters_and_more_says_what_to_do():
+    config = mora_jax.MoRAConfig(rank=2, scheme="sharing", also_train="bias")
+    model = mora_jax.adapt(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), config)
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=MoRAParam)
+    with pytest.raises(ValueError, match=r"nnx\.Optimizer\(model, freeze_base\(optimizer, .*wrt"):
+        merge_and_reset(model, optimizer)
+    for make in (optax.adam, optax.yogi):
+        tx = mora_jax.freeze_base(make(1e-3), mora_jax.plan(model))
+        assert merge_and_reset(model, nnx.Optimizer(model, tx, wrt=MoRAParam)).moments == 2
