@@ -152,7 +152,7 @@ def main() -> None:
             if plan is not None and merges:
                 params, opt_state, plan, report = mora_jax.merge_and_reset(
                     mora_jax.join(state[0], frozen), state[1], plan,
-                    key=jax.random.fold_in(jax.random.key(args.seed), step), donate=False,
+                    key=jax.random.fold_in(jax.random.key(args.seed), step), optimizer=optimizer,
                 )  # fmt: skip
                 model = mora_jax.adapt(base_model, plan)
                 trainable, frozen = mora_jax.split(params, plan)

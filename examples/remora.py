@@ -41,10 +41,7 @@ def main() -> None:
     for step in range(1, STEPS + 1):
         params, opt_state, loss = train_step(model, optimizer, params, opt_state, inputs, targets)
         if step % MERGE_EVERY == 0:
-            # `donate=False` keeps the pretrained kernels, which are compared below.
-            params, opt_state, plan, report = mora_jax.merge_and_reset(
-                params, opt_state, plan, donate=False
-            )
+            params, opt_state, plan, report = mora_jax.merge_and_reset(params, opt_state, plan)
             model = mora_jax.adapt(base_model, plan)
             added = np.asarray(params["up"]["kernel"] - pretrained["up"]["kernel"])
             rank = np.linalg.matrix_rank(added, tol=1e-4)

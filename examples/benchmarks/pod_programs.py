@@ -166,7 +166,7 @@ class Variant:
         leaves = _remora.flatten(mora_jax.join(trainable, frozen))
         paths = (*self.plan.kernel_paths(), *self.plan.adapter_leaves())
         changing = {path: leaves[path] for path in paths}
-        found = _remora.find_adapter_state(state, self.plan.adapter_leaves())
+        found = _remora.find_adapter_state(state, self.plan.adapter_leaves(), starts_known=True)
         flat = jax.tree.leaves(state)
         resetting = {str(index): flat[index] for index in (*found.moments, *found.counts)}
         key = jax.eval_shape(lambda: jax.random.key(0))

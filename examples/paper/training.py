@@ -114,7 +114,7 @@ class Training:
         """(state, plan) after ReMoRA's restart."""
         params = mora_jax.join(state.trainable, state.frozen)
         params, opt_state, plan, _ = mora_jax.merge_and_reset(
-            params, state.opt_state, plan, key=key
+            params, state.opt_state, plan, key=key, donate=True
         )
         return TrainState(*parted(params, plan, opt_state)), plan
 

@@ -214,6 +214,7 @@ def merge(
         method.plan,
         key=key,
         rounding=rounding,
+        donate=True,  # a second copy of the base would not fit
     )
     method = dataclasses.replace(method, plan=plan)
     trainable, frozen = part(params, method.trains)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +23,19 @@ def summable(x: jax.Array) -> jax.Array:
 def widen(x: jax.Array) -> jax.Array:
     """`x` in the dtype to sum in; integers stay as they are."""
     return x.astype(wide_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def widen_for(kernel_dtype: Any, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """An adapter's leaves in the dtype that its delta is formed in.
+
+    At least float32, and at least as wide as the kernel: a product of two bfloat16 matrices that
+    was rounded before it is added to a float32 kernel would be off by a hundredth of itself.
+    """
+    kernel = wide_dtype(kernel_dtype)
+    return {
+        name: leaf.astype(np.promote_types(kernel, wide_dtype(leaf.dtype)))
+        for name, leaf in leaves.items()
+    }
 
 
 def add_delta(kernel: jax.Array, value: jax.Array, scale: jax.Array | None = None) -> jax.Array:

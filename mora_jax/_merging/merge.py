@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from mora_jax._arrays.boxes import rebox, unbox
 from mora_jax._arrays.dtypes import wide_dtype
-from mora_jax._arrays.paths import flatten, is_adapter, unflatten_like
+from mora_jax._arrays.paths import flatten, is_adapter, join_path, unflatten_like
 from mora_jax._arrays.places import Places, constrain, places_of
 from mora_jax._arrays.rounding import Rounding, check_rounding, is_narrow, rounded
 from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merging.losses import MergeLoss, as_numbers, loss_of_sums, loss_sums, warn_of_losses
-from mora_jax._params.checks import check_adapted, check_adapters_finite
+from mora_jax._params.checks import (
+    check_adapted,
+    check_adapters_finite,
+    check_results_finite,
+    not_finite_after,
+)
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
@@ -45,8 +53,9 @@ def merge(
 
     Raises:
       ValueError: where the plan does not fit the parameters; where an adapter holds a number
-        that is not finite (not checked under a transformation, where values are unknown); where
-        a key is missing.
+        that is not finite, or a merged kernel would, because the sum leaves the range of its
+        dtype (not checked under a transformation, where values are unknown); where a key is
+        missing.
 
     Warns:
       MergeWarning: where rounding to the nearest number loses more than half of a layer's update,
@@ -68,6 +77,7 @@ def merge(
         if not any(isinstance(value, Tracer) for value in values.values()):
             warn_of_losses(losses_of(values, plan, key), stacklevel=2)
     merged = _merge_jitted(values, plan, places_of(values), key)
+    check_results_finite(merged, values)
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter(path)}
     merged = {path: rebox(leaves[path], kernel) for path, kernel in merged.items()}
     return unflatten_like(base | merged, params)
@@ -116,7 +126,39 @@ def losses_of(leaves: Mapping[str, Any], plan: Plan, key: jax.Array | None) -> d
             # one shape share what is compiled.
             adapter, own = adapter_of(leaves, plan, path), layer_key(key, kernel)
             losses[path] = _loss_jitted(leaves[kernel], adapter, spec, own)
-    return as_numbers(losses)
+    losses = as_numbers(losses)
+    # An infinite number after the merge makes the error infinite, or no number.
+    suspects = [path for path, loss in losses.items() if not _is_finite(loss.error)]
+    check_sums_finite(leaves, plan, suspects, key)
+    return losses
+
+
+def check_sums_finite(
+    leaves: Mapping[str, Any], plan: Plan, layers: Iterable[str], key: jax.Array | None
+) -> None:
+    """Raises ValueError naming the layers whose merged kernels would not be finite.
+
+    Each sum is made and thrown away, a layer at a time; under a transformation nothing is done.
+
+    Args:
+      leaves: arrays by path.
+      plan: the plan.
+      layers: which layers to look at.
+      key: as for `merged_kernels`.
+    """
+    found = {}
+    for path in layers:
+        kernel = join_path(path, plan[path].kernel_name)
+        adapter, own = adapter_of(leaves, plan, path), layer_key(key, kernel)
+        found[kernel] = _infinite_jitted(leaves[kernel], adapter, plan[path], own)
+    if any(isinstance(count, Tracer) for count in found.values()):
+        return
+    if bad := {path: leaves[path] for path, count in jax.device_get(found).items() if count}:
+        raise not_finite_after(bad)
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, Tracer) or math.isfinite(number)
 
 
 def merged_kernels(
@@ -169,3 +211,13 @@ def _merge_jitted(leaves, plan: Plan, places: Places, key: jax.Array | None):
 @functools.partial(jax.jit, static_argnames="spec")
 def _loss_jitted(kernel, adapter, spec: AdapterSpec, key: jax.Array | None) -> MergeLoss:
     return loss_of_sums(sum_kernel(kernel, adapter, spec, lambda *layer: _add(*layer)[1], key))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _infinite_jitted(kernel, adapter, spec: AdapterSpec, key: jax.Array | None) -> jax.Array:
+    """How many numbers of the merged kernel are not finite."""
+
+    def count(*layer):
+        return jnp.sum(~jnp.isfinite(_add(*layer)[0]), dtype=np.float32)
+
+    return sum_kernel(kernel, adapter, spec, count, key)

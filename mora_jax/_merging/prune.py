@@ -60,9 +60,14 @@ def check_reset(reset: Reset, key: jax.Array | None) -> None:
 
 
 def pruned(
-    moment: jax.Array, prune: Prune, path: str, stacks: tuple[int, ...], key: jax.Array | None
+    moment: jax.Array,
+    prune: Prune,
+    path: str,
+    stacks: tuple[int, ...],
+    key: jax.Array | None,
+    start: jax.Array | None = None,
 ) -> jax.Array:
-    """The moment with a share of its numbers set to zero.
+    """The moment with a share of its numbers set to zero, or to where they start.
 
     Args:
       moment: in the shape of an adapter's leaf, or in another (Adafactor's), and then without
@@ -71,6 +76,7 @@ def pruned(
       path: of the adapter's leaf, which all its moments draw by.
       stacks: the leaf's axes of stacked layers; each of their elements is pruned by itself.
       key: for a random share.
+      start: what the moment starts with; None: zeros.
     """
     axes = tuple(axis for axis in range(moment.ndim) if axis not in stacks)
     if prune.by == "magnitude":
@@ -85,7 +91,7 @@ def pruned(
         keep = jax.random.uniform(own, moment.shape) >= prune.share
         if explicit_mesh(moment) is not None:
             keep = jax.sharding.reshard(keep, jax.typeof(moment).sharding)
-    return jnp.where(keep, moment, jnp.zeros_like(moment))
+    return jnp.where(keep, moment, jnp.zeros_like(moment) if start is None else start)
 
 
 def _largest(x: jax.Array, count: int, axes: tuple[int, ...]) -> jax.Array:
@@ -99,7 +105,9 @@ def _largest(x: jax.Array, count: int, axes: tuple[int, ...]) -> jax.Array:
     width = 8 * x.dtype.itemsize
 
     def next_bit(index, least):
-        tried = least | (jnp.ones_like(least) << (width - 1 - index).astype(least.dtype))
+        # A number of Python's where jit is disabled.
+        place = jnp.asarray(width - 1 - index).astype(least.dtype)
+        tried = least | (jnp.ones_like(least) << place)
         enough = (bits >= tried).sum(axes, keepdims=True, dtype=jnp.int32) >= count
         return jnp.where(enough, tried, least)
 

@@ -6,6 +6,7 @@ Appendix B of arXiv 2405.12130; with `LowRank` the same call is ReLoRA.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,16 @@ from mora_jax._arrays.paths import flatten, rename_leaves, unflatten_like
 from mora_jax._arrays.places import constrain, places_of
 from mora_jax._arrays.rounding import Rounding, check_rounding
 from mora_jax._merging.losses import MergeLoss, warn_of_losses
-from mora_jax._merging.merge import check_merge, merge_losses, merged_kernels
-from mora_jax._merging.optimizer_state import AdapterState, find_adapter_state
+from mora_jax._merging.merge import (
+    check_merge,
+    check_sums_finite,
+    merge_losses,
+    merged_kernels,
+)
+from mora_jax._merging.optimizer_state import AdapterState, find_adapter_state, restart_values
 from mora_jax._merging.prune import Prune, Reset, check_reset, pruned
 from mora_jax._params.attach import new_adapters
+from mora_jax._params.checks import check_results_finite
 from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 
@@ -30,8 +37,8 @@ class ResetReport(NamedTuple):
 
     Attributes:
       layers: adapters merged and started anew.
-      moments: arrays of optimizer state set to zero, or pruned.
-      counts: step counts of moments set to zero.
+      moments: arrays of optimizer state that start anew, or are pruned.
+      counts: step counts of moments, and what else goes with them alone, that start anew.
       losses: what rounding did to each layer's update, see `merge_losses`.
     """
 
@@ -64,16 +71,17 @@ def merge_and_reset(
     plan: Plan,
     *,
     key: jax.Array | None = None,
-    donate: bool = True,
+    donate: bool = False,
     rounding: Rounding = "nearest",
     reset: Reset = "zero",
+    optimizer: Any = None,
 ) -> ResetResult:
     """One ReMoRA restart: the adapters go into the base, and training goes on from zero adapters.
 
     The output of the model does not change across the call. Every adapter is merged and set to
-    zero (`LowRank` is drawn anew); its optimizer moments and **their** step count are set to zero;
-    the plan moves to the next scheme of each layer's cycle. Everything else stays as it is: the
-    state of `also_train` parameters, learning-rate schedules, hyperparameters.
+    zero (`LowRank` is drawn anew), in the dtype that it has; its optimizer moments and **their**
+    step count start anew; the plan moves to the next scheme of each layer's cycle. Everything else
+    stays as it is: the state of `also_train` parameters, learning-rate schedules, hyperparameters.
 
     It runs as one jitted call, compiled once per scheme of the cycle. Before it, calls of their own
     check that the adapters are finite and measure what rounding will lose (of kernels narrower than
@@ -91,7 +99,7 @@ def merge_and_reset(
         random `Prune`.
       donate: reuse the memory of what changes: the adapted kernels, the adapters, their optimizer
         state. These arrays **cannot be used afterwards**, and pretrained parameters that were
-        attached share their kernels. Pass False to keep them, at the price of a second copy.
+        attached share their kernels. Pass True where a second copy of the kernels does not fit.
       rounding: "nearest" or "stochastic", as for `merge`. What a merge into bfloat16 loses is lost
         to the training, for its adapters start anew.
       reset: "zero", or `Prune(0.99)` to keep the largest hundredth of each moment, as ReLoRA does.
@@ -101,16 +109,21 @@ def merge_and_reset(
         t-th step is sqrt(1 - b2^t) / (1 - b1^t) times as long, 0.15 to 0.32 in the first hundred.
         Where the cycle changes the grouping, an entry of the matrix stands for other pairs of
         features than the moments that are kept of it.
+      optimizer: the optax transformation that made `opt_state`. Its `init` then says where the
+        adapters' state starts. Optional for `freeze_base` around the usual optimizers; required
+        for a state that starts, or may start, elsewhere than at zero. A bare `optax.adam` is such:
+        `optax.yogi` has the same state, and starts at 1e-6.
 
     Returns:
       (params, opt_state, plan, report).
 
     Raises:
-      ValueError: where the plan does not fit the parameters; where an adapter is not finite; where
-        adapters and other parameters share one step count, so that it cannot be reset for the
-        adapters alone; where the optimizer holds moments but none for the adapters, or fields that
-        it does not know how to restart; in the middle of `optax.MultiSteps`' accumulation; where
-        a key is missing; where two of the arrays to donate are one.
+      ValueError: where the plan does not fit the parameters; where an adapter is not finite, or a
+        merged kernel would not be; where adapters and other parameters share one step count, so
+        that it cannot be reset for the adapters alone; where the optimizer holds moments but none
+        for the adapters, or of which it is not known where they start; where `optimizer` makes
+        another state; in the middle of `optax.MultiSteps`' accumulation, and under a transformation
+        with it; where a key is missing; where two of the arrays to donate are one.
 
     Warns:
       MergeWarning: as `merge`, and before anything is given up.
@@ -128,24 +141,28 @@ def merge_and_reset(
     leaves = flatten(params)
     check_merge(plan, leaves)
     next_plan = plan.advance()
-    found = find_adapter_state(opt_state, plan.adapter_leaves())
+    adapters, starts_known = plan.adapter_leaves(), optimizer is not None
+    found = find_adapter_state(opt_state, adapters, starts_known=starts_known)
     losses = merge_losses(params, plan, rounding=rounding, key=key)
     # Only what changes goes through the jitted call; the rest is handed on, untouched.
-    changing = {
-        path: unbox(leaves[path]) for path in (*plan.kernel_paths(), *plan.adapter_leaves())
-    }
-    state, structure = jax.tree.flatten(opt_state)
-    resetting = {str(index): state[index] for index in (*found.moments, *found.counts)}
+    changing = {path: unbox(leaves[path]) for path in (*plan.kernel_paths(), *adapters)}
+    bits = None if rounding == "nearest" else key
     if donate:
         _check_distinct(changing)
+        check_sums_finite(changing, plan, plan.keys() - losses.keys(), bits)
     if rounding == "nearest":
         warn_of_losses(losses, stacklevel=2)
-    restart = _restart_donating if donate else _restart
-    places = places_of(changing), places_of(resetting)
+    state, structure = jax.tree.flatten(opt_state)
+    start = {}
+    if optimizer is not None:
+        indices = (*found.moments, *found.counts)
+        start = restart_values(optimizer, opt_state, indices, params, plan, key)
     pruning = _pruning(reset, found, plan, state)
-    changed, anew = restart(changing, resetting, key, plan, places, rounding, pruning)
-    for index, leaf in anew.items():
-        state[int(index)] = leaf
+    changed, anew = _restarted(changing, state, start, found, key, plan, rounding, pruning, donate)
+    if not donate:
+        check_results_finite({path: changed[path] for path in plan.kernel_paths()}, changing)
+    for index, leaf in (start | anew).items():
+        state[index] = leaf
     kept = leaves | {path: rebox(leaves[path], value) for path, value in changed.items()}
     names = plan.renamed(next_plan)
     return ResetResult(
@@ -154,6 +171,30 @@ def merge_and_reset(
         next_plan,
         ResetReport(len(plan), len(found.moments), len(found.counts), losses),
     )
+
+
+def _restarted(
+    changing: dict[str, Any],
+    state: list[Any],
+    start: dict[int, jax.Array],
+    found: AdapterState,
+    key: jax.Array | None,
+    plan: Plan,
+    rounding: Rounding,
+    pruning: tuple[_Pruned, ...],
+    donate: bool,
+) -> tuple[dict[str, jax.Array], dict[int, jax.Array]]:
+    """New kernels and adapters by path, and by its index what of the state the call changes."""
+    indices: Iterable[int] = (*found.moments, *found.counts)
+    if start:
+        # What starts as it says needs no old values; what is pruned does.
+        indices = [int(moment.place) for moment in pruning]
+    resetting = {str(index): state[index] for index in indices}
+    begin = {str(index): start[index] for index in indices if index in start}
+    places = places_of(changing), places_of(resetting)
+    restart = _restart_donating if donate else _restart
+    changed, anew = restart(changing, resetting, key, plan, places, rounding, pruning, begin)
+    return changed, {int(index): leaf for index, leaf in anew.items()}
 
 
 def _check_distinct(leaves: dict[str, Any]) -> None:
@@ -192,14 +233,15 @@ def _pruning(reset: Reset, found: AdapterState, plan: Plan, state: list) -> tupl
     )
 
 
-def _merge_and_start_anew(leaves, state, key, plan, places, rounding="nearest", pruning=()):
-    adapters = new_adapters(plan, key)
+def _merge_and_start_anew(
+    leaves, state, key, plan, places, rounding="nearest", pruning=(), start=None
+):
+    adapters = new_adapters(plan, key, {path: leaves[path].dtype for path in plan.adapter_leaves()})
     kernels = merged_kernels(leaves, plan, None if rounding == "nearest" else key)
+    start = start or {}
     anew = jax.tree.map(jnp.zeros_like, state)
-    anew |= {
-        moment.place: pruned(state[moment.place], moment.prune, moment.path, moment.stacks, key)
-        for moment in pruning
-    }
+    for place, prune, path, stacks in pruning:
+        anew[place] = pruned(state[place], prune, path, stacks, key, start.get(place))
     return constrain(kernels | adapters, places[0]), constrain(anew, places[1])
 
 

@@ -22,7 +22,7 @@ from mora_jax._arrays.rounding import Rounding, check_rounding, neighbour, round
 from mora_jax._merging.layer_by_layer import adapter_of, change_kernels, layer_key, sum_kernel
 from mora_jax._merging.losses import as_numbers
 from mora_jax._merging.merge import check_merge
-from mora_jax._params.checks import check_base, refuse_dora
+from mora_jax._params.checks import check_base, check_results_finite, refuse_dora
 from mora_jax._params.split import Params, join
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
@@ -57,13 +57,14 @@ def unmerge(
       Parameters with adapters.
 
     Raises:
-      ValueError: where the plan does not fit, an adapter is not finite, a key is missing, or a
-        layer has DoRA, whose merge cannot be taken back.
+      ValueError: where the plan does not fit, an adapter or what comes out is not finite, a key
+        is missing, or a layer has DoRA, whose merge cannot be taken back.
     """
     params, key = _joined(merged, adapters, plan, rounding, key)
     leaves = flatten(params)
     values = {path: unbox(leaf) for path, leaf in leaves.items()}
     found = _unmerge_jitted(values, plan, places_of(values), key)
+    check_results_finite(found, values, "unmerged")
     found = {path: rebox(leaves[path], kernel) for path, kernel in found.items()}
     return unflatten_like(leaves | found, params)
 

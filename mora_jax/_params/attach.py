@@ -12,6 +12,7 @@ The name of a leaf says the scheme (`LayerConfig.stored_name`).
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -65,8 +66,16 @@ def attach(plan: Plan, params: Params, *, key: jax.Array | None = None) -> dict[
     return unflatten_like(leaves | boxed, params)
 
 
-def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
-    """Path -> new leaf, for every adapter of the plan."""
+def new_adapters(
+    plan: Plan, key: jax.Array | None, dtypes: Mapping[str, Any] | None = None
+) -> dict[str, jax.Array]:
+    """Path -> new leaf, for every adapter of the plan.
+
+    Args:
+      plan: the plan.
+      key: a PRNG key, required where a scheme draws numbers.
+      dtypes: path -> dtype, where it is not to be the plan's.
+    """
     drawing = [path for path, spec in plan.items() if spec.draws]
     if drawing and key is None:
         raise ValueError(
@@ -79,5 +88,6 @@ def new_adapters(plan: Plan, key: jax.Array | None) -> dict[str, jax.Array]:
         for name, leaf in plan.leaf_paths(path).items():
             # By the path's checksum, so that a layer's numbers do not depend on the others.
             own = None if key is None else jax.random.fold_in(key, path_seed(plain[leaf]))
-            leaves[leaf] = spec.leaves[name].start(own, spec.shapes[name], spec.config.dtype)
+            dtype = spec.config.dtype if dtypes is None else dtypes[leaf]
+            leaves[leaf] = spec.leaves[name].start(own, spec.shapes[name], dtype)
     return leaves

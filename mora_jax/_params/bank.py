@@ -30,7 +30,7 @@ from mora_jax._arrays.boxes import rebox, unbox
 from mora_jax._arrays.dtypes import wide_dtype
 from mora_jax._arrays.paths import flatten, is_adapter, list_paths, unflatten_like
 from mora_jax._arrays.places import Places, constrain, places_of, sharding_of
-from mora_jax._params.checks import check_adapters, refuse_dora
+from mora_jax._params.checks import check_adapters, check_in_range, refuse_dora
 from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 
@@ -162,7 +162,8 @@ class AdapterBank:
         Raises:
           KeyError: for a name that the bank has not.
           ValueError: for `LowRank`, whose delta is a product of two trained matrices: the sum of
-            two such has another rank; for DoRA, which divides by a norm.
+            two such has another rank; for DoRA, which divides by a norm; where the sum is not
+            finite in the bank's dtype.
         """
         if low := [path for path, spec in self.plan.items() if not spec.scheme.is_linear]:
             raise ValueError(
@@ -183,7 +184,9 @@ class AdapterBank:
         traced = any(isinstance(weight, Tracer) for weight in full)
         vector = (jnp if traced else np).asarray(full, float)
         held = self._values()
-        return _like(self.adapters, _combine(held, vector, self.plan, places_of(held)))
+        combined = _combine(held, vector, self.plan, places_of(held))
+        check_in_range(combined, {}, "not combined")
+        return _like(self.adapters, combined)
 
     def _values(self) -> dict[str, jax.Array]:
         return {path: unbox(leaf) for path, leaf in flatten(self.adapters).items()}
@@ -212,8 +215,9 @@ def stack_adapters(
 
     Raises:
       ValueError: where there is none, more than the capacity, one that does not fit its plan, or
-        plans that differ, every difference named; and for plans with `also_train`: parameters that
-        are trained in full are no adapters over a common base.
+        plans that differ, every difference named; where a number leaves the range of `dtype`; and
+        for plans with `also_train`: parameters that are trained in full are no adapters over a
+        common base.
 
     >>> import flax.linen as nn, mora_jax
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="sharing"))
@@ -250,6 +254,8 @@ def stack_adapters(
     for name, (params, own) in adapters.items():
         leaves = _leaves_of(name, params, own, plan)
         cast = {p: leaf.astype(dtypes[p] if dtype else leaf.dtype) for p, leaf in leaves.items()}
+        if dtype is not None:
+            check_in_range(cast, leaves, f"adapter {name!r} not stacked")
         bank = bank.add(name, unflatten_like(cast), own, donate=True)
     return bank
 

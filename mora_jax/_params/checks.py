@@ -163,11 +163,7 @@ def check_finite(leaves: Mapping[str, Any], done: str) -> None:
       leaves: path -> array, in its box or without one.
       done: what is not done then, such as "merged", for the error.
     """
-    found = all_finite({path: unbox(leaf) for path, leaf in leaves.items()})
-    if any(isinstance(finite, Tracer) for finite in found.values()):
-        return
-    bad = [path for path, finite in jax.device_get(found).items() if not finite]
-    if bad:
+    if bad := _not_finite(leaves):
         raise ValueError(
             f"not {done}: trained parameters hold numbers that are not finite: {list_paths(bad)}. "
             "The parameters are as they were; training has probably diverged."
@@ -177,3 +173,68 @@ def check_finite(leaves: Mapping[str, Any], done: str) -> None:
 def check_adapters_finite(plan: Plan, leaves: Mapping[str, Any], done: str) -> None:
     """`check_finite` of the plan's adapters among these leaves."""
     check_finite({path: leaves[path] for path in plan.adapter_leaves()}, done)
+
+
+def check_results_finite(
+    results: Mapping[str, Any], before: Mapping[str, Any], done: str = "merged"
+) -> None:
+    """Raises ValueError naming every kernel that a merge would fill with infinite numbers.
+
+    Under a transformation, where values are unknown, it raises nothing.
+
+    Args:
+      results: path -> kernel after the merge.
+      before: path -> kernel before it, these among them.
+      done: what is not done then, for the error.
+    """
+    if bad := _not_finite(results):
+        raise not_finite_after({path: before[path] for path in bad}, done)
+
+
+def not_finite_after(kernels: Mapping[str, Any], done: str = "merged") -> ValueError:
+    """The error for kernels, as they were before, that are not finite after a merge."""
+    if bad := _not_finite(kernels):
+        return ValueError(
+            f"not {done}: the base holds numbers that are not finite: {list_paths(bad)}. The "
+            "adapters are finite. Load the base again."
+        )
+    dtypes = {jnp.dtype(unbox(kernel).dtype) for kernel in kernels.values()}
+    limits = ", ".join(sorted(f"{d.name} ends at {float(jnp.finfo(d).max):.6g}" for d in dtypes))
+    return ValueError(
+        f"not {done}: the sum of kernel and delta leaves the range of the kernel's dtype "
+        f"({limits}) in {list_paths(kernels)}. The parameters are as they were. Make the base "
+        "float32 first: jax.tree.map(lambda leaf: leaf.astype('float32'), params)."
+    )
+
+
+def check_in_range(results: Mapping[str, Any], before: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError for arrays that are not finite, or no longer, after a cast or a sum.
+
+    Under a transformation, where values are unknown, it raises nothing.
+
+    Args:
+      results: path -> array.
+      before: path -> array that was cast; where it was not finite either, that is no error.
+      what: what is not done then, for the error.
+    """
+    if not (bad := _not_finite(results)):
+        return
+    already = _not_finite({path: before[path] for path in bad if path in before})
+    if bad := sorted(set(bad) - set(already)):
+        dtype = jnp.dtype(unbox(results[bad[0]]).dtype)
+        raise ValueError(
+            f"{what}: {list_paths(bad)} would hold numbers that are not finite; {dtype.name} ends "
+            f"at {float(jnp.finfo(dtype).max):.6g}. Take dtype='float32'."
+        )
+
+
+def _not_finite(leaves: Mapping[str, Any]) -> list[str]:
+    """Paths of arrays that hold a number that is not finite; none where values are unknown."""
+    values = {path: unbox(leaf) for path, leaf in leaves.items()}
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
+        return []
+    found = all_finite(values)
+    # Within a trace even what is computed from known values is unknown.
+    if any(isinstance(finite, Tracer) for finite in found.values()):
+        return []
+    return [path for path, finite in jax.device_get(found).items() if not finite]

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from mora_jax._arrays.paths import flatten, is_adapter, list_paths, unflatten_like
+from mora_jax._arrays.paths import KeyPath, flatten, is_adapter, list_paths, unflatten_like
 from mora_jax._params.checks import check_plan
 from mora_jax._plans.plan import Plan
+
+#: States of optax that several optimizers share, which start them at different values.
+AMBIGUOUS_STARTS = {
+    "ScaleByAdamState", "ScaleByRmsState", "ScaleByRmsWithCountState", "ScaleByRStdDevState",
+    "ScaleByRStdDevWithCountState",
+}  # fmt: skip
+
+#: The group that adapters are in.
+_GROUP = "adapter"
+
+
+class OwnStart(NamedTuple):
+    """A state of adapters that starts elsewhere than at zero, where its class does not say so.
+
+    Attributes:
+      inner_state: the optimizer's own.
+    """
+
+    inner_state: Any
 
 
 def freeze_base(
@@ -16,11 +40,13 @@ def freeze_base(
 ) -> optax.GradientTransformationExtraArgs:
     """Applies `optimizer` to what the plan trains, and an update of zero to everything else.
 
-    Three groups, each with a state of its own: the adapters, the parameters of `also_train`, and
-    the frozen ones, which have none. So no moments are kept for the base, a clip by global norm
-    inside `optimizer` sees no base gradient, and `merge_and_reset` can restart the adapters alone.
+    Each group has a state of its own: the adapters, the parameters of `also_train` if there are
+    any, and the frozen ones, which have none. So no moments are kept for the base, a clip by global
+    norm inside `optimizer` sees no base gradient, and `merge_and_reset` can restart the adapters
+    alone.
 
     `optimizer` runs once for each of the first two, so such a clip takes each norm by itself.
+    Without `also_train` it does what it would do on the trainable half of `split` alone.
 
     Built on `optax.partition`. It takes whole trees and the trainable half of `split` alike.
 
@@ -64,13 +90,76 @@ def freeze_base(
         return groups if isinstance(groups, type(params)) else type(params)(groups)
 
     groups: dict[Hashable, optax.GradientTransformation] = {
-        "adapter": optimizer,
-        "also_train": optimizer,
-        "frozen": optax.set_to_zero(),
+        _GROUP: _with_start(optimizer),
+        "frozen": _set_to_zero(),
     }
+    if plan.also_train:
+        groups["also_train"] = optimizer
     return optax.partition(groups, labels)
 
 
 def _place(path: str) -> str:
     """The dict that an adapter's leaf stands in; the path itself of all else."""
     return path.rpartition("/")[0] if is_adapter(path) else path
+
+
+def adapters_of_freeze_base(keys: KeyPath) -> bool:
+    """Whether a place in an optimizer state lies in the adapters' group of `freeze_base`."""
+    return any(
+        getattr(group, "key", None) == _GROUP and getattr(field, "name", None) == "inner_states"
+        for field, group in itertools.pairwise(keys)
+    )
+
+
+def _with_start(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer, in an `OwnStart` if its state does not tell that it starts so."""
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        state = inner.init(params)
+        return OwnStart(state) if _starts_elsewhere(optimizer, state, params) else state
+
+    def update(updates, state, params=None, **extra_args):
+        if not isinstance(state, OwnStart):
+            return inner.update(updates, state, params, **extra_args)
+        updates, new = inner.update(updates, state.inner_state, params, **extra_args)
+        return updates, OwnStart(new)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _starts_elsewhere(optimizer: optax.GradientTransformation, state: Any, params: Any) -> bool:
+    """Whether moments in a state that optimizers share start elsewhere than at zero."""
+    if not _ambiguous(state):
+        return False
+    # Where values are unknown, under jit, those of a tiny tree tell.
+    try:
+        with jax.ensure_compile_time_eval():
+            tiny = jax.tree.map(lambda leaf: jnp.zeros((1,) * leaf.ndim, leaf.dtype), params)
+            moments = jax.tree.leaves(_ambiguous(optimizer.init(tiny)))
+            return any(np.any(np.asarray(leaf)) for leaf in moments)
+    except Exception:
+        return True  # an optimizer for these shapes alone; a restart asks for it then
+
+
+def _ambiguous(state: Any) -> list[Any]:
+    """The states of these classes within a state."""
+
+    def is_one(node):
+        return type(node).__name__ in AMBIGUOUS_STARTS
+
+    return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
+
+
+def _set_to_zero() -> optax.GradientTransformation:
+    """`optax.set_to_zero`, shaped like the parameters also for gradients of each example."""
+
+    def update(updates, state, params=None):
+        like = updates if params is None else params
+        return jax.tree.map(zeros, updates, like), state
+
+    def zeros(update, param):
+        same = update.shape == param.shape
+        return jnp.zeros_like(update) if same else jnp.zeros(param.shape, update.dtype)
+
+    return optax.GradientTransformation(optax.init_empty_state, update)

@@ -9,9 +9,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
+from mora_jax._arrays.dtypes import widen_for
 from mora_jax._schemes.base import Adapter, Scheme
 
 DotDimensionNumbers = tuple[
@@ -35,8 +38,14 @@ class KernelAxes:
             math.prod(shape[axis] for axis in self.outputs),
         )
 
-    def delta(self, adapter: Adapter, shape: Sequence[int], scheme: Scheme) -> jax.Array:
-        """The delta, laid out like the kernel; adapter leaves are [B..., rows, columns]."""
+    def delta(
+        self, adapter: Adapter, shape: Sequence[int], scheme: Scheme, dtype: Any = np.float32
+    ) -> jax.Array:
+        """The delta, laid out like the kernel; adapter leaves are [B..., rows, columns].
+
+        It is formed, and given, in the widest of float32, the kernel's `dtype` and the adapter's.
+        """
+        adapter = widen_for(dtype, adapter)
         batch, in_features, out_features = self.sizes(shape)
         one = {
             name: jax.ShapeDtypeStruct(leaf.shape[len(batch) :], leaf.dtype)

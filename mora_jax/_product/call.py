@@ -105,7 +105,8 @@ class AdaptedProduct:
         """What the inputs are multiplied with: kernel plus delta, times DoRA's scale if any."""
         if self.frozen:
             rhs = lax.stop_gradient(rhs)  # of second derivatives
-        return add_delta(rhs, self.axes.delta(adapter, rhs.shape, self.scheme), scale)
+        value = self.axes.delta(adapter, rhs.shape, self.scheme, rhs.dtype)
+        return add_delta(rhs, value, scale)
 
     def rows(self, lhs: jax.Array) -> jax.Array:
         """The inputs as [B..., T, I]."""

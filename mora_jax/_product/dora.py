@@ -75,7 +75,7 @@ def column_scale(
         # Norms need the weights alone, and a scheduler would begin with those of all layers, whose
         # deltas some schemes make of a matrix for each block.
         held = lax.optimization_barrier(held)
-    value = axes.delta(held[0], kernel.shape, scheme).astype(wide)
+    value = axes.delta(held[0], kernel.shape, scheme, kernel.dtype).astype(wide)
     base = lax.stop_gradient(kernel).astype(wide)
     sums = functools.partial(jnp.sum, axis=axes.inputs, keepdims=True)
     # ||W + D||^2 = ||W||^2 + <2 W + D, D>: of a delta of zero exactly ||W||^2, in whatever order
@@ -102,7 +102,7 @@ def kernel_delta(
       scheme: the scheme.
     """
     direction, magnitude = split_magnitude(adapter)
-    value = axes.delta(direction, kernel.shape, scheme)
+    value = axes.delta(direction, kernel.shape, scheme, kernel.dtype)
     if magnitude is None:
         return value
     scale, wide = column_scale(kernel, adapter, axes, scheme), wide_dtype(kernel.dtype)

@@ -12,7 +12,9 @@ hold its transpose.
 from __future__ import annotations
 
 import jax
+import numpy as np
 
+from mora_jax._arrays.dtypes import widen_for
 from mora_jax._schemes.base import Adapter, Scheme
 
 
@@ -110,7 +112,8 @@ def delta_kernel(
       scheme: the scheme.
 
     Returns:
-      [I, O], the adapter's dtype.
+      [I, O], float32, or float64 of a float64 adapter: a narrower one is widened first, so that
+      nothing is rounded or leaves float16's range on the way.
 
     Raises:
       ValueError: where the adapter's names or shapes are not the scheme's.
@@ -123,7 +126,7 @@ def delta_kernel(
            [0., 0., 1.]], dtype=float32)
     """
     scheme.check(adapter, in_features, out_features)
-    return scheme.delta_kernel(adapter, in_features, out_features)
+    return scheme.delta_kernel(widen_for(np.float32, adapter), in_features, out_features)
 
 
 def check_rank(rank: int) -> int:

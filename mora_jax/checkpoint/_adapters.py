@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
 from mora_jax._arrays.boxes import box_like, place_for, rebox, unbox
 from mora_jax._arrays.checksums import checksums
 from mora_jax._arrays.paths import flatten, last_name, list_paths, unflatten, unflatten_like
 from mora_jax._params.checks import check_finite, check_unadapted
+from mora_jax._params.precision import loaded_dtypes, plan_with_dtypes
 from mora_jax._params.split import Params, split
 from mora_jax._plans.plan import Plan
 from mora_jax.checkpoint._record import (
@@ -154,17 +156,21 @@ def load_adapters(
     *,
     name: str | None = None,
     version: int | None = None,
+    dtype: DTypeLike | None = "float32",
 ) -> tuple[dict[str, Any], Plan]:
     """Loads adapters beside the parameters of their base model.
 
-    Every array keeps its bits and the dtype that it was saved in, whatever those of the plan and of
-    the base: what was trained in float32 beside a bfloat16 base is not rounded.
+    No number is rounded, whatever the dtypes of the plan and of the base. Adapters that were saved
+    in bfloat16 or float16 come in float32, in which they can be trained on; the plan says so too.
 
     Args:
       directory: where `save_adapters` wrote.
       params: the base model's parameters, without adapters. Leaves of `also_train` are replaced.
       name: the name, where there are several.
       version: of that name; the newest by default.
+      dtype: adapters in a narrower dtype are widened to this one, and a note goes to the logger
+        "mora_jax". Wider ones keep theirs. None keeps every dtype as it was saved. Parameters of
+        `also_train` always do.
 
     Returns:
       (params, plan): parameters with adapters, and the plan to `adapt` the base model with.
@@ -201,13 +207,16 @@ def load_adapters(
             raise ValueError(f"{path} is damaged: {list_paths(other)} are not the numbers saved.")
     check_finite(loaded, f"loaded from {path}")
     names = {plain: last_name(path) for path, plain in plan.plain_paths().items()}
+    dtypes = loaded_dtypes({leaf: loaded[leaf].dtype for leaf in owners}, dtype, path)
+    loaded |= {leaf: loaded[leaf].astype(own) for leaf, own in dtypes.items()}
     for leaf, (kernel, axes) in owners.items():
         loaded[leaf] = box_like(leaves[kernel], loaded[leaf], axes, names[leaf])
     for leaf in replaced:
         loaded[leaf] = rebox(leaves[leaf], loaded[leaf])
     frozen = {path: leaf for path, leaf in leaves.items() if path not in wanted}
     adapters = {leaf: loaded.pop(name) for leaf, name in plain.items()}
-    return unflatten_like(frozen | loaded | adapters, params), plan
+    own = plan_with_dtypes(plan, {leaf: dtypes[name] for leaf, name in plain.items()})
+    return unflatten_like(frozen | loaded | adapters, params), own
 
 
 def list_adapters(directory: str | os.PathLike[str]) -> list[SavedAdapters]:

@@ -61,9 +61,9 @@ def save_merged(
       shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
 
     Raises:
-      ValueError: where the directory exists, the plan does not fit, an adapter is not finite, a
-        parameter has no name, the base directory holds another model, or the config ties word
-        embeddings and there is a head (or the reverse).
+      ValueError: where the directory exists, the plan does not fit, an adapter or a merged kernel
+        is not finite, a parameter has no name, the base directory holds another model, or the
+        config ties word embeddings and there is a head (or the reverse).
       TypeError: for a dtype that safetensors lack.
 
     >>> import tempfile, flax.linen as nn, jax.numpy as jnp, mora_jax

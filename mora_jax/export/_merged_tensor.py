@@ -21,6 +21,7 @@ from mora_jax._arrays.mesh import explicit_mesh, in_auto_axes
 from mora_jax._arrays.paths import join_path
 from mora_jax._arrays.places import on_host
 from mora_jax._merging.merge import merged_kernels
+from mora_jax._params.checks import not_finite_after
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes
@@ -39,7 +40,8 @@ def merged_tensor(tensor: TorchTensor, leaves: Mapping[str, Any], plan: Plan) ->
       `tensor.torch_shape`, in the parameter's dtype.
 
     Raises:
-      ValueError: where the names and the plan see different stacks in a kernel.
+      ValueError: where the names and the plan see different stacks in a kernel; where the merged
+        tensor is not finite.
     """
     kernel = unbox(leaves[tensor.path])
     layers = (path for path, s in plan.items() if join_path(path, s.kernel_name) == tensor.path)
@@ -58,8 +60,10 @@ def merged_tensor(tensor: TorchTensor, leaves: Mapping[str, Any], plan: Plan) ->
     adapter = {
         name: _take(unbox(leaves[leaf]), own) for name, leaf in plan.leaf_paths(layer).items()
     }
-    merged = _merge(part, adapter, _without_batch(spec), tensor.order)
-    return on_host(merged).reshape(tensor.torch_shape)
+    merged = on_host(_merge(part, adapter, _without_batch(spec), tensor.order))
+    if not np.isfinite(merged).all():
+        raise not_finite_after({tensor.path: part}, "written")
+    return merged.reshape(tensor.torch_shape)
 
 
 def _take(leaf: Any, place: Mapping[int, int]) -> Any:

@@ -89,7 +89,7 @@ def merge_and_reset(
     optimizer: nnx.Optimizer,
     *,
     key: jax.Array | None = None,
-    donate: bool = True,
+    donate: bool = False,
     rounding: Rounding = "nearest",
     reset: Reset = "zero",
 ) -> ResetReport:
@@ -101,7 +101,7 @@ def merge_and_reset(
       key: a PRNG key, required where a scheme draws numbers (`LowRank`), for "stochastic" and for a
         random `Prune`.
       donate: reuse the memory of what changes. The base model shares these kernels and **cannot
-        be used afterwards**, unless this is False.
+        be used afterwards**.
       rounding: "nearest" or "stochastic", as for `mora_jax.merge`.
       reset: "zero" or a `Prune`, as for `mora_jax.merge_and_reset`.
 
@@ -122,6 +122,7 @@ def merge_and_reset(
         donate=donate,
         rounding=rounding,
         reset=reset,
+        optimizer=optimizer.tx,
     )
     for path, layer in adapted_layers(model):
         layer.mora.go_on_with(result.plan[path].config)

@@ -11,10 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax.typing import DTypeLike
 
 from mora_jax._arrays.boxes import put_beside, unbox
 from mora_jax._arrays.paths import flatten, last_name, list_paths, unflatten_like
 from mora_jax._params.checks import check_unadapted
+from mora_jax._params.precision import loaded_dtypes
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._plans.plan import Plan
@@ -27,17 +29,24 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float
 
 
 def load_adapters(
-    directory: str | os.PathLike[str], params: Params, *, names: Iterable[KernelName] = LLAMA
+    directory: str | os.PathLike[str],
+    params: Params,
+    *,
+    names: Iterable[KernelName] = LLAMA,
+    dtype: DTypeLike | None = "float32",
 ) -> tuple[dict[str, Any], Plan]:
     """Loads an adapter of PEFT, or of the authors' fork, beside the parameters of its base model.
 
-    Matrices keep their bits and their dtype. The format says nothing of cycles: sharing goes on in
-    ReMoRA with the authors' ("groupings"), so that it can be saved again; placement is "auto".
+    No number is rounded. Matrices in bfloat16 or float16 come in float32, as in PEFT, so that they
+    can be trained on. The format says nothing of cycles: sharing goes on in ReMoRA with the
+    authors' ("groupings"), so that it can be saved again; placement is "auto".
 
     Args:
       directory: where `adapter_config.json` and `adapter_model.safetensors` are.
       params: the base model's parameters, without adapters.
       names: which PyTorch modules the kernels are; the first that matches counts.
+      dtype: matrices in a narrower dtype are widened to this one, and a note goes to the logger
+        "mora_jax". Wider ones keep theirs. None keeps the file's.
 
     Returns:
       (params, plan): parameters with adapters, and the plan to `adapt` the base model with.
@@ -54,6 +63,7 @@ def load_adapters(
     file = path / TENSORS
     kernels, left = torch_kernels(_shapes(leaves), names)
     check_modules(file, tensors, config, kernels, left)
+    tensors = _widened(file, tensors, dtype)
     layers, loaded, parents = [], {}, [kernel.rpartition("/")[0] for kernel in kernels]
     for kernel, (axes, modules) in kernels.items():
         chosen = [config.selects(module) for module in modules]
@@ -86,6 +96,13 @@ def load_adapters(
             kernel, axes = owners[leaf]
             new[leaf] = put_beside(leaves[kernel], loaded[kernel][name], axes, last_name(leaf))
     return unflatten_like(leaves | new, params), plan
+
+
+def _widened(
+    file: pathlib.Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None
+) -> dict[str, np.ndarray]:
+    dtypes = loaded_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, dtype, file)
+    return {name: tensor.astype(dtypes[name]) for name, tensor in tensors.items()}
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

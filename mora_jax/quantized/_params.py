@@ -15,7 +15,12 @@ from mora_jax._arrays.boxes import to_array, unbox
 from mora_jax._arrays.paths import flatten, is_adapter, join_path, list_paths, unflatten
 from mora_jax._merging.losses import MergeLoss
 from mora_jax._merging.merge import why_unmergeable
-from mora_jax._params.checks import check_adapted, check_adapters_finite, check_base
+from mora_jax._params.checks import (
+    check_adapted,
+    check_adapters_finite,
+    check_base,
+    check_results_finite,
+)
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
@@ -168,8 +173,8 @@ def merge(params: Params, plan: Plan) -> tuple[dict[str, Any], dict[str, MergeLo
       of each layer, by its path.
 
     Raises:
-      ValueError: where the plan does not fit the parameters, an adapter is not finite, or a kernel
-        is quantised otherwise than by `quantize`.
+      ValueError: where the plan does not fit the parameters, an adapter or a merged kernel is not
+        finite, or a kernel is quantised otherwise than by `quantize`.
       TypeError: where a kernel is not quantised.
 
     >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
@@ -190,6 +195,9 @@ def merge(params: Params, plan: Plan) -> tuple[dict[str, Any], dict[str, MergeLo
         _check_mergeable(kernel, leaves[kernel])
         adapter = {name: leaves[leaf] for name, leaf in plan.leaf_paths(path).items()}
         base[kernel], losses[path] = merge_kernel(leaves[kernel], adapter, spec)
+        if not math.isfinite(losses[path].error):
+            before = {kernel: dequantize_kernel(leaves[kernel])}
+            check_results_finite({kernel: dequantize_kernel(base[kernel])}, before)
     return unflatten(base), losses
 
 

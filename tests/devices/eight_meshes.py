@@ -232,7 +232,9 @@ def check_restart(plan, params, whole):
     trainable, frozen = mora_jax.split(params, plan)
     state = optimizer.init(trainable)
     before = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
-    params, state, *_ = mora_jax.merge_and_reset(params, state, plan)
+    params, state, *_ = mora_jax.merge_and_reset(
+        params, state, plan, donate=True, optimizer=optimizer
+    )
     after = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.is_equivalent_to(b, 2), before, after)))
     _, base = mora_jax.split(params, plan.advance())
@@ -244,13 +246,14 @@ def check_restart(plan, params, whole):
 
 def check_pruning(plan, params, mesh):
     """The moments that stay are those of one device, and lie in parts as they lay."""
-    state = optax.adam(1e-3).init(mora_jax.split(params, plan)[0])
+    optimizer = optax.adam(1e-3)
+    state = optimizer.init(mora_jax.split(params, plan)[0])
     in_parts = NamedSharding(mesh, P("fsdp"))
     draw = lambda leaf: jax.device_put(numbers(*leaf.shape), in_parts) if leaf.ndim else leaf
     state = jax.tree.map(draw, state)
     alone = jax.tree.map(jnp.asarray, jax.device_get((params, state)))
     for prune in (mora_jax.Prune(0.75), mora_jax.Prune(0.75, by="random")):
-        options = {"donate": False, "reset": prune, "key": jax.random.key(0)}
+        options = {"reset": prune, "key": jax.random.key(0), "optimizer": optimizer}
         many = mora_jax.merge_and_reset(params, state, plan, **options).opt_state
         one = mora_jax.merge_and_reset(*alone, plan, **options).opt_state
         for a, b, before in zip(*map(jax.tree.leaves, (many, one, state)), strict=True):

@@ -77,6 +77,17 @@ def test_bfloat16_with_tied_embeddings(golden, tmp_path):
     assert_same_bits(load_hf(out, jnp.bfloat16)[1]["layers"], merged["layers"])
 
 
+def test_a_sum_beyond_the_dtype_is_not_written(golden, tmp_path):
+    params, plan = golden
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
+    trained, frozen = mora_jax.split(half, plan)
+    # Finite by themselves, and not in their sums of several entries or with a kernel's.
+    large = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e6, jnp.float32), trained)
+    with pytest.raises(ValueError, match=r"not written: .*float16 ends at 65504.*'layers/"):
+        export.save_merged(tmp_path / "m", mora_jax.join(large, frozen), plan, config=CONFIG)
+    assert not (tmp_path / "m").exists()
+
+
 def layer(shape, inputs, outputs, batch=(), kernel_name="kernel"):
     axes = mora_jax.KernelAxes(inputs, outputs, batch)
     config = LayerConfig(1, mora_jax.Sharing())

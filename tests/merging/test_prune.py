@@ -136,3 +136,14 @@ def test_what_prunes_nothing_is_refused(inputs):
         mora_jax.merge_and_reset(params, state, plan, reset="none")
     with pytest.raises(ValueError, match=r"key is missing: Prune\(share=0.9, by='random'\) draws"):
         mora_jax.merge_and_reset(params, state, plan, reset=mora_jax.Prune(0.9, by="random"))
+
+
+def test_without_jit_the_same_numbers_stay(inputs):
+    plan, params, state = filled(inputs, module=Small())
+    reset = mora_jax.Prune(0.75)
+    wanted = mora_jax.merge_and_reset(params, state, plan, reset=reset).opt_state
+    with jax.disable_jit():
+        found = mora_jax.merge_and_reset(params, state, plan, reset=reset).opt_state
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(found))

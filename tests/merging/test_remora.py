@@ -152,8 +152,10 @@ def test_plain_masked_loop_restarts_too(inputs):
     def make(plan, params):
         return optax.masked(optax.adam(1e-2), mora_jax.trainable_mask(params, plan))
 
-    _, _, plan, params, _, state = trained(inputs, make, also_train=None)
-    result = mora_jax.merge_and_reset(params, state, plan)
+    _, _, plan, params, tx, state = trained(inputs, make, also_train=None)
+    with pytest.raises(ValueError, match=r"ScaleByAdamState.*Pass the optimizer"):
+        mora_jax.merge_and_reset(params, state, plan)
+    result = mora_jax.merge_and_reset(params, state, plan, optimizer=tx)
     assert result.report == (2, 4, 1, {})
 
 
@@ -201,7 +203,7 @@ def test_compiles_once_per_scheme_of_the_cycle(inputs):
     for _ in range(3):
         for _ in range(4):
             forward(mora_jax.adapt(base, plan), params)
-            params, state, plan, _ = mora_jax.merge_and_reset(params, state, plan)
+            params, state, plan, _ = mora_jax.merge_and_reset(params, state, plan, donate=True)
     assert len(traces) == 4
     assert _remora._restart_donating._cache_size() - merges == 4
 
@@ -210,9 +212,9 @@ def test_donation_frees_what_changes_and_nothing_else(inputs):
     _, _, plan, params, _, state = trained(
         inputs, lambda plan, _: mora_jax.freeze_base(optax.adam(1e-2), plan)
     )
-    kept = mora_jax.merge_and_reset(params, state, plan, donate=False)
+    kept = mora_jax.merge_and_reset(params, state, plan)  # by default nothing is given up
     assert not params["embed"]["kernel"].is_deleted()
-    result = mora_jax.merge_and_reset(params, state, plan)
+    result = mora_jax.merge_and_reset(params, state, plan, donate=True)
     assert params["embed"]["kernel"].is_deleted()
     assert params["embed"]["mora"]["matrix_rotation_wrap"].is_deleted()
     assert result.params["norm"]["scale"] is params["norm"]["scale"]
@@ -298,7 +300,7 @@ def test_one_array_at_two_paths_is_not_donated_twice(inputs):
     _, _, _, plan, params = adapted_network(inputs, scheme="sharing")
     params["attention"]["key"]["kernel"] = params["attention"]["query"]["kernel"]
     with pytest.raises(ValueError, match="hold one and the same array"):
-        mora_jax.merge_and_reset(params, (), plan)
+        mora_jax.merge_and_reset(params, (), plan, donate=True)
     assert not params["attention"]["key"]["kernel"].is_deleted()
     mora_jax.merge_and_reset(params, (), plan, donate=False)
 

@@ -67,12 +67,14 @@ def test_the_authors_adapters_are_written_as_they_write_them(tmp_path, name):
 def test_round_trips_keep_every_bit(tmp_path, scheme, dtype):
     plan, params = planned(stacked_base(), scheme, dtype=dtype, dropout=0.25)
     peft.save_adapters(tmp_path / "stacked", params, plan)
-    loaded, loaded_plan = peft.load_adapters(tmp_path / "stacked", base_of(params))
+    loaded, loaded_plan = peft.load_adapters(tmp_path / "stacked", base_of(params), dtype=None)
     assert_same_bits(loaded, params)
     assert schemes_and_ranks(loaded_plan) == schemes_and_ranks(plan)
     assert {spec.config.dropout for spec in loaded_plan.values()} == {0.25}
     # Layers in a stack and layers side by side are one file.
-    side_by_side, plan = peft.load_adapters(tmp_path / "stacked", base_of(unstacked(params)))
+    side_by_side, plan = peft.load_adapters(
+        tmp_path / "stacked", base_of(unstacked(params)), dtype=None
+    )
     assert_same_bits(side_by_side, unstacked(params))
     peft.save_adapters(tmp_path / "side_by_side", side_by_side, plan)
     for name in os.listdir(tmp_path / "stacked"):

@@ -1,5 +1,7 @@
 """Adapters on a quantised base: the products, their gradients, training, and what a merge loses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -332,3 +334,15 @@ def test_refusals():
     _, _, _, plan, params = adapted_network(x, module=layer, **options)
     with pytest.raises(ValueError, match="also_train has 'kernel'"):
         quantized.quantize(params, plan)
+
+
+def test_a_merge_that_is_not_finite_is_refused():
+    config = mora_jax.MoRAConfig(rank=2, scheme="decoupling", placement="activation")
+    model = mora_jax.adapt(nn.Dense(4, use_bias=False, param_dtype="float16"), config)
+    plan = mora_jax.plan(model, jnp.ones((1, 4)))
+    params = mora_jax.attach(plan, {"kernel": jnp.ones((4, 4), "float16")})
+    params = quantized.quantize(params, plan, "int8")
+    kernel = params["kernel"]
+    params["kernel"] = dataclasses.replace(kernel, scale=jnp.full_like(kernel.scale, jnp.inf))
+    with pytest.raises(ValueError, match="the base holds numbers that are not finite: 'kernel'"):
+        quantized.merge(params, plan)
