@@ -14,7 +14,8 @@ from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import check_ids
-from mora_jax.nnx._kernels import Kernel, check_adaptable, find_kernels
+from mora_jax.nnx._guard import LayerPath
+from mora_jax.nnx._kernels import Kernel, check_adaptable, find_kernels, wrappers_of
 from mora_jax.nnx._layers import MoRA, adapted_class
 from mora_jax.nnx._state import ModelT, adapted_layers, owners_of, parameters_of, split_model
 
@@ -24,16 +25,17 @@ def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = 
     if next(adapted_layers(model), None):
         raise TypeError("the model is adapted already; adapt the base model instead.")
     adapted = nnx.merge(*split_model(model))
-    owners = owners_of(adapted)
+    owners, wrappers = owners_of(adapted), wrappers_of(adapted)
     for path, kernel in find_kernels(adapted, chooser, parameters_of(model)).items():
         if (config := chooser.choose(path)) is None:
             continue
-        check_adaptable(path, kernel, config, owners[id(kernel.variable)])
+        this = id(kernel.variable)
+        check_adaptable(path, kernel, config, owners[this], wrappers.get(this))
         if isinstance(chooser, MoRAConfig):
             trained = chooser.trains(join_path(path, kernel.name))
             config = dataclasses.replace(config, train_kernel=trained)
         spec = kernel.spec(config)
-        _add_adapter(kernel, spec, _key_of(path, spec, key))
+        _add_adapter(path, kernel, spec, _key_of(path, spec, key))
     for path, variable in parameters_of(adapted).items():
         if chooser.trains(path):
             variable.set_metadata(mora_base=type(variable))
@@ -56,11 +58,12 @@ def _key_of(path: str, spec: AdapterSpec, key: jax.Array | None) -> jax.Array | 
     return jax.random.fold_in(key, path_seed(path))
 
 
-def _add_adapter(kernel: Kernel, spec: AdapterSpec, key: jax.Array | None) -> None:
+def _add_adapter(path: str, kernel: Kernel, spec: AdapterSpec, key: jax.Array | None) -> None:
     """Makes a layer one of an adapted class, with a new adapter beside its kernel."""
     layer = kernel.layer
     object.__setattr__(layer, "__class__", adapted_class(type(layer)))
     layer.mora = MoRA(spec, kernel.axes, kernel.shape, kernel=kernel.variable, key=key)
+    layer.mora.layer_path = LayerPath(path)
 
 
 def plan(model: nnx.Module) -> Plan:

@@ -38,11 +38,11 @@ class Kernel:
     @property
     def variable(self) -> nnx.Variable:
         """The variable that holds it."""
-        return getattr(self.layer, self.name)
+        return vars(self.layer)[self.name]
 
     def spec(self, config: LayerConfig) -> AdapterSpec:
         """Its full layout, the axes of stacked layers included."""
-        full = tuple(getattr(self.layer, self.name).shape)
+        full = tuple(self.variable.shape)
         stacks = _stack_axes(full, self.shape)
         rest = tuple(axis for axis in range(len(full)) if axis not in stacks)
         inputs, outputs, batch = (
@@ -105,7 +105,9 @@ def find_kernels(
     return found
 
 
-def check_adaptable(path: str, kernel: Kernel, config: LayerConfig, tied: list[str]) -> None:
+def check_adaptable(
+    path: str, kernel: Kernel, config: LayerConfig, tied: list[str], wrapper: str | None = None
+) -> None:
     """Raises ValueError if the layer at `path` cannot have the adapter that the config wants.
 
     Args:
@@ -113,7 +115,15 @@ def check_adaptable(path: str, kernel: Kernel, config: LayerConfig, tied: list[s
       kernel: its kernel.
       config: what it is to get.
       tied: paths of the kernel, more than one if layers share it.
+      wrapper: the wrapper that normalises the kernel in the forward pass, if one does.
     """
+    if wrapper is not None:
+        raise ValueError(
+            f"layer {path!r} stands in {wrapper}, which writes other numbers into its kernel in "
+            "every forward pass; a merge would add the delta to numbers that no layer multiplies "
+            "by. Leave it out with MoRAConfig.exclude, or adapt the model as a function of its "
+            "parameters, mora_jax.adapt(function, config)."
+        )
     if len(tied) > 1:
         raise ValueError(
             f"{list_paths(tied)} are one tied weight; an adapter in one of these layers would not "
@@ -125,6 +135,19 @@ def check_adaptable(path: str, kernel: Kernel, config: LayerConfig, tied: list[s
             f"dropout={config.dropout} for layer {path!r}, a {type(kernel.layer).__name__}: "
             "convolutions and embeddings have none."
         )
+
+
+def wrappers_of(model: Any) -> dict[int, str]:
+    """Identity of a variable that `WeightNorm` or `SpectralNorm` overwrites -> that wrapper."""
+    found = {}
+    for names, module in nnx.iter_modules(model):
+        if not isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):
+            continue
+        wrapper = f"the {type(module).__name__} at {path_of(names)!r}"
+        for name, variable in nnx.to_flat_state(nnx.state(module.layer_instance, nnx.Param)):
+            if isinstance(module, nnx.SpectralNorm) or module.variable_filter(name, variable):
+                found[id(variable)] = wrapper
+    return found
 
 
 def _kernels(model: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kernel]]:

@@ -29,6 +29,7 @@ from mora_jax._schemes.base import Scheme
 from mora_jax._schemes.registry import as_scheme
 from mora_jax._tracing.interpreter import trace
 from mora_jax._tracing.kernel_views import AdaptedView
+from mora_jax.nnx._guard import AdaptedLayer, code_of, kernel_path, refuse_writing
 
 
 class MoRA(nnx.Module):
@@ -110,18 +111,6 @@ class MoRA(nnx.Module):
             self.deterministic = deterministic
 
 
-class AdaptedLayer(nnx.Module):
-    """What layers of an adapted class have in common.
-
-    Attributes:
-      mora: the adapter.
-      mora_base: the layer's own class.
-    """
-
-    mora: MoRA
-    mora_base: type = nnx.Linear
-
-
 def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     mora = layer.mora
     config = mora.config
@@ -155,6 +144,8 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
 class _WithDotGeneral(AdaptedLayer):
     """Takes the place of a layer's field `dot_general`, and keeps what it held."""
 
+    mora_reader = code_of(nnx.Linear.__call__)
+
     @property
     def dot_general(self):
         made = vars(self).get("dot_general_cls")
@@ -169,6 +160,8 @@ class _WithDotGeneral(AdaptedLayer):
 class _WithDotGeneralClass(_WithDotGeneral):
     """`LinearGeneral` asks its `dot_general_cls` first."""
 
+    mora_reader = code_of(nnx.LinearGeneral.__call__)
+
     @property
     def dot_general_cls(self):
         return None
@@ -180,6 +173,8 @@ class _WithDotGeneralClass(_WithDotGeneral):
 
 class _WithEinsum(AdaptedLayer):
     """Takes the place of a layer's field `einsum_op`."""
+
+    mora_reader = code_of(nnx.Einsum.__call__)
 
     @property
     def einsum_op(self):
@@ -198,10 +193,13 @@ class _WithEinsum(AdaptedLayer):
         vars(self)["einsum_op"] = value
 
 
-def _as_functions(cls: type) -> dict[str, Callable[..., Any]]:
-    """The methods of a layer's class, an embedding's `attend` among them, as functions."""
+def _as_functions(cls: type, kind: type = nnx.Module) -> dict[str, Callable[..., Any]]:
+    """The methods of a layer's class, an embedding's `attend` among them, as functions.
+
+    Those of `kind` stay as they are.
+    """
     methods = {}
-    for owner in reversed([owner for owner in cls.__mro__ if owner not in nnx.Module.__mro__]):
+    for owner in reversed([owner for owner in cls.__mro__ if owner not in kind.__mro__]):
         for name, value in vars(owner).items():
             public = name == "__call__" or not name.startswith("_")
             # Settings stay what they are: what a copy is told is lost.
@@ -226,16 +224,24 @@ def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
             object.__setattr__(copy, "__class__", type(layer).mora_base)
             # Not by `[...] =`, which would write into the old array, and no product see the kernel.
             getattr(copy, mora.kernel_name).set_value(kernel)
+            before = _numbers_of(copy)
             outputs = method(copy, *args, **kwargs)
+            if any(a is not b for a, b in zip(before, _numbers_of(copy), strict=True)):
+                refuse_writing(kernel_path(layer))
             return outputs, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
 
-        kernel = getattr(layer, mora.kernel_name)[...]
+        kernel = vars(layer)[mora.kernel_name][...]
         outputs, rest = _run(call, mora, key, kernel, args, kwargs)
         if rest:
             nnx.update(layer, rest)
         return outputs
 
     return run
+
+
+def _numbers_of(layer: Any) -> list[Any]:
+    """The arrays of a layer's parameters, which a copy of it must leave as they are."""
+    return jax.tree.leaves(nnx.state(layer, nnx.Param))
 
 
 def _run(function: Callable[..., Any], mora: MoRA, key: Any, kernel: jax.Array, *args: Any) -> Any:
@@ -300,12 +306,11 @@ def adapted_class(cls: type) -> type:
 @functools.cache
 def _make_class(cls: type) -> type:
     namespace: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": cls.__module__}
-    mixin = AdaptedLayer
+    mixin, by_hook = AdaptedLayer, nnx.Module
     for kind, own in _MIXINS.items():
         if issubclass(cls, kind) and cls.__call__ is kind.__call__:
-            mixin = own
-    if mixin is AdaptedLayer:
-        namespace |= _as_functions(cls)
+            mixin, by_hook = own, kind
+    namespace |= _as_functions(cls, by_hook)
     return type(cls.__name__, (mixin, cls), namespace | {"mora_base": cls})
 
 

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from mora_jax._arrays.paths import flatten, unflatten
+from mora_jax.nnx._guard import AdaptedLayer
 from mora_jax.nnx._kernels import path_of
-from mora_jax.nnx._layers import AdaptedLayer, copy_variables
+from mora_jax.nnx._layers import copy_variables
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
