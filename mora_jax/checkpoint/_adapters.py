@@ -30,6 +30,7 @@ from mora_jax.checkpoint._record import (
     to_custom,
     with_path_in_errors,
 )
+from mora_jax.checkpoint._statistics import check_statistics, is_floating, statistics
 from mora_jax.checkpoint._versions import (
     check_room,
     find_saved,
@@ -84,6 +85,10 @@ def save_adapters(
 ) -> int:
     """Saves what the plan trains: adapters, and the parameters of `also_train`.
 
+    Of an `nnx.State`, the statistics are saved too: `nnx.BatchStat`, and variables of your own that
+    are no `nnx.Param`. Give `nnx.state(model)`; a state of parameters alone has none. In linen they
+    are a collection of their own, `batch_stats`, which you save yourself.
+
     Orbax writes to a temporary name first, so a directory is either whole or not there.
 
     Args:
@@ -118,13 +123,13 @@ def save_adapters(
     """
     trainable, _ = split(params, plan)
     leaves = flatten(params)
-    values = {path: unbox(leaf) for path, leaf in flatten(trainable).items()}
+    values = {path: unbox(leaf) for path, leaf in (flatten(trainable) | statistics(leaves)).items()}
     path = epath.Path(directory).absolute()
     check_room(path, name)
     if name is not None:
         path = path / name
     sums = checksums(values)
-    check_finite(values, f"saved at {path}")
+    check_finite({p: leaf for p, leaf in values.items() if is_floating(leaf)}, f"saved at {path}")
     base = {p: shape_of(unbox(leaves[p])) for p in (*plan.kernel_paths(), *dict(plan.also_train))}
     if fingerprint:
         for kernel, checksum in fingerprint_of(plan, leaves).items():
@@ -153,7 +158,8 @@ def load_adapters(
 
     Args:
       directory: where `save_adapters` wrote.
-      params: the base model's parameters, without adapters. Leaves of `also_train` are replaced.
+      params: the base model's parameters, without adapters. Leaves of `also_train` are replaced, and
+        statistics that were saved with the adapters.
       name: the name, where there are several.
       version: of that name; the newest by default.
 
@@ -173,6 +179,7 @@ def load_adapters(
     check_unadapted(plan, leaves)
     wanted = {name: leaf.shape for name, leaf in plan.adapter_leaves().items()}
     wanted |= dict(plan.also_train)
+    wanted |= check_statistics(path, saved.keys() - wanted.keys(), leaves)
     check_saved(path, wanted, saved, record.arrays)
     # Orbax wants to be told where arrays go: to their kernel's mesh, or where new arrays go.
     owners, anywhere = plan.adapter_owners(), jnp.zeros(()).sharding
@@ -186,10 +193,12 @@ def load_adapters(
         found = checksums(loaded)
         if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf].get("checksum")]:
             raise ValueError(f"{path} is damaged: {list_paths(other)} are not the numbers saved.")
-    check_finite(loaded, f"loaded from {path}")
+    check_finite(
+        {p: leaf for p, leaf in loaded.items() if is_floating(leaf)}, f"loaded from {path}"
+    )
     for leaf, (kernel, axes) in owners.items():
         loaded[leaf] = box_like(leaves[kernel], loaded[leaf], axes)
-    for leaf, _ in plan.also_train:
+    for leaf in wanted.keys() - owners.keys():
         loaded[leaf] = rebox(leaves[leaf], loaded[leaf])
     frozen = {path: leaf for path, leaf in leaves.items() if path not in wanted}
     return unflatten_like(frozen | loaded, params), plan

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import warnings
+from typing import Any
 
 import jax
 from flax import nnx
@@ -15,9 +18,27 @@ from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import check_ids
 from mora_jax.nnx._guard import LayerPath
-from mora_jax.nnx._kernels import Kernel, check_adaptable, find_kernels, wrappers_of
+from mora_jax.nnx._kernels import (
+    Kernel,
+    check_adaptable,
+    find_kernels,
+    parameters_with_shapes,
+    reasons,
+    with_stacks,
+    wrappers_of,
+)
 from mora_jax.nnx._layers import MoRA, adapted_class
-from mora_jax.nnx._state import ModelT, adapted_layers, owners_of, parameters_of, split_model
+from mora_jax.nnx._state import (
+    ModelT,
+    adapted_layers,
+    is_evaluating,
+    owners_of,
+    parameters_of,
+    split_model,
+)
+
+#: Arguments by which models are told whether they train.
+_SWITCHES = {"deterministic", "train", "training", "is_training", "inference"}
 
 
 def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = None) -> ModelT:
@@ -26,6 +47,7 @@ def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = 
         raise TypeError("the model is adapted already; adapt the base model instead.")
     adapted = nnx.merge(*split_model(model))
     owners, wrappers = owners_of(adapted), wrappers_of(adapted)
+    shapes, quiet = parameters_with_shapes(adapted), is_evaluating(adapted)
     for path, kernel in find_kernels(adapted, chooser, parameters_of(model)).items():
         if (config := chooser.choose(path)) is None:
             continue
@@ -34,28 +56,49 @@ def adapt(model: ModelT, chooser: MoRAConfig | Plan, *, key: jax.Array | None = 
         if isinstance(chooser, MoRAConfig):
             trained = chooser.trains(join_path(path, kernel.name))
             config = dataclasses.replace(config, train_kernel=trained)
+        kernel = with_stacks(path, kernel, chooser, shapes)
         spec = kernel.spec(config)
-        _add_adapter(path, kernel, spec, _key_of(path, spec, key))
+        _add_adapter(path, kernel, spec, _key_of(path, spec, key, isinstance(chooser, Plan)))
+        if config.dropout:
+            kernel.layer.mora.deterministic = quiet
     for path, variable in parameters_of(adapted).items():
         if chooser.trains(path):
             variable.set_metadata(mora_base=type(variable))
             object.__setattr__(variable, "__class__", AlsoTrained)
+    if any(layer.mora.config.dropout for _, layer in adapted_layers(adapted)):
+        _warn_of_switch(model)
     return adapted
 
 
-def _key_of(path: str, spec: AdapterSpec, key: jax.Array | None) -> jax.Array | None:
-    """The key of one layer's adapter; None if it draws nothing."""
+def _warn_of_switch(model: nnx.Module) -> None:
+    """Warns of a model that is told with every call whether to drop."""
+    names = inspect.signature(model.__call__).parameters if callable(model) else {}
+    if switches := _SWITCHES.intersection(names):
+        warnings.warn(
+            f"the model takes {' and '.join(sorted(switches))} with every call, which does not "
+            "reach the adapters' dropout. Switch that with model.train() and model.eval(), or with "
+            "nnx.view(model, deterministic=True).",
+            stacklevel=4,
+        )
+
+
+def _key_of(
+    path: str, spec: AdapterSpec, key: jax.Array | None, has_plan: bool
+) -> jax.Array | None:
+    """The key of one layer's adapter; None if it draws nothing, or nothing yet."""
     config = spec.config
     if not spec.draws and not config.dropout:
         return None
-    if key is None:
+    if key is not None:
+        # By the path's checksum, so that a layer's numbers do not depend on the others.
+        return jax.random.fold_in(key, path_seed(path))
+    if not has_plan:
         what = f"dropout={config.dropout}" if config.dropout else f"{config.scheme}"
         raise ValueError(
             f"key is missing: {what} draws random numbers (layer {path!r}). "
             "Pass key=jax.random.key(...)."
         )
-    # By the path's checksum, so that a layer's numbers do not depend on the others.
-    return jax.random.fold_in(key, path_seed(path))
+    return None
 
 
 def _add_adapter(path: str, kernel: Kernel, spec: AdapterSpec, key: jax.Array | None) -> None:
@@ -63,16 +106,12 @@ def _add_adapter(path: str, kernel: Kernel, spec: AdapterSpec, key: jax.Array | 
     layer = kernel.layer
     object.__setattr__(layer, "__class__", adapted_class(type(layer)))
     layer.mora = MoRA(spec, kernel.axes, kernel.shape, kernel=kernel.variable, key=key)
-    layer.mora.layer_path = LayerPath(path)
+    layer.mora.layer_path, layer.mora.kernel_stacks = LayerPath(path), kernel.stacks
 
 
 def plan(model: nnx.Module) -> Plan:
     """The plan of an adapted model. See `mora_jax.plan`."""
-    layers = []
-    for path, layer in adapted_layers(model):
-        mora = layer.mora
-        kernel = Kernel(layer, mora.kernel_name, mora.kernel_axes, mora.kernel_shape)
-        layers.append((path, kernel.spec(mora.config)))
+    layers = [(path, _spec_of(model, path, layer)) for path, layer in adapted_layers(model)]
     if not layers:
         raise ValueError(
             "the model has no adapters. Adapt it first, adapt(model, config), or build it with "
@@ -84,8 +123,20 @@ def plan(model: nnx.Module) -> Plan:
     total = sum(math.prod(leaf.shape) for leaf in base.values())
     found = Plan(tuple(layers), also_train, total)
     others = base.keys() - {*found.kernel_paths(), *trained}
-    left = sorted((path, "not chosen") for path in others if base[path].ndim > 1)
+    left = sorted(reasons(model, (path for path in others if base[path].ndim > 1)))
     return dataclasses.replace(found, unadapted=tuple(left))
+
+
+def _spec_of(model: nnx.Module, path: str, layer: Any) -> AdapterSpec:
+    """The full layout of an adapted layer."""
+    mora = layer.mora
+    kernel = Kernel(layer, mora.kernel_name, mora.kernel_axes, mora.kernel_shape)
+    if len(kernel.variable.shape) != len(kernel.shape) + len(mora.kernel_stacks):
+        # `nnx.vmap` of a function that makes a `MoRALinear`, or one element of a stack.
+        kernel = with_stacks(path, kernel, Plan(()), parameters_with_shapes(model))
+    else:
+        kernel = dataclasses.replace(kernel, stacks=mora.kernel_stacks)
+    return kernel.spec(mora.config)
 
 
 def set_adapter_ids(model: nnx.Module, adapter_ids: jax.Array | None) -> None:

@@ -87,8 +87,7 @@ def _kernel_name(layer: AdaptedLayer) -> str | None:
 def kernel_path(layer: AdaptedLayer) -> str:
     """Of a layer that `adapt` did not make, the kernel's name alone."""
     mora = vars(layer)["mora"]
-    path = mora.layer_path.path if hasattr(mora, "layer_path") else ""
-    return repr(join_path(path, mora.kernel_name))
+    return repr(join_path(mora.layer_path.path, mora.kernel_name))
 
 
 def _is_used_elsewhere(reader: CodeType | None) -> bool:
@@ -149,7 +148,8 @@ class _Guarded:
     def __getattr__(self, name):
         if name in _STATIC:
             return getattr(self._mora_variable.get_raw_value(), name)
-        return super().__getattr__(name)
+        of_variables: Any = super()
+        return of_variables.__getattr__(name)
 
 
 @functools.cache

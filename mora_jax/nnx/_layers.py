@@ -29,7 +29,7 @@ from mora_jax._schemes.base import Scheme
 from mora_jax._schemes.registry import as_scheme
 from mora_jax._tracing.interpreter import trace
 from mora_jax._tracing.kernel_views import AdaptedView
-from mora_jax.nnx._guard import AdaptedLayer, code_of, kernel_path, refuse_writing
+from mora_jax.nnx._guard import AdaptedLayer, LayerPath, code_of, kernel_path, refuse_writing
 
 
 class MoRA(nnx.Module):
@@ -40,11 +40,16 @@ class MoRA(nnx.Module):
       kernel_name: the layer's name for the kernel.
       kernel_axes: as the layer sees it, without the axes of stacked layers.
       kernel_shape: likewise.
+      kernel_stacks: axes of stacked layers, where `adapt` made the adapter.
+      layer_path: where the layer stands, where `adapt` made the adapter.
       deterministic: no dropout where True, as `model.eval()` sets it.
       rngs: the stream of the dropout's keys, where the config asks for dropout.
       adapter_ids: which adapter each example has, where `set_adapter_ids` has said it and the
         leaves are those of a bank.
     """
+
+    kernel_stacks: tuple[int, ...] = ()
+    layer_path: LayerPath = LayerPath("")
 
     def __init__(
         self,
@@ -57,13 +62,17 @@ class MoRA(nnx.Module):
     ):
         """New adapters of zero delta, beside `kernel` where that lies on a mesh.
 
-        `key` is needed where the config draws numbers.
+        `key` is needed where the config draws numbers. Without one these are nan, and there is no
+        dropout to train with.
         """
         self.config, self.kernel_name = spec.config, spec.kernel_name
         self.kernel_axes, self.kernel_shape = kernel_axes, kernel_shape
         for index, (name, shape) in enumerate(spec.shapes.items()):
             own = None if key is None else jax.random.fold_in(key, index)
-            make = functools.partial(spec.leaves[name].start, shape=shape, dtype=spec.config.dtype)
+            start = spec.leaves[name].start
+            if spec.leaves[name].draws and key is None:
+                start = _not_a_number  # until `nnx.update` gives it the numbers of a saved one
+            make = functools.partial(start, shape=shape, dtype=spec.config.dtype)
             common = dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True))
             if place := place_for(kernel, len(shape), common):
                 make = jax.jit(make, out_shardings=place)
@@ -73,8 +82,7 @@ class MoRA(nnx.Module):
                 MoRAParam(make(own)) if kernel is None else box_like(kernel, make(own), common),
             )
         self.deterministic = False
-        if self.config.dropout:
-            assert key is not None
+        if self.config.dropout and key is not None:
             own = jax.random.fold_in(key, len(spec.shapes))
             stacks = spec.batch[: len(spec.batch) - len(kernel_axes.batch)]
             keys = jax.random.split(own, stacks) if stacks else own
@@ -99,7 +107,15 @@ class MoRA(nnx.Module):
 
     def dropout_key(self) -> jax.Array | None:
         """A new key for the dropout of one call; None where there is none."""
-        return self.rngs() if self.config.dropout and not self.deterministic else None
+        if not self.config.dropout or self.deterministic:
+            return None
+        if not hasattr(self, "rngs"):
+            raise ValueError(
+                f"layer {self.layer_path.path!r} has dropout={self.config.dropout}, and was "
+                "adapted without a key to draw by. Call model.eval() for no dropout, or adapt with "
+                "adapt(model, plan, key=jax.random.key(...))."
+            )
+        return self.rngs()
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` calls.
@@ -109,6 +125,11 @@ class MoRA(nnx.Module):
         """
         if deterministic is not None:
             self.deterministic = deterministic
+
+
+def _not_a_number(key: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    del key
+    return jnp.full(shape, jnp.nan, dtype)
 
 
 def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -311,7 +332,17 @@ def _make_class(cls: type) -> type:
         if issubclass(cls, kind) and cls.__call__ is kind.__call__:
             mixin, by_hook = own, kind
     namespace |= _as_functions(cls, by_hook)
-    return type(cls.__name__, (mixin, cls), namespace | {"mora_base": cls})
+    fields = {"mora_base": cls, "__reduce__": _reduce}
+    return type(cls.__name__, (mixin, cls), namespace | fields)
+
+
+def _reduce(layer: Any) -> tuple[Any, ...]:
+    """For pickle: no module has an adapted class by its name, so the class is made again."""
+    return _empty_layer, (layer.mora_base,), layer.__getstate__()
+
+
+def _empty_layer(cls: type) -> Any:
+    return object.__new__(adapted_class(cls))
 
 
 def copy_variables(state: Any) -> Any:

@@ -113,15 +113,16 @@ def merge_and_reset(
     """
     state = jax.tree.map(_as_dict, optimizer.opt_state, is_leaf=_is_state)
     values = jax.tree.map(lambda leaf: leaf[...], state, is_leaf=_is_variable)
-    result = _remora.merge_and_reset(
-        values_of(model),
-        values,
-        plan(model),
-        key=key,
-        donate=donate,
-        rounding=rounding,
-        reset=reset,
-    )
+    options: Any = {"key": key, "donate": donate, "rounding": rounding, "reset": reset}
+    try:
+        result = _remora.merge_and_reset(values_of(model), values, plan(model), **options)
+    except ValueError as error:
+        if "freeze_base" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} With NNX: nnx.Optimizer(model, mora_jax.freeze_base(optimizer, "
+            "mora_jax.plan(model)), wrt=MoRAParam)."
+        ) from error
     jax.tree.map(_set, state, result.opt_state, is_leaf=_is_variable)
     params = flatten(result.params)
     for path, variable in parameters_of(model).items():

@@ -32,6 +32,15 @@ def owners_of(model: Any) -> dict[int, list[str]]:
     return owners
 
 
+def is_evaluating(model: Any) -> bool:
+    """Whether `model.eval()` was called: all switches that it sets are set."""
+    names = ("deterministic", "use_running_average")
+    modules = [module for _, module in nnx.iter_modules(model)]
+    switches = [vars(module).get(name) for module in modules for name in names]
+    switches = [switch for switch in switches if isinstance(switch, bool)]
+    return bool(switches) and all(switches)
+
+
 def parameters_of(model: Any) -> dict[str, nnx.Variable]:
     """Path -> variable, of every parameter."""
     state = nnx.state(model, nnx.Param)
