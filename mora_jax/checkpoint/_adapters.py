@@ -158,8 +158,8 @@ def load_adapters(
 
     Args:
       directory: where `save_adapters` wrote.
-      params: the base model's parameters, without adapters. Leaves of `also_train` are replaced, and
-        statistics that were saved with the adapters.
+      params: the base model's parameters, without adapters. Leaves of `also_train` are replaced,
+        and statistics that were saved with the adapters.
       name: the name, where there are several.
       version: of that name; the newest by default.
 

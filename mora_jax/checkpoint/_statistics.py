@@ -43,8 +43,8 @@ def check_statistics(
         raise ValueError(
             f"{path} holds {list_paths(missing)} beside its adapters, such as the statistics of a "
             "batch norm, and the model given has no such variables: load_adapters(directory, "
-            "nnx.state(model)), the whole state and not its parameters alone. If you gave that, the "
-            "checkpoint is damaged or of another model."
+            "nnx.state(model)), the whole state and not its parameters alone. If you gave that, "
+            "the checkpoint is damaged or of another model."
         )
     return {name: tuple(unbox(found[name]).shape) for name in saved}
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from mora_jax.nnx._state import (
     parameters_of,
     split_model,
 )
+from mora_jax.nnx._trace_check import CheckedPath, check_uses
 
 #: Arguments by which models are told whether they train.
 _SWITCHES = {"deterministic", "train", "training", "is_training", "inference"}
@@ -107,6 +109,22 @@ def _add_adapter(path: str, kernel: Kernel, spec: AdapterSpec, key: jax.Array | 
     object.__setattr__(layer, "__class__", adapted_class(type(layer)))
     layer.mora = MoRA(spec, kernel.axes, kernel.shape, kernel=kernel.variable, key=key)
     layer.mora.layer_path, layer.mora.kernel_stacks = LayerPath(path), kernel.stacks
+
+
+def check_forward_pass(model: nnx.Module, call: Callable[..., Any], inputs: Any) -> None:
+    """Raises ValueError if one forward pass uses an adapted kernel past its layer.
+
+    Args:
+      model: an adapted model; it is not touched.
+      call: a function of a model and inputs, which is traced.
+      inputs: a tree of arrays, shapes and static values.
+    """
+    copy, kernels = nnx.merge(*split_model(model)), {}
+    for path, layer in adapted_layers(copy):
+        mora = layer.mora
+        mora.layer_path = CheckedPath(path)
+        kernels[join_path(path, mora.kernel_name)] = vars(layer)[mora.kernel_name]
+    check_uses(copy, kernels, call, inputs)
 
 
 def plan(model: nnx.Module) -> Plan:

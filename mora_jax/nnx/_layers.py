@@ -30,6 +30,7 @@ from mora_jax._schemes.registry import as_scheme
 from mora_jax._tracing.interpreter import trace
 from mora_jax._tracing.kernel_views import AdaptedView
 from mora_jax.nnx._guard import AdaptedLayer, LayerPath, code_of, kernel_path, refuse_writing
+from mora_jax.nnx._trace_check import note_use
 
 
 class MoRA(nnx.Module):
@@ -111,9 +112,8 @@ class MoRA(nnx.Module):
             return None
         if not hasattr(self, "rngs"):
             raise ValueError(
-                f"layer {self.layer_path.path!r} has dropout={self.config.dropout}, and was "
-                "adapted without a key to draw by. Call model.eval() for no dropout, or adapt with "
-                "adapt(model, plan, key=jax.random.key(...))."
+                f"layer {self.layer_path.path!r} has dropout={self.config.dropout} and no key to "
+                "draw by. Call model.eval(), or adapt(model, plan, key=jax.random.key(...))."
             )
         return self.rngs()
 
@@ -143,7 +143,7 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
             examples.check(lhs.shape, dimension_numbers)
         return mora_dot_general(
             lhs,
-            rhs,
+            note_use(mora, rhs),
             dimension_numbers,
             adapter,
             config.scheme,
@@ -266,7 +266,7 @@ def _numbers_of(layer: Any) -> list[Any]:
 
 
 def _run(function: Callable[..., Any], mora: MoRA, key: Any, kernel: jax.Array, *args: Any) -> Any:
-    traced = trace(function, kernel, *args)
+    traced = trace(function, note_use(mora, kernel), *args)
     value, *others = traced.arrays
     adapter, examples = mora.adapter()
     view = AdaptedView.of(value, adapter, mora.kernel_axes, mora.config, key, examples)
