@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from mora_jax._arrays.paths import join_path
-from mora_jax._tracing.interpreter import trace
+from mora_jax._tracing.interpreter import scan_parts, trace
 
 _CHECKING: contextvars.ContextVar[bool] = contextvars.ContextVar("checking", default=False)
 
@@ -30,12 +30,64 @@ mlir.register_lowering(_USE, lambda _, kernel, path: [kernel])
 ad.deflinear(_USE, lambda cotangent, path: [cotangent])
 batching.primitive_batchers[_USE] = lambda args, axes, path: (_USE.bind(*args, path=path), *axes)
 
-#: What moves a kernel, or takes an element out of a stack of them.
-_MOVES = {
-    "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dynamic_slice", "gather",
-    "optimization_barrier", "pvary", "reshard", "reshape", "sharding_constraint", "slice",
-    "squeeze", "stop_gradient",
+#: What leaves the axes of a kernel where they are.
+_KEEPS_AXES = {
+    "convert_element_type", "copy", "copy_p", "dynamic_slice", "optimization_barrier", "pvary",
+    "reshard", "sharding_constraint", "slice", "stop_gradient",
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A kernel on its way through a trace.
+
+    Attributes:
+      path: the kernel's.
+      stacks: its axes of stacked layers.
+      order: axis i of the array is axis `order[i]` of the kernel.
+      scanned: axes that scans have taken apart, the innermost first.
+    """
+
+    path: str
+    stacks: tuple[int, ...]
+    order: tuple[int, ...]
+    scanned: tuple[int, ...] = ()
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the layer sees the axes in the order in which they are stored."""
+        own = [axis for axis in self.order if axis not in self.stacks]
+        return own == sorted(own)
+
+    def moved(self, name: str, params: Mapping[str, Any]) -> Origin | None:
+        """The kernel after an equation that moves its axes; None after any other."""
+        if name in _KEEPS_AXES:
+            return self
+        if name == "transpose":
+            return self._with(self.order[axis] for axis in params["permutation"])
+        if name in ("squeeze", "gather", "unstack"):
+            gone = {
+                "squeeze": lambda: params["dimensions"],
+                "gather": lambda: params["dimension_numbers"].collapsed_slice_dims,
+                "unstack": lambda: (params["axis"],),
+            }[name]()
+            return self._with(of for axis, of in enumerate(self.order) if axis not in gone)
+        return None
+
+    def _with(self, order: Iterable[int]) -> Origin:
+        return dataclasses.replace(self, order=tuple(order))
+
+    def element(self) -> Origin:
+        """An element, inside a scan over the first axis."""
+        scanned = (self.order[0], *self.scanned)
+        return dataclasses.replace(self, order=self.order[1:], scanned=scanned)
+
+    def stack(self) -> Origin | None:
+        """What a scan makes of its elements."""
+        if not self.scanned:
+            return None
+        first, *rest = self.scanned
+        return dataclasses.replace(self, order=(first, *self.order), scanned=tuple(rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +116,7 @@ def check_uses(
       inputs: a tree of arrays, shapes and static values.
     """
     graph, state = nnx.split(copy)
+    stacks_of = {path: layer.mora.kernel_stacks for path, layer, _ in _places(copy, kernels)}
 
     def run(values: dict[str, jax.Array], inputs: Any) -> Any:
         model = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
@@ -77,10 +130,13 @@ def check_uses(
         jaxpr = trace(run, stored, inputs).closed.jaxpr
     finally:
         _CHECKING.reset(token)
-    paths: list[str | None] = [*sorted(kernels)]
-    origins = _follow(jaxpr, paths + [None] * (len(jaxpr.invars) - len(paths)))
-    if used := next((path for path in origins if path is not None), None):
-        raise _used_elsewhere(used, "returns it")
+    origins: list[Origin | None] = [
+        Origin(path, stacks_of[path], tuple(range(len(kernels[path].shape))))
+        for path in sorted(kernels)
+    ]
+    outputs = _follow(jaxpr, origins + [None] * (len(jaxpr.invars) - len(origins)))
+    if used := next((origin for origin in outputs if origin is not None), None):
+        raise _used_elsewhere(used.path, "returns it")
 
 
 def _places(model: nnx.Module, kernels: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -91,50 +147,61 @@ def _places(model: nnx.Module, kernels: Mapping[str, Any]) -> Iterator[tuple[str
                 yield path, layer, mora.kernel_name
 
 
-def _follow(jaxpr: Any, origins: list[str | None]) -> list[str | None]:
+def _follow(jaxpr: Any, origins: Sequence[Origin | None]) -> list[Origin | None]:
     """Which kernel each output of a jaxpr is, None for others, from the same of its inputs."""
     known = {var: of for var, of in zip(jaxpr.invars, origins, strict=True) if of is not None}
 
-    def origin(atom: Any) -> str | None:
+    def origin(atom: Any) -> Origin | None:
         return None if isinstance(atom, core.Literal) else known.get(atom)
 
     for equation in jaxpr.eqns:
-        inputs = [origin(atom) for atom in equation.invars]
-        name = equation.primitive.name
+        inputs, name = [origin(atom) for atom in equation.invars], equation.primitive.name
         if equation.primitive is _USE:
-            if inputs != [path := equation.params["path"]]:
-                raise _overwritten(path)
+            _check_use(inputs[0], equation.params["path"])
             continue
-        if not any(inputs):
-            inner = _inner(equation, inputs)
-            outputs = [None] * len(equation.outvars) if inner is None else inner
-        elif name in _MOVES:
-            outputs = [inputs[0]] * len(equation.outvars)
-        elif (inner := _inner(equation, inputs)) is not None:
-            outputs = inner
-        else:
-            raise _used_elsewhere(next(of for of in inputs if of), f"has it in {name!r}")
+        kernel = next((of for of in inputs if of is not None), None)
+        outputs = _inner(equation, inputs)
+        if outputs is None:
+            moved = None if kernel is None else kernel.moved(name, equation.params)
+            outputs = [moved] * len(equation.outvars)
+            if kernel is not None and moved is None:
+                raise _used_elsewhere(kernel.path, f"has it in {name!r}")
         known |= {v: of for v, of in zip(equation.outvars, outputs, strict=True) if of is not None}
     return [origin(atom) for atom in jaxpr.outvars]
 
 
-def _inner(equation: Any, inputs: list[str | None]) -> list[str | None] | None:
+def _inner(equation: Any, inputs: Sequence[Origin | None]) -> Sequence[Origin | None] | None:
     """Origins of the outputs of an equation that runs another jaxpr; None if it runs none."""
-    params = equation.params
-    if equation.primitive.name == "cond":
+    params, name = equation.params, equation.primitive.name
+    if name == "cond":
         found = [_follow(branch.jaxpr, inputs[1:]) for branch in params["branches"]]
         return [of[0] if len(set(of)) == 1 else None for of in zip(*found, strict=True)]
-    if equation.primitive.name == "while":
+    if name == "while":
         consts = params["cond_nconsts"], params["body_nconsts"]
         carry = inputs[sum(consts) :]
-        _follow(params["cond_jaxpr"].jaxpr, inputs[: consts[0]] + carry)
-        return _follow(params["body_jaxpr"].jaxpr, inputs[consts[0] : sum(consts)] + carry)
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if (inner := params.get(name)) is not None:
+        _follow(params["cond_jaxpr"].jaxpr, [*inputs[: consts[0]], *carry])
+        return _follow(params["body_jaxpr"].jaxpr, [*inputs[consts[0] : sum(consts)], *carry])
+    if name == "scan":
+        consts, carries = scan_parts(params)
+        lead = consts + carries
+        elements = [None if of is None else of.element() for of in inputs[lead:]]
+        outputs = _follow(params["jaxpr"].jaxpr, [*inputs[:lead], *elements])
+        stacked = [None if of is None else of.stack() for of in outputs[carries:]]
+        return [*outputs[:carries], *stacked]
+    for field in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if (inner := params.get(field)) is not None:
             inner = getattr(inner, "jaxpr", inner)
             if len(inner.invars) == len(inputs) and len(inner.outvars) == len(equation.outvars):
                 return _follow(inner, inputs)
     return None
+
+
+def _check_use(origin: Origin | None, path: str) -> None:
+    if origin is None or origin.path != path or not origin.is_stored:
+        raise ValueError(
+            f"the layer of {path!r}, which is adapted, multiplies by another array than the kernel "
+            f"that is stored: the forward pass overwrites it. {_REMEDY}"
+        )
 
 
 _REMEDY = (
@@ -147,11 +214,4 @@ def _used_elsewhere(path: str, how: str) -> ValueError:
     return ValueError(
         f"the forward pass uses {path!r}, the kernel of an adapted layer, outside that layer: it "
         f"{how}. {_REMEDY}"
-    )
-
-
-def _overwritten(path: str) -> ValueError:
-    return ValueError(
-        f"the layer of {path!r}, which is adapted, multiplies by another array than the kernel "
-        f"that is stored: the forward pass overwrites it. {_REMEDY}"
     )
