@@ -20,6 +20,7 @@ from mora_jax._tracing.function import AdaptedFunction
 from mora_jax._tracing.hugging_face import is_pretrained_model
 from mora_jax.linen import _plan as _linen_plan
 from mora_jax.linen._adapt import ModuleT
+from mora_jax.nnx import _adapt as _nnx_adapt
 from mora_jax.nnx._state import ModelT
 
 
@@ -110,7 +111,8 @@ def plan(
     Args:
       model: what `adapt` returned, or a linen module that uses `MoRADense`.
       *inputs: what the model's method takes: arrays, `jax.ShapeDtypeStruct`s, static values; for a
-        function, its parameters first. Models that hold their parameters need none.
+        function, its parameters first. Models that hold their parameters need none; an NNX model is
+        traced on those it gets, to see that it uses its adapted kernels in their layers alone.
       rngs: as for `init`; only needed where the model wants several streams.
       method: as for `init`.
       **kwargs: further arguments of the model's method.
@@ -139,6 +141,13 @@ def plan(
         found = _function.plan(model, *inputs, **kwargs)
     elif isinstance(model, flax_nnx.Module):
         found = nnx.plan(model)
+        if inputs or kwargs:
+            name = "__call__" if method is None else getattr(method, "__name__", method)
+
+            def call(model, inputs):
+                return getattr(model, name)(*inputs[0], **inputs[1])
+
+            _nnx_adapt.check_forward_pass(model, call, (inputs, kwargs))
     elif is_pretrained_model(model):
         found = _hugging_face.plan(model)
     elif not isinstance(model, nn.Module):

@@ -64,7 +64,8 @@ def box_like(kernel: Any, value: jax.Array, axes: Mapping[int, int], name: str) 
 
     if isinstance(kernel, nnx.Variable):
         # Not in the constructor, which would move the value, and wants a mesh for it.
-        leaf, known = MoRAParam(value, **{NAME: name}), kernel.get_metadata()
+        leaf, known = MoRAParam(value), kernel.get_metadata()
+        leaf.set_metadata(**{NAME: name})
         if of_kernel := known.get("out_sharding"):
             leaf.set_metadata(out_sharding=names(of_kernel))
             for key in ("mesh", "sharding_rules"):

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.checksums import all_finite
-from mora_jax._arrays.paths import is_adapter, join_path, list_paths
+from mora_jax._arrays.paths import is_adapter, join_path, last_name, list_paths
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import bank_size, holds_bank
@@ -113,8 +113,8 @@ def _check_schemes(plan: Plan, surplus: set[str]) -> None:
         wanted = plan.leaf_paths(layer).values()
         beside = {path.rpartition("/")[0] for path in wanted}
         if there := {path for path in surplus if path.rpartition("/")[0] in beside}:
-            names = [{path.rpartition("/")[2] for path in paths} for paths in (there, wanted)]
-            raise other_adapter(layer, *names, spec.scheme)
+            found, looked_for = (set(map(last_name, paths)) for paths in (there, wanted))
+            raise other_adapter(layer, found, looked_for, spec.scheme)
 
 
 def check_paths(plan: Plan, leaves: Mapping[str, Any]) -> None:

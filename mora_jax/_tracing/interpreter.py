@@ -229,11 +229,16 @@ def _remat(params: Params, *inputs: Any) -> Outputs:
     return body(leaves)
 
 
-def _scan(params: Params, *inputs: Any) -> Outputs:
+def scan_parts(params: Params) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried."""
     if "num_consts" in params:
-        consts, carries = params["num_consts"], params["num_carry"]
-    else:
-        consts, carries = (len(part) for part in params["ft_in"].elts[:2])
+        return params["num_consts"], params["num_carry"]
+    consts, carries = (len(part) for part in params["ft_in"].elts[:2])
+    return consts, carries
+
+
+def _scan(params: Params, *inputs: Any) -> Outputs:
+    consts, carries = scan_parts(params)
     constant, rebuild_constant = _open_all(inputs[:consts])
     carry = [as_array(value) for value in inputs[consts : consts + carries]]
     stacked, rebuild_element = _open_all(inputs[consts + carries :], axis=0)

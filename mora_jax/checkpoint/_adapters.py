@@ -33,6 +33,7 @@ from mora_jax.checkpoint._record import (
     to_custom,
     with_path_in_errors,
 )
+from mora_jax.checkpoint._statistics import check_statistics, is_floating, statistics
 from mora_jax.checkpoint._versions import (
     check_room,
     find_saved,
@@ -88,6 +89,10 @@ def save_adapters(
 ) -> int:
     """Saves what the plan trains: adapters, and the parameters of `also_train`.
 
+    Of an `nnx.State`, the statistics are saved too: `nnx.BatchStat`, and variables of your own that
+    are no `nnx.Param`. Give `nnx.state(model)`; a state of parameters alone has none. In linen they
+    are a collection of their own, `batch_stats`, which you save yourself.
+
     Orbax writes to a temporary name first, so a directory is either whole or not there.
 
     Args:
@@ -127,7 +132,8 @@ def save_adapters(
     leaves = flatten(params)
     # In files names are plain, for the plan beside them says the scheme.
     plain = plan.plain_paths()
-    values = {plain.get(p, p): unbox(leaf) for p, leaf in flatten(trainable).items()}
+    saved = flatten(trainable) | statistics(leaves)
+    values = {plain.get(path, path): unbox(leaf) for path, leaf in saved.items()}
     if kernels:
         values |= {kernel: unbox(leaves[kernel]) for kernel in plan.kernel_paths()}
     path = epath.Path(directory).absolute()
@@ -135,7 +141,7 @@ def save_adapters(
     if name is not None:
         path = path / name
     sums = checksums(values)
-    check_finite(values, f"saved at {path}")
+    check_finite({p: leaf for p, leaf in values.items() if is_floating(leaf)}, f"saved at {path}")
     base = {p: shape_of(unbox(leaves[p])) for p in (*plan.kernel_paths(), *dict(plan.also_train))}
     if plan.merges > 0 if fingerprint is None else fingerprint:
         for kernel, checksum in fingerprint_of(plan, leaves).items():
@@ -165,7 +171,8 @@ def load_adapters(
 
     Args:
       directory: where `save_adapters` wrote.
-      params: the base model's parameters, without adapters. Leaves of `also_train` are replaced.
+      params: the base model's parameters, without adapters. Leaves of `also_train` are replaced,
+        and statistics that were saved with the adapters.
       name: the name, where there are several.
       version: of that name; the newest by default.
       dtype: adapters in a narrower dtype are widened to this one, and a note goes to the logger
@@ -188,9 +195,8 @@ def load_adapters(
     check_unadapted(plan, leaves)
     plain = plan.plain_paths()
     wanted = {plain[name]: leaf.shape for name, leaf in plan.adapter_leaves().items()}
-    # What replaces a parameter of the base.
-    replaced = dict(plan.also_train) | kernels_in(record)
-    wanted |= replaced
+    wanted |= dict(plan.also_train) | kernels_in(record)
+    wanted |= check_statistics(path, saved.keys() - wanted.keys(), leaves)
     check_saved(path, wanted, saved, record.arrays)
     # Orbax wants to be told where arrays go: to their kernel's mesh, or where new arrays go.
     owners = {plain[leaf]: owner for leaf, owner in plan.adapter_owners().items()}
@@ -205,13 +211,15 @@ def load_adapters(
         found = checksums(loaded)
         if other := [leaf for leaf in found if found[leaf] != record.arrays[leaf].get("checksum")]:
             raise ValueError(f"{path} is damaged: {list_paths(other)} are not the numbers saved.")
-    check_finite(loaded, f"loaded from {path}")
+    check_finite(
+        {p: leaf for p, leaf in loaded.items() if is_floating(leaf)}, f"loaded from {path}"
+    )
     names = {plain: last_name(path) for path, plain in plan.plain_paths().items()}
     dtypes = loaded_dtypes({leaf: loaded[leaf].dtype for leaf in owners}, dtype, path)
     loaded |= {leaf: loaded[leaf].astype(own) for leaf, own in dtypes.items()}
     for leaf, (kernel, axes) in owners.items():
         loaded[leaf] = box_like(leaves[kernel], loaded[leaf], axes, names[leaf])
-    for leaf in replaced:
+    for leaf in wanted.keys() - owners.keys():
         loaded[leaf] = rebox(leaves[leaf], loaded[leaf])
     frozen = {path: leaf for path, leaf in leaves.items() if path not in wanted}
     adapters = {leaf: loaded.pop(name) for leaf, name in plain.items()}

@@ -17,6 +17,8 @@ from mora_jax._plans.config import MoRAConfig, check_matches
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes, einsum_axes
+from mora_jax.nnx._hints import hints, reason_of
+from mora_jax.nnx._stacks import Stacked, full_axes, known_parameters, stack_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,50 +30,56 @@ class Kernel:
       name: its name there.
       axes: as the layer sees it.
       shape: as the layer sees it.
+      stacks: axes of the full kernel that its layer does not see.
     """
 
     layer: Any
     name: str
     axes: KernelAxes
     shape: tuple[int, ...]
+    stacks: tuple[int, ...] = ()
 
     @property
     def variable(self) -> nnx.Variable:
         """The variable that holds it."""
-        return getattr(self.layer, self.name)
+        return vars(self.layer)[self.name]
 
     def spec(self, config: LayerConfig) -> AdapterSpec:
         """Its full layout, the axes of stacked layers included."""
-        full = tuple(getattr(self.layer, self.name).shape)
-        stacks = _stack_axes(full, self.shape)
-        rest = tuple(axis for axis in range(len(full)) if axis not in stacks)
-        inputs, outputs, batch = (
-            tuple(rest[axis] for axis in part)
-            for part in (self.axes.inputs, self.axes.outputs, self.axes.batch)
-        )
+        full = tuple(self.variable.shape)
         # A stack has one axis for all its parameters; the kernel's own batch axes come first
         # among the others.
+        ndim = 2 + len(self.stacks) + len(self.axes.batch)
+        # An adapter has fewer axes than some kernels: then the stack's is counted from the back.
+        stacks = tuple(axis if axis < ndim else axis - len(full) + ndim for axis in self.stacks)
         free = (axis for axis in itertools.count() if axis not in stacks)
-        adapter_axes = stacks + tuple(itertools.islice(free, len(batch)))
-        axes = KernelAxes(inputs, outputs, stacks + batch)
+        adapter_axes = stacks + tuple(itertools.islice(free, len(self.axes.batch)))
+        axes = full_axes(self.axes, self.stacks, len(full))
         return AdapterSpec(config, full, axes, adapter_axes, self.name)
 
 
-def _stack_axes(full: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that a kernel has more than its layer knows of."""
-    fitting = [
-        stacks
-        for stacks in itertools.combinations(range(len(full)), len(full) - len(own))
-        if tuple(n for axis, n in enumerate(full) if axis not in stacks) == own
-    ]
-    if len(fitting) != 1:
-        raise ValueError(
-            f"a kernel of shape {full} in a layer that says {own}: "
-            f"stacked along one of {fitting}, and which cannot be told."
-            if fitting
-            else f"a kernel of shape {full} does not fit its layer, which says {own}."
-        )
-    return fitting[0]
+def with_stacks(
+    path: str, kernel: Kernel, chooser: MoRAConfig | Plan, parameters: list[Stacked]
+) -> Kernel:
+    """The kernel of the layer at `path`, with the axes along which it is stacked.
+
+    Args:
+      path: the layer's.
+      kernel: its kernel.
+      chooser: the config or plan, which may state the axes.
+      parameters: what `known_parameters` gives.
+
+    Raises:
+      ValueError: if nothing tells the axes.
+    """
+    this = Stacked(path, tuple(kernel.variable.shape), kernel.shape)
+    if isinstance(chooser, MoRAConfig):
+        stated = chooser.kernel_axes(join_path(path, kernel.name))
+    else:
+        stated = chooser[path].kernel_axes if path in chooser else None
+    declared = None if stated is None else stated.batch[: this.count]
+    stacks = stack_axes(kernel.name, this, kernel.axes, parameters, declared)
+    return dataclasses.replace(kernel, stacks=stacks)
 
 
 def find_kernels(
@@ -96,7 +104,10 @@ def find_kernels(
             )
         found[path] = kernel
     if isinstance(chooser, MoRAConfig):
-        check_matches(chooser, found, parameters)
+        try:
+            check_matches(chooser, found, parameters)
+        except ValueError as error:
+            raise ValueError(" ".join([str(error), *hints(_modules(model))])) from error
     elif missing := chooser.keys() - found.keys():
         raise ValueError(
             f"the plan has layers at {list_paths(missing)}, where the model has none; "
@@ -105,7 +116,9 @@ def find_kernels(
     return found
 
 
-def check_adaptable(path: str, kernel: Kernel, config: LayerConfig, tied: list[str]) -> None:
+def check_adaptable(
+    path: str, kernel: Kernel, config: LayerConfig, tied: list[str], wrapper: str | None = None
+) -> None:
     """Raises ValueError if the layer at `path` cannot have the adapter that the config wants.
 
     Args:
@@ -113,7 +126,15 @@ def check_adaptable(path: str, kernel: Kernel, config: LayerConfig, tied: list[s
       kernel: its kernel.
       config: what it is to get.
       tied: paths of the kernel, more than one if layers share it.
+      wrapper: the wrapper that normalises the kernel in the forward pass, if one does.
     """
+    if wrapper is not None:
+        raise ValueError(
+            f"layer {path!r} stands in {wrapper}, which writes other numbers into its kernel in "
+            "every forward pass; a merge would add the delta to numbers that no layer multiplies "
+            "by. Leave it out with MoRAConfig.exclude, or adapt the model as a function of its "
+            "parameters, mora_jax.adapt(function, config)."
+        )
     if len(tied) > 1:
         raise ValueError(
             f"{list_paths(tied)} are one tied weight; an adapter in one of these layers would not "
@@ -125,6 +146,19 @@ def check_adaptable(path: str, kernel: Kernel, config: LayerConfig, tied: list[s
             f"dropout={config.dropout} for layer {path!r}, a {type(kernel.layer).__name__}: "
             "convolutions and embeddings have none."
         )
+
+
+def wrappers_of(model: Any) -> dict[int, str]:
+    """Identity of a variable that `WeightNorm` or `SpectralNorm` overwrites -> that wrapper."""
+    found = {}
+    for names, module in nnx.iter_modules(model):
+        if not isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):
+            continue
+        wrapper = f"the {type(module).__name__} at {path_of(names)!r}"
+        for name, variable in nnx.to_flat_state(nnx.state(module.layer_instance, nnx.Param)):
+            if isinstance(module, nnx.SpectralNorm) or module.variable_filter(name, variable):
+                found[id(variable)] = wrapper
+    return found
 
 
 def _kernels(model: Any, chooser: MoRAConfig | Plan) -> Iterator[tuple[str, Kernel]]:
@@ -156,6 +190,25 @@ def _declared_kernels(
             axes = chooser[path].kernel_axes if known else None
         if axes is not None:
             yield path, Kernel(layer, name, axes, tuple(value.shape))
+
+
+def parameters_with_shapes(model: Any) -> list[Stacked]:
+    """The model's parameters of which their layers say the shape."""
+    return known_parameters(_modules(model))
+
+
+def reasons(model: Any, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(path, why it has no adapter) of the parameters at these paths."""
+    modules = dict(_modules(model))
+    for path in paths:
+        owner = path.rpartition("/")[0]
+        while owner not in modules:  # The root, "", is a module.
+            owner = owner.rpartition("/")[0]
+        yield path, reason_of(modules[owner])
+
+
+def _modules(model: Any) -> Iterator[tuple[str, Any]]:
+    return ((path_of(names), module) for names, module in nnx.iter_modules(model))
 
 
 def path_of(names: tuple[Any, ...]) -> str:

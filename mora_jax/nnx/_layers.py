@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,139 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mora_jax._arrays.boxes import MoRAParam, box_like, place_for
-from mora_jax._arrays.paths import ADAPTER, IDS, NAME
-from mora_jax._params.checks import other_adapter
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._product.dot import dropout, mora_dot_general
-from mora_jax._product.per_example import ExampleIds, bank_size, holds_bank, unstack_bank
 from mora_jax._schemes.base import Scheme
 from mora_jax._schemes.registry import as_scheme
 from mora_jax._tracing.interpreter import trace
 from mora_jax._tracing.kernel_views import AdaptedView
-
-
-class MoRA(nnx.Module):
-    """The adapter of one kernel: `matrix`, or `a` and `b`; with DoRA `magnitude` too.
-
-    Attributes:
-      config: rank, scheme and options.
-      kernel_name: the layer's name for the kernel.
-      kernel_axes: as the layer sees it, without the axes of stacked layers.
-      kernel_shape: likewise.
-      merged: whether adapters were merged into the kernel by `merge_and_reset`. A count would have
-        jit compile anew after each.
-      deterministic: no dropout where True, as `model.eval()` sets it.
-      rngs: the stream of the dropout's keys, where the config asks for dropout.
-      adapter_ids: which adapter each example has, where `set_adapter_ids` has said it and the
-        leaves are those of a bank.
-    """
-
-    def __init__(
-        self,
-        spec: AdapterSpec,
-        kernel_axes: KernelAxes,
-        kernel_shape: tuple[int, ...],
-        *,
-        kernel: nnx.Variable | None = None,
-        key: jax.Array | None = None,
-    ):
-        """New adapters of zero delta, beside `kernel` where that lies on a mesh.
-
-        `key` is needed where the config draws numbers.
-        """
-        self.config, self.kernel_name = spec.config, spec.kernel_name
-        self.kernel_axes, self.kernel_shape = kernel_axes, kernel_shape
-        for index, (name, shape) in enumerate(spec.shapes.items()):
-            own = None if key is None else jax.random.fold_in(key, index)
-            make = functools.partial(spec.leaves[name].start, shape=shape, dtype=spec.config.dtype)
-            common = dict(zip(spec.adapter_batch_axes, spec.kernel_axes.batch, strict=True))
-            if place := place_for(kernel, len(shape), common):
-                make = jax.jit(make, out_shardings=place)
-            stored, value = self.config.stored_name(name), make(own)
-            alone = kernel is None
-            leaf = MoRAParam(value) if alone else box_like(kernel, value, common, stored)
-            leaf.set_metadata(**{NAME: stored})
-            setattr(self, stored, leaf)
-        self.merged, self.deterministic = False, False
-        if self.config.dropout:
-            assert key is not None
-            own = jax.random.fold_in(key, len(spec.shapes))
-            stacks = spec.batch[: len(spec.batch) - len(kernel_axes.batch)]
-            keys = jax.random.split(own, stacks) if stacks else own
-            self.rngs = nnx.RngStream(keys, tag=ADAPTER)
-
-    def adapter(self) -> tuple[dict[str, jax.Array], ExampleIds | None]:
-        """The leaves by name, and which adapter each example has where they are a bank's.
-
-        Within a scan over stacked layers, they are those of one layer.
-        """
-        _, in_features, out_features = self.kernel_axes.sizes(self.kernel_shape)
-        shapes = self.config.shapes(in_features, out_features)
-        rows = {name: shape[0] for name, shape in shapes.items()}
-        leaves = self._stored_leaves(rows)
-        if (variable := getattr(self, IDS, None)) is None:
-            if (count := bank_size(leaves, rows)) > 1:
-                raise holds_bank(count, f"the variables of a layer of {self.config.scheme}")
-            return leaves, None
-        # Stacked layers have their ids stacked, whether a scan takes them apart or not.
-        ids, path = variable[...], variable.get_metadata("layer")
-        return unstack_bank(leaves, rows, path), ExampleIds(ids[(0,) * (ids.ndim - 1)], path)
-
-    def _stored_leaves(self, names: Iterable[str]) -> dict[str, jax.Array]:
-        """The leaves' values by their plain names.
-
-        Raises:
-          ValueError: where the variables were put here from a model of another scheme.
-        """
-        stored = {name: self.config.stored_name(name) for name in names}
-        there = {
-            variable.get_metadata(NAME, name)
-            for name, variable in vars(self).items()
-            if isinstance(variable, MoRAParam)
-        }
-        if there != set(stored.values()):
-            sizes = " -> ".join(map(str, self.kernel_shape))
-            raise other_adapter(f"of {sizes}", there, stored.values(), self.config.scheme)
-        return {name: getattr(self, attribute)[...] for name, attribute in stored.items()}
-
-    def go_on_with(self, config: LayerConfig) -> None:
-        """Takes the next scheme of a cycle; the leaves stay, under the names that say it."""
-        for name in self.config.leaves(1, 1):
-            old, new = self.config.stored_name(name), config.stored_name(name)
-            if old != new:
-                leaf = getattr(self, old)
-                leaf.set_metadata(**{NAME: new})
-                setattr(self, new, leaf)
-                delattr(self, old)
-        self.config, self.merged = config, True
-
-    def dropout_key(self) -> jax.Array | None:
-        """A new key for the dropout of one call; None where there is none."""
-        return self.rngs() if self.config.dropout and not self.deterministic else None
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` calls.
-
-        Args:
-          deterministic: no dropout where True.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
-
-
-class AdaptedLayer(nnx.Module):
-    """What layers of an adapted class have in common.
-
-    Attributes:
-      mora: the adapter.
-      mora_base: the layer's own class.
-    """
-
-    mora: MoRA
-    mora_base: type = nnx.Linear
+from mora_jax.nnx._guard import AdaptedLayer, code_of, kernel_path, refuse_writing
+from mora_jax.nnx._mora import MoRA
+from mora_jax.nnx._trace_check import note_use
 
 
 def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -164,7 +42,7 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
             examples.check(lhs.shape, dimension_numbers)
         return mora_dot_general(
             lhs,
-            rhs,
+            note_use(mora, rhs),
             dimension_numbers,
             adapter,
             config.scheme,
@@ -186,6 +64,8 @@ def _dot_general(layer: Any, base: Callable[..., jax.Array]) -> Callable[..., ja
 class _WithDotGeneral(AdaptedLayer):
     """Takes the place of a layer's field `dot_general`, and keeps what it held."""
 
+    mora_reader = code_of(nnx.Linear.__call__)
+
     @property
     def dot_general(self):
         made = vars(self).get("dot_general_cls")
@@ -200,6 +80,8 @@ class _WithDotGeneral(AdaptedLayer):
 class _WithDotGeneralClass(_WithDotGeneral):
     """`LinearGeneral` asks its `dot_general_cls` first."""
 
+    mora_reader = code_of(nnx.LinearGeneral.__call__)
+
     @property
     def dot_general_cls(self):
         return None
@@ -211,6 +93,8 @@ class _WithDotGeneralClass(_WithDotGeneral):
 
 class _WithEinsum(AdaptedLayer):
     """Takes the place of a layer's field `einsum_op`."""
+
+    mora_reader = code_of(nnx.Einsum.__call__)
 
     @property
     def einsum_op(self):
@@ -229,10 +113,13 @@ class _WithEinsum(AdaptedLayer):
         vars(self)["einsum_op"] = value
 
 
-def _as_functions(cls: type) -> dict[str, Callable[..., Any]]:
-    """The methods of a layer's class, an embedding's `attend` among them, as functions."""
+def _as_functions(cls: type, kind: type = nnx.Module) -> dict[str, Callable[..., Any]]:
+    """The methods of a layer's class, an embedding's `attend` among them, as functions.
+
+    Those of `kind` stay as they are.
+    """
     methods = {}
-    for owner in reversed([owner for owner in cls.__mro__ if owner not in nnx.Module.__mro__]):
+    for owner in reversed([owner for owner in cls.__mro__ if owner not in kind.__mro__]):
         for name, value in vars(owner).items():
             public = name == "__call__" or not name.startswith("_")
             # Settings stay what they are: what a copy is told is lost.
@@ -257,10 +144,13 @@ def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
             object.__setattr__(copy, "__class__", type(layer).mora_base)
             # Not by `[...] =`, which would write into the old array, and no product see the kernel.
             getattr(copy, mora.kernel_name).set_value(kernel)
+            before = _numbers_of(copy)
             outputs = method(copy, *args, **kwargs)
+            if any(a is not b for a, b in zip(before, _numbers_of(copy), strict=True)):
+                refuse_writing(kernel_path(layer))
             return outputs, nnx.to_pure_dict(nnx.state(copy, nnx.Not(nnx.Param)))
 
-        kernel = getattr(layer, mora.kernel_name)[...]
+        kernel = vars(layer)[mora.kernel_name][...]
         outputs, rest = _run(call, mora, key, kernel, args, kwargs)
         if rest:
             nnx.update(layer, rest)
@@ -269,8 +159,13 @@ def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _numbers_of(layer: Any) -> list[Any]:
+    """The arrays of a layer's parameters, which a copy of it must leave as they are."""
+    return jax.tree.leaves(nnx.state(layer, nnx.Param))
+
+
 def _run(function: Callable[..., Any], mora: MoRA, key: Any, kernel: jax.Array, *args: Any) -> Any:
-    traced = trace(function, kernel, *args)
+    traced = trace(function, note_use(mora, kernel), *args)
     value, *others = traced.arrays
     adapter, examples = mora.adapter()
     view = AdaptedView.of(value, adapter, mora.kernel_axes, mora.config, key, examples)
@@ -331,13 +226,22 @@ def adapted_class(cls: type) -> type:
 @functools.cache
 def _make_class(cls: type) -> type:
     namespace: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": cls.__module__}
-    mixin = AdaptedLayer
+    mixin, by_hook = AdaptedLayer, nnx.Module
     for kind, own in _MIXINS.items():
         if issubclass(cls, kind) and cls.__call__ is kind.__call__:
-            mixin = own
-    if mixin is AdaptedLayer:
-        namespace |= _as_functions(cls)
-    return type(cls.__name__, (mixin, cls), namespace | {"mora_base": cls})
+            mixin, by_hook = own, kind
+    namespace |= _as_functions(cls, by_hook)
+    fields = {"mora_base": cls, "__reduce__": _reduce}
+    return type(cls.__name__, (mixin, cls), namespace | fields)
+
+
+def _reduce(layer: Any) -> tuple[Any, ...]:
+    """For pickle: no module has an adapted class by its name, so the class is made again."""
+    return _empty_layer, (layer.mora_base,), layer.__getstate__()
+
+
+def _empty_layer(cls: type) -> Any:
+    return object.__new__(adapted_class(cls))
 
 
 def copy_variables(state: Any) -> Any:

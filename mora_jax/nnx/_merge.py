@@ -114,16 +114,18 @@ def merge_and_reset(
     state = jax.tree.map(_as_dict, optimizer.opt_state, is_leaf=_is_state)
     values = jax.tree.map(lambda leaf: leaf[...], state, is_leaf=_is_variable)
     before = plan(model)
-    result = _remora.merge_and_reset(
-        values_of(model),
-        values,
-        before,
-        key=key,
-        donate=donate,
-        rounding=rounding,
-        reset=reset,
-        optimizer=optimizer.tx,
-    )
+    options: Any = {"key": key, "donate": donate, "rounding": rounding, "reset": reset}
+    try:
+        result = _remora.merge_and_reset(
+            values_of(model), values, before, optimizer=optimizer.tx, **options
+        )
+    except ValueError as error:
+        if "freeze_base" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} With NNX: nnx.Optimizer(model, mora_jax.freeze_base(optimizer, "
+            "mora_jax.plan(model)), wrt=MoRAParam)."
+        ) from error
     for path, layer in adapted_layers(model):
         layer.mora.go_on_with(result.plan[path].config)
     params = flatten(result.params)

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from mora_jax._arrays.paths import flatten, unflatten
+from mora_jax.nnx._guard import AdaptedLayer
 from mora_jax.nnx._kernels import path_of
-from mora_jax.nnx._layers import AdaptedLayer, copy_variables
+from mora_jax.nnx._layers import copy_variables
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -29,6 +30,15 @@ def owners_of(model: Any) -> dict[int, list[str]]:
             if isinstance(value, nnx.Variable):
                 owners.setdefault(id(value), []).append(path_of((*names, name)))
     return owners
+
+
+def is_evaluating(model: Any) -> bool:
+    """Whether `model.eval()` was called: all switches that it sets are set."""
+    names = ("deterministic", "use_running_average")
+    modules = [module for _, module in nnx.iter_modules(model)]
+    switches = [vars(module).get(name) for module in modules for name in names]
+    switches = [switch for switch in switches if isinstance(switch, bool)]
+    return bool(switches) and all(switches)
 
 
 def parameters_of(model: Any) -> dict[str, nnx.Variable]:

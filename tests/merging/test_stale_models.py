@@ -16,7 +16,7 @@ OTHER = (
     r"another scheme for the layer '(up|down)'.*matrix_sharing_signs_1.*Sharing\(\).*matrix_sharing"
 )
 
-NNX_OTHER = r"another scheme for the layer 'of 8 -> 16'.*matrix_sharing_signs_1.*Sharing\(\) looks"
+NNX_OTHER = r"another scheme for the layer 'up'.*matrix_sharing_signs_1.*Sharing\(\) looks"
 
 
 class Layers(nn.Module):

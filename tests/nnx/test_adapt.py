@@ -271,7 +271,7 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"dropout=0.1 for layer 'embed', a Embed"):
         adapted(targets="embed", kernels=(), dropout=0.1)
     square = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs))(nnx.Rngs(0).split(4))
-    with pytest.raises(ValueError, match=r"stacked along one of .* cannot be told"):
+    with pytest.raises(ValueError, match=r"stacked along one of .* no other parameter tells which"):
         mora_jax.adapt(square, mora_jax.MoRAConfig(rank=1))
 
 
