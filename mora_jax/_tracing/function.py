@@ -184,24 +184,23 @@ def _plan(traced: Traced, base: Mapping[str, Any], config: MoRAConfig) -> Plan:
 def _reason(record: Record, path: str, leaf: Any) -> str:
     """Why a parameter that is a matrix is no kernel."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return f"not floating but {leaf.dtype}"
+        return f"has the dtype {leaf.dtype}, not a floating one"
     return record.reason(path)
 
 
 def _nothing_to_adapt(base: Mapping[str, Any], others: Mapping[str, str]) -> ValueError:
     """What is raised for a function without kernels: what was seen of it, and what to do."""
-    seen = "it has no parameters with two axes or more"
+    seen = "none has two axes or more"
     if others:
         shown = list(others.items())[:8]
-        seen = "; ".join(
-            f"{readable(path)!r} {tuple(base[path].shape)}: {why}" for path, why in shown
-        )
-        seen += f"; and {len(others) - 8} more" if len(others) > 8 else ""
+        lines = [f"{readable(path)!r} {tuple(base[path].shape)} {why}" for path, why in shown]
+        lines += [f"and {len(others) - 8} more"] if len(others) > 8 else []
+        seen = "; ".join(lines)
     return ValueError(
         f"the function has no kernel to adapt. Of its {len(base)} parameters: {seen}. An adapter "
-        "needs a product (x @ w, dot_general, einsum) of inputs and a parameter itself, or one that "
-        "was only cast, transposed, reshaped or multiplied by a constant. Write the product so, "
-        "or train these parameters in full without adapters."
+        "needs a product (x @ w, einsum, dot_general) of inputs and a parameter that was at most "
+        "cast, copied, transposed, reshaped or scaled before. Convolutions and lookups are adapted "
+        "in Flax modules: adapt(module, MoRAConfig(targets=...)) with a pattern that names them."
     )
 
 

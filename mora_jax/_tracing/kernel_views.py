@@ -171,7 +171,7 @@ class AdaptedView(ReshapedView):
         return [axis for axis in range(self.value.ndim) if axis not in known]
 
     def _as_batch(self, axis: int) -> AdaptedView:
-        """The view with an added axis as a batch axis: the same adapter for each of its elements."""
+        """The view with an added axis as a batch axis, all elements with the same adapter."""
         axes, place = self.axes, len(self.axes.batch)
 
         def repeated(leaf: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from mora_jax._tracing.view import Pairs, dot_general, ragged_axes
 class Factor(NamedTuple):
     """A part of one axis of a parameter: what a reshape makes of it, most often all of it.
 
-    An axis of heads * head_dim has the factors heads, of stride head_dim, and head_dim, of stride 1.
+    An axis of heads * head_dim has two: heads, of stride head_dim, and head_dim, of stride 1.
 
     Attributes:
       axis: of the parameter.
@@ -51,7 +52,9 @@ class Record:
     def reason(self, path: str) -> str:
         """Why a parameter is not adapted that no product contracts."""
         uses = dict.fromkeys(self.uses.get(path, ()))
-        return f"enters no product itself, but {', '.join(uses)}" if uses else "not used"
+        if not uses:
+            return "is not used"
+        return f"enters no product that can be adapted, only {', '.join(uses)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,12 +160,14 @@ class RecordingView(ReshapedView):
         for axis, stored in enumerate(self.order):
             side = 0 if axis in contracted else 1 if axis in batched else 2
             if not self.origin[stored] and self.value.shape[stored] > 1 and side != 1:
-                return self.note("a product over an axis that it was repeated along")
+                self.note("a product over an axis that it was repeated along")
+                return
             sides[side].append(self.origin[stored])
         found = _kernel_axes(*sides, self.stacks, self.parameter_shape)
         if isinstance(found, str):
-            return self.note(found)
-        self.record.axes.setdefault(self.path, found)
+            self.note(found)
+        else:
+            self.record.axes.setdefault(self.path, found)
 
 
 def _kernel_axes(
@@ -195,9 +200,7 @@ def _axes(side: Iterable[Factors]) -> list[int]:
 def _are_runs(side: list[Factors]) -> bool:
     """Whether what was joined stands together, in that order, among all of its side's features."""
     place = {factor: i for i, factor in enumerate(sorted(sum(side, ()), key=_place))}
-    return all(
-        place[b] == place[a] + 1 for part in side for a, b in zip(part, part[1:], strict=False)
-    )
+    return all(place[b] == place[a] + 1 for part in side for a, b in itertools.pairwise(part))
 
 
 def _place(factor: Factor) -> tuple[int, int]:

@@ -12,11 +12,10 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 from jax import lax
-from typing_extensions import Self
 
 from mora_jax._tracing.view import View
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._product.call import FROZEN_KERNEL
@@ -97,7 +98,7 @@ def _divide(params: Params, view: Any, by: Any) -> Outputs:
 
 def _is_constant(value: Any) -> bool:
     """Whether it is one number that nothing is differentiated by."""
-    return not isinstance(value, View | Taken | jax.core.Tracer) and np.ndim(value) == 0
+    return not isinstance(value, View | Taken | Tracer) and np.ndim(value) == 0
 
 
 def _stop_gradient(params: Params, view: Any) -> Outputs:

@@ -58,7 +58,6 @@ def test_the_delta_follows_the_product(dtype, config):
 
 
 def test_integers_through_a_tied_kernel_experts_and_dropout():
-    matrix = {"matrix": 0.3 + jnp.zeros((4, 4))}
     params = {"tied": {"w": W}, "experts": {"w": jnp.stack([W, -W])}}
     sizes = jnp.array([2, 1])
 
@@ -77,7 +76,6 @@ def test_integers_through_a_tied_kernel_experts_and_dropout():
     dropped = forward(params, INTEGERS, mora_key=jax.random.key(0))[0] - base(params, INTEGERS)[0]
     # Whole numbers scaled by two, times 0.3: not rounded to whole numbers.
     assert jnp.any(jnp.abs(dropped - jnp.round(dropped)) > 0.05)
-    del matrix
 
 
 @pytest.mark.parametrize("dtype", INPUTS)
