@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -233,3 +234,32 @@ def test_a_kernel_that_the_model_rounds_stays_rounded(low, optimized):
     assert jnp.abs(base(params) - X @ params["w"]).max() > 1e-3
     adapted = mora_jax.attach(mora_jax.plan(forward, params), params)
     np.testing.assert_array_equal(jax.jit(forward)(adapted), jax.jit(base)(params))
+
+
+class Turned(nnx.Module):
+    """Gives its two output axes in another order than its kernel has them."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(draw(16, 2, 4))
+
+    def __call__(self, x):
+        return jnp.einsum("bi,iuv->bvu", x, self.kernel[...])
+
+
+class Holder(nnx.Module):
+    def __init__(self):
+        self.turned = Turned()
+
+    def __call__(self, x):
+        return self.turned(x)
+
+
+def test_outputs_stated_in_another_order_than_stored():
+    axes = KernelAxes((0,), (2, 1))
+    config = {"rank": 1, "scheme": "sharing", "targets": ".*", "kernels": {".*": axes}}
+    model = mora_jax.adapt(Holder(), mora_jax.MoRAConfig(**config))
+    adapters = nnx.state(model, mora_jax.nnx.MoRAParam)
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), adapters)
+    nnx.update(model, drawn)
+    np.testing.assert_allclose(model(X), mora_jax.nnx.merge(model)(X), rtol=1e-4, atol=1e-5)
