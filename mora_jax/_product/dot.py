@@ -215,8 +215,10 @@ def _adapted(
         inputs = lhs if adapter_lhs is None else adapter_lhs
         y = call.in_activations(lhs, inputs, rhs, direction, adapter_ids)
         return call.scale_columns(y, scale)
-    varied = reverse_only(vary_alike((lhs, rhs, direction, scale)))
-    return adapted_product(*varied, call)
+    lhs, rhs, direction, scale = vary_alike((lhs, rhs, direction, scale))
+    # Not the kernel: a scan whose kernels are constants would keep a copy of what is marked.
+    lhs, direction = reverse_only((lhs, direction))
+    return adapted_product(lhs, rhs, direction, scale, call)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
