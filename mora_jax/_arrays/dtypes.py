@@ -43,3 +43,17 @@ def add_delta(kernel: jax.Array, value: jax.Array, scale: jax.Array | None = Non
     wide = wide_dtype(kernel.dtype)
     total = kernel.astype(wide) + value.astype(wide)
     return (total if scale is None else total * scale.astype(wide)).astype(kernel.dtype)
+
+
+def holds_all(dtype, narrow) -> bool:
+    """Whether every number of the floating dtype `narrow` is one of `dtype` too.
+
+    >>> holds_all(np.float32, jnp.bfloat16), holds_all(jnp.bfloat16, np.float16)
+    (True, False)
+    """
+    if dtype == narrow:
+        return True
+    own, other = jnp.finfo(dtype), jnp.finfo(narrow)
+    # Of 8 bits some have no infinities, so that equal bits say nothing.
+    wider = own.bits > other.bits and own.maxexp >= other.maxexp and own.minexp <= other.minexp
+    return wider and own.nmant >= other.nmant

@@ -56,6 +56,15 @@ def escape(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F")
 
 
+def readable(path: str) -> str:
+    """A path as users write it: slashes within names, which Haiku has, are slashes.
+
+    >>> readable("mlp%2F~%2Flinear_0/w")
+    'mlp/~/linear_0/w'
+    """
+    return _unescape(path)
+
+
 def _unescape(part: str) -> str:
     return part.replace("%2F", "/").replace("%25", "%")
 
@@ -206,7 +215,7 @@ def is_adapter(path: str) -> bool:
 
 def list_paths(paths: Iterable[str], limit: int = 8) -> str:
     """Paths for an error message: the first few, and how many more there are."""
-    paths = sorted(paths)
+    paths = sorted(map(readable, paths))
     more = f", and {len(paths) - limit} more" if len(paths) > limit else ""
     return ", ".join(repr(path) for path in paths[:limit]) + more
 

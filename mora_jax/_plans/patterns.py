@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from mora_jax._arrays.paths import readable
+
 Pattern = str | Callable[[str], bool]
 
 
@@ -30,14 +32,17 @@ def first_match(pairs: Any, path: str, default: Any) -> Any:
 
 
 def matches(pattern: Pattern, path: str) -> bool:
-    """Whether a pattern matches a whole path.
+    """Whether a pattern matches a whole path, as users write it.
 
     >>> matches(r".*_proj", "layers/q_proj"), matches("q_proj", "layers/q_proj")
     (True, False)
+    >>> matches("mlp/~/linear_0", "mlp%2F~%2Flinear_0")
+    True
     """
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, path) is not None
-    return bool(pattern(path))
+        # A pattern may also spell the slashes within names as paths do, by %2F.
+        return any(re.fullmatch(pattern, name) is not None for name in {readable(path), path})
+    return bool(pattern(readable(path)))
 
 
 def check_pattern(pattern: Pattern) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
+from mora_jax._arrays.paths import readable
 from mora_jax._plans.layer import AdapterSpec
 
 
@@ -37,7 +38,13 @@ def plan_table(
     rows = [("layer", "kernel", "scheme", "size", "trained")]
     rows += _rows_of_layers(layers)
     rows += [
-        (path, " x ".join(map(str, shape)), "(trained in full)", "", f"{math.prod(shape):,}")
+        (
+            readable(path),
+            " x ".join(map(str, shape)),
+            "(trained in full)",
+            "",
+            f"{math.prod(shape):,}",
+        )
         for path, shape in also_train
     ]
     adapters = sum(math.prod(spec.batch) for _, spec in layers)
@@ -57,7 +64,7 @@ def _rows_of_layers(
     alike: dict[tuple[str, str, str, str, str], list[str]] = {}
     for path, spec in layers:
         row = (
-            re.sub(r"\d+", "*", path),
+            re.sub(r"\d+", "*", readable(path)),
             " x ".join(map(str, spec.kernel_shape)),
             f"{spec.scheme}, DoRA" if spec.config.dora else str(spec.scheme),
             str(spec.size),
@@ -66,7 +73,7 @@ def _rows_of_layers(
         alike.setdefault(row, []).append(path)
     for (pattern, *rest), paths in alike.items():
         kernel, scheme, size, trained = rest
-        name = paths[0] or "(root)" if len(paths) == 1 else f"{pattern} ({len(paths)}x)"
+        name = readable(paths[0]) or "(root)" if len(paths) == 1 else f"{pattern} ({len(paths)}x)"
         yield name, kernel, scheme, size, trained
 
 
@@ -75,7 +82,7 @@ def _reasons(left: Sequence[tuple[str, str]]) -> Iterator[str]:
     reasons: dict[str, dict[str, int]] = {}
     for path, why in left:
         paths = reasons.setdefault(why, {})
-        pattern = re.sub(r"\d+", "*", path) or "(root)"
+        pattern = re.sub(r"\d+", "*", readable(path)) or "(root)"
         paths[pattern] = paths.get(pattern, 0) + 1
     for why, paths in reasons.items():
         names = (f"{path} ({n}x)" if n > 1 else path for path, n in paths.items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,11 @@ class KernelAxes:
             math.prod(shape[axis] for axis in self.inputs),
             math.prod(shape[axis] for axis in self.outputs),
         )
+
+    def replaced(self, new: Callable[[int], Iterable[int]]) -> KernelAxes:
+        """The axes after a change of layout: `new` gives what an axis has become, none or more."""
+        parts = (self.inputs, self.outputs, self.batch)
+        return KernelAxes(*(tuple(n for axis in part for n in new(axis)) for part in parts))
 
     def delta(
         self, adapter: Adapter, shape: Sequence[int], scheme: Scheme, dtype: Any = np.float32

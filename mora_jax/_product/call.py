@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mora_jax._arrays.dtypes import add_delta, wide_dtype
+from mora_jax._arrays.dtypes import add_delta, holds_all, wide_dtype
 from mora_jax._arrays.mesh import UNKNOWN, FeatureSharding, feature_sharding_is, shards_of
 from mora_jax._product.axes import DotDimensionNumbers, KernelAxes, kernel_axes
 from mora_jax._product.cost import Place, Placement, Splits, cheapest_placements
@@ -187,7 +187,11 @@ class AdaptedProduct:
         else:
             base = self.product(lhs, lax.stop_gradient(rhs) if self.frozen else rhs)
         _, _, out_features = self.axes.sizes(rhs.shape)
-        value = self.delta(adapter_lhs, adapter, out_features, ids)
+
+        def delta(lhs: jax.Array) -> jax.Array:
+            return self.delta(lhs, adapter, out_features, ids)
+
+        value = in_result_dtype(delta, adapter_lhs, rhs.dtype, base.dtype)
         return base + value.reshape(base.shape).astype(base.dtype)
 
     def placements(
@@ -207,6 +211,21 @@ class AdaptedProduct:
             rows, in_features, out_features, size, self.scheme, None, splits
         )
         return (forward if self.placement == "auto" else self.placement), backward
+
+
+def in_result_dtype(
+    delta: Callable[[jax.Array], jax.Array], lhs: jax.Array, kernel_dtype: Any, result_dtype: Any
+) -> jax.Array:
+    """A delta of inputs, which a scheme computes in the inputs' dtype, as precise as the product.
+
+    Inputs whose dtype lacks numbers of the kernel's, such as integers, are taken in the result's.
+    Of complex ones both parts are taken, since a delta is linear in the inputs.
+    """
+    if jnp.issubdtype(lhs.dtype, jnp.complexfloating):
+        return lax.complex(delta(lhs.real), delta(lhs.imag))
+    if not jnp.issubdtype(lhs.dtype, jnp.floating) or not holds_all(lhs.dtype, kernel_dtype):
+        lhs = lhs.astype(result_dtype)
+    return delta(lhs)
 
 
 #: Marks the kernel of a frozen product, so that the product is known as ours when it is traced and

@@ -112,5 +112,7 @@ def kernel_delta(
 @functools.partial(jax.checkpoint, prevent_cse=False)  # or the gradient keeps wide outputs
 def scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
     """`y * scale`, in float32 or better and rounded to the dtype of `y`."""
+    if jnp.issubdtype(y.dtype, jnp.complexfloating):
+        return lax.complex(scaled(y.real, scale), scaled(y.imag, scale))
     wide = wide_dtype(y.dtype)
     return (y.astype(wide) * scale.astype(wide)).astype(y.dtype)

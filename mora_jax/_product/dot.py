@@ -9,7 +9,7 @@ The delta can be added in two places, and the choice decides speed, memory and c
 DoRA scales the columns of either, of the sum or of the result.
 
 "kernel" and "auto" have a gradient rule of their own (`gradient.py`). Such a rule has no
-forward mode, so "activation" does without.
+forward mode, and says so; "activation" does without.
 
 Shape letters: I input features, O output features, B batch axes, T rows.
 """
@@ -40,7 +40,7 @@ from mora_jax._product.axes import DotDimensionNumbers
 from mora_jax._product.call import AdaptedProduct
 from mora_jax._product.cost import Placement
 from mora_jax._product.dora import column_scale, split_magnitude
-from mora_jax._product.gradient import adapted_product
+from mora_jax._product.gradient import adapted_product, reverse_only
 from mora_jax._product.per_example import ExampleIds
 from mora_jax._schemes.base import Adapter, Scheme
 
@@ -132,6 +132,9 @@ def mora_dot_general(
         placement=placement,
     )
     _check(call, lhs, rhs, adapter, adapter_ids)
+    if call.is_plain and not jnp.issubdtype(lhs.dtype, jnp.inexact):
+        # Integers and truth values: a float is what the product makes of them too.
+        lhs = lhs.astype(jax.eval_shape(call.product, lhs, rhs).dtype)
     arrays = (lhs, rhs, dict(adapter), adapter_lhs, adapter_ids)
     if (mesh := explicit_mesh(lhs, rhs)) is None:
         return _adapted(call, *arrays)
@@ -206,15 +209,20 @@ def _adapted(
     plain = call.placement == "activation" or (
         call.placement == "auto" and call.scheme.prefers_activations
     )
+    # The gradient rule is of real inputs.
+    plain = plain or not jnp.issubdtype(lhs.dtype, jnp.floating)
     if plain or adapter_lhs is not None or adapter_ids is not None:
         inputs = lhs if adapter_lhs is None else adapter_lhs
         y = call.in_activations(lhs, inputs, rhs, direction, adapter_ids)
         return call.scale_columns(y, scale)
-    varied = vary_alike((lhs, rhs, direction, scale))
-    return adapted_product(*varied, call)
+    lhs, rhs, direction, scale = vary_alike((lhs, rhs, direction, scale))
+    # Not the kernel: a scan whose kernels are constants would keep a copy of what is marked.
+    lhs, direction = reverse_only((lhs, direction))
+    return adapted_product(lhs, rhs, direction, scale, call)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """The inputs with a part of them zero and the rest scaled up, so that the mean stays."""
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    dropped = jnp.where(keep, x / (1 - rate), 0)
+    return dropped.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else dropped

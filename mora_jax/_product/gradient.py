@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from mora_jax._arrays.mesh import may_be_sharded
 from mora_jax._product.call import AdaptedProduct
@@ -227,6 +229,47 @@ def _kernel_gradient(
 
 
 adapted_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def reverse_only(tree: Any) -> Any:
+    """The same arrays; differentiating them in forward mode is refused with what to do instead.
+
+    JAX refuses it too, of any function with a gradient rule, but cannot say what helps here.
+    """
+    return jax.tree.map(_REVERSE_ONLY.bind, tree)
+
+
+def _refuse_forward_mode(*_: Any, **__: Any) -> Any:
+    raise TypeError(
+        "forward-mode differentiation (jax.jvp, jacfwd, linearize) does not "
+        "go through an adapter whose placement is 'kernel' or 'auto': its product has a gradient "
+        "rule, for reverse mode alone. Adapt the model with MoRAConfig(placement='activation'), "
+        "which JAX differentiates in both modes; the parameters stay the same."
+    )
+
+
+def _jvp_of_reverse_only(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x,), (dx,) = primals, tangents
+    # The arrays themselves, so that what is differentiated twice is marked once.
+    return x, dx if isinstance(dx, ad.Zero) else _REVERSE_ONLY_TANGENT.bind(dx)
+
+
+#: The identity. Of its tangent all that reverse mode asks for is the transpose, which leaves no
+#: trace in a program; whoever computes it goes forward.
+_REVERSE_ONLY = Primitive("mora_reverse_only")
+_REVERSE_ONLY.def_impl(lambda x: x)
+mlir.register_lowering(_REVERSE_ONLY, lambda _, x: [x])
+_REVERSE_ONLY.def_abstract_eval(lambda x: x)
+ad.primitive_jvps[_REVERSE_ONLY] = _jvp_of_reverse_only
+batching.defvectorized(_REVERSE_ONLY)
+
+_REVERSE_ONLY_TANGENT = Primitive("mora_reverse_only_tangent")
+_REVERSE_ONLY_TANGENT.def_impl(_refuse_forward_mode)
+mlir.register_lowering(_REVERSE_ONLY_TANGENT, _refuse_forward_mode)
+_REVERSE_ONLY_TANGENT.def_abstract_eval(lambda x: x)
+ad.deflinear(_REVERSE_ONLY_TANGENT, lambda cotangent: [cotangent])
+# Reverse mode batches arrays and gradients, but never tangents.
+batching.primitive_batchers[_REVERSE_ONLY_TANGENT] = _refuse_forward_mode
 
 
 def _is_primal(leaf: Any) -> bool:

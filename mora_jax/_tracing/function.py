@@ -22,6 +22,7 @@ from mora_jax._arrays.paths import (
     join_path,
     list_paths,
     path_seed,
+    readable,
     unflatten_like,
 )
 from mora_jax._params.checks import adapters_per_layer, check_adapted
@@ -31,7 +32,8 @@ from mora_jax._plans.plan import Plan
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.per_example import ExampleIds, unstack_bank
 from mora_jax._tracing.interpreter import Traced, trace
-from mora_jax._tracing.kernel_views import AdaptedView, RecordingView
+from mora_jax._tracing.kernel_views import AdaptedView
+from mora_jax._tracing.recording import Record, RecordingView
 
 
 def as_params(tree: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
@@ -154,7 +156,15 @@ def _trace(
 
 def _plan(traced: Traced, base: Mapping[str, Any], config: MoRAConfig) -> Plan:
     base = {path: unbox(leaf) for path, leaf in base.items()}
-    layers = _layers(_kernels(traced, base))
+    record = _record(traced, base)
+    layers = _layers({path: record.axes[path] for path in base if path in record.axes})
+    others = {
+        path: _reason(record, path, leaf)
+        for path, leaf in base.items()
+        if leaf.ndim > 1 and path not in record.axes
+    }
+    if not layers:
+        raise _nothing_to_adapt(base, others)
     check_matches(config, layers, base)
     specs = []
     for layer, (path, name, axes) in layers.items():
@@ -165,12 +175,33 @@ def _plan(traced: Traced, base: Mapping[str, Any], config: MoRAConfig) -> Plan:
             shape = tuple(base[path].shape)
             specs.append((layer, AdapterSpec(chosen, shape, axes, adapter_batch, name)))
     also_train = tuple((p, tuple(leaf.shape)) for p, leaf in base.items() if config.trains(p))
-    kernels = {path for path, _, _ in layers.values()}
     left = [(layer, config.reason(layer)) for layer in layers if not config.selects(layer)]
-    others = (path for path, leaf in base.items() if leaf.ndim > 1 and path not in kernels)
-    left += [(path, "enters no product") for path in others if not config.trains(path)]
+    left += [(path, why) for path, why in others.items() if not config.trains(path)]
     total = sum(math.prod(leaf.shape) for leaf in base.values())
     return Plan(tuple(specs), also_train, total, unadapted=tuple(sorted(left)))
+
+
+def _reason(record: Record, path: str, leaf: Any) -> str:
+    """Why a parameter that is a matrix is no kernel."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"has the dtype {leaf.dtype}, not a floating one"
+    return record.reason(path)
+
+
+def _nothing_to_adapt(base: Mapping[str, Any], others: Mapping[str, str]) -> ValueError:
+    """What is raised for a function without kernels: what was seen of it, and what to do."""
+    seen = "none has two axes or more"
+    if others:
+        shown = list(others.items())[:8]
+        lines = [f"{readable(path)!r} {tuple(base[path].shape)} {why}" for path, why in shown]
+        lines += [f"and {len(others) - 8} more"] if len(others) > 8 else []
+        seen = "; ".join(lines)
+    return ValueError(
+        f"the function has no kernel to adapt. Of its {len(base)} parameters: {seen}. An adapter "
+        "needs a product (x @ w, einsum, dot_general) of inputs and a parameter that was at most "
+        "cast, copied, transposed, reshaped or scaled before. Convolutions and lookups are adapted "
+        "in Flax modules: adapt(module, MoRAConfig(targets=...)) with a pattern that names them."
+    )
 
 
 def _layers(kernels: Mapping[str, KernelAxes]) -> dict[str, tuple[str, str, KernelAxes]]:
@@ -187,18 +218,19 @@ def _layers(kernels: Mapping[str, KernelAxes]) -> dict[str, tuple[str, str, Kern
     return layers
 
 
-def _kernels(traced: Traced, base: Mapping[str, Any]) -> dict[str, KernelAxes]:
-    """Parameters that products contract, and their axes there; the first product counts."""
-    found: dict[str, KernelAxes] = {}
+def _record(traced: Traced, base: Mapping[str, Any]) -> Record:
+    """What products and other primitives make of the parameters."""
+    record = Record()
     paths = sorted(base)
 
     def run(arrays: Any) -> Any:
         views = list(arrays)
         for index, path in enumerate(paths):
-            array, order = views[index], tuple(range(views[index].ndim))
-            if jnp.issubdtype(array.dtype, jnp.floating):
-                views[index] = RecordingView(array, order, array.dtype, path, found, order)
+            if jnp.issubdtype(views[index].dtype, jnp.floating):
+                views[index] = RecordingView.of(views[index], path, record)
+            else:
+                record.uses[path] = [f"of dtype {views[index].dtype}"]
         traced.run(views)
 
     jax.eval_shape(run, list(traced.arrays))
-    return {path: found[path] for path in base if path in found}
+    return record

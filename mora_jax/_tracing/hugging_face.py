@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -71,9 +73,35 @@ class _AdaptedModule:
         run = AdaptedFunction(functools.partial(_apply, self.mora_base), self.mora_plan)
         # The adapters' dropout goes with the model's own: `dropout_rng` in training.
         key = (kwargs.get("rngs") or {}).get("dropout")
+        if key is not None and _is_deterministic(self.mora_base, args, kwargs):
+            key = None
         key = None if key is None else jax.random.fold_in(key, path_seed(ADAPTER))
         own = {"mora_key": key, "mora_adapter_ids": ids}
         return run(variables["params"], rest, *args, **own, **kwargs)
+
+
+def _is_deterministic(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of `module.apply` asks for no dropout: by `deterministic`, or by `train`.
+
+    Models give it by its place or by its name, and a method may take it among other arguments.
+    """
+    own = {name: value for name, value in kwargs.items() if name not in _OF_APPLY}
+    method = kwargs.get("method") or type(module).__call__
+    if isinstance(method, str):
+        method = getattr(type(module), method)
+    call = inspect.signature(getattr(method, "__func__", method)).bind(module, *args, **own)
+    call.apply_defaults()
+    given = call.arguments
+    for name, parameter in call.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given = {**given, **given[name]}
+    if "deterministic" in given:
+        return bool(given["deterministic"])
+    return not given.get("train", True)
+
+
+#: Arguments of `flax.linen.Module.apply` itself.
+_OF_APPLY = ("rngs", "method", "mutable", "capture_intermediates")
 
 
 def _apply(module: nn.Module, params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""The two kinds of view that a traced function is run on: one records, one adapts."""
+"""The view that adapts: a kernel and its adapter, on their way to a product."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,67 +14,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mora_jax._arrays.dtypes import add_delta
 from mora_jax._plans.layer import LayerConfig
 from mora_jax._product.axes import KernelAxes
-from mora_jax._product.dora import column_scale, kernel_delta, scaled, split_magnitude
+from mora_jax._product.call import in_result_dtype
+from mora_jax._product.dora import MAGNITUDE, column_scale, kernel_delta, scaled, split_magnitude
 from mora_jax._product.dot import dropout, mora_dot_general
 from mora_jax._product.experts import ragged_delta
 from mora_jax._product.per_example import ExampleIds
 from mora_jax._schemes.base import Adapter
-from mora_jax._tracing.view import Pairs, View
+from mora_jax._tracing.reshaping import ReshapedView
+from mora_jax._tracing.view import Pairs, dot_general, ragged_axes
 
 
 @dataclasses.dataclass(frozen=True)
-class RecordingView(View):
-    """Notes the axes of the products that a parameter enters.
-
-    Attributes:
-      path: the parameter's.
-      found: where to note.
-      origin: axis i of `value` is axis `origin[i]` of the parameter.
-      stacks: axes of the parameter along which it was taken apart.
-    """
-
-    path: str
-    found: dict[str, KernelAxes]
-    origin: tuple[int, ...]
-    stacks: tuple[int, ...] = ()
-
-    def open(self, axis: int | None = None) -> tuple[Any, Callable[[Any], Any]]:
-        if axis is None:
-            return self.value, lambda value: dataclasses.replace(self, value=value)
-        stored = self.order[axis]
-        origin = self.origin[:stored] + self.origin[stored + 1 :]
-
-        def rebuild(value: Any) -> Any:
-            return dataclasses.replace(
-                self,
-                value=value,
-                order=_without(self.order, stored),
-                origin=origin,
-                stacks=(*self.stacks, self.origin[stored]),
-            )
-
-        return jnp.moveaxis(self.value, stored, 0), rebuild
-
-    def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params: Any) -> jax.Array:
-        inputs = tuple(sorted(self.origin[self.order[r]] for _, r in contracting))
-        batched = tuple(sorted(self.origin[self.order[r]] for _, r in batch))
-        outputs = tuple(sorted(set(self.origin) - {*inputs, *batched}))
-        if inputs and outputs:
-            axes = KernelAxes(inputs, outputs, self.stacks + batched)
-            self.found.setdefault(self.path, axes)
-        return _dot_general(lhs, self.array(), contracting, batch, **params)
-
-    def ragged_product(self, lhs: jax.Array, group_sizes: jax.Array, **params: Any) -> jax.Array:
-        if found := _ragged_axes(params, lhs):
-            group, inputs, outputs = (self.origin[self.order[axis]] for axis in found)
-            axes = KernelAxes((inputs,), (outputs,), (*self.stacks, group))
-            self.found.setdefault(self.path, axes)
-        return lax.ragged_dot_general(lhs, self.array(), group_sizes, **params)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdaptedView(View):
+class AdaptedView(ReshapedView):
     """A kernel and its adapter.
+
+    Axes that are in none of `axes` were added by the model; their role is that in the product.
 
     Attributes:
       adapter: leaves [B..., rows, columns].
@@ -109,8 +63,11 @@ class AdaptedView(View):
     def array(self) -> jax.Array:
         if self.examples is not None:
             raise self.examples.refuse("what is no product over its inputs (a lookup, a head)")
-        base = self._base()
-        delta = kernel_delta(base, self.adapter, self.axes, self.config.scheme)
+        view = self
+        for axis in self._added():
+            view = view._as_batch(axis)
+        base = view._base()
+        delta = kernel_delta(base, view.adapter, view.axes, view.config.scheme)
         return add_delta(base, delta).transpose(self.order)
 
     def _base(self) -> jax.Array:
@@ -124,11 +81,11 @@ class AdaptedView(View):
         stored = self.order[axis]
         if stored not in self.axes.batch:
             return jnp.moveaxis(self.array(), axis, 0), lambda array: array
-        place, axes = self.axes.batch.index(stored), dataclasses.astuple(self.axes)
+        place = self.axes.batch.index(stored)
         one = dataclasses.replace(
             self,
-            order=_without(self.order, stored),
-            axes=KernelAxes(*(_without(part, stored) for part in axes)),
+            order=tuple(a - (a > stored) for a in self.order if a != stored),
+            axes=self.axes.replaced(_without(stored)),
         )
         value = jnp.moveaxis(self.value, stored, 0)
         adapter = {name: jnp.moveaxis(leaf, place, 0) for name, leaf in self.adapter.items()}
@@ -139,6 +96,127 @@ class AdaptedView(View):
         value, adapter, key = leaves
         return dataclasses.replace(self, value=value, adapter=adapter, key=key)
 
+    def scale(self, by: Callable[[jax.Array], jax.Array]) -> AdaptedView | None:
+        # A norm of columns would not follow, nor a delta that is no linear function of its leaves.
+        linear = self.config.scheme.is_linear and MAGNITUDE not in self.adapter
+        if not linear or self.is_rounded:
+            return None
+        adapter = {name: by(leaf) for name, leaf in self.adapter.items()}
+        return dataclasses.replace(self, value=by(self.value.astype(self.dtype)), adapter=adapter)
+
+    # Reshapes, see `ReshapedView`. Leaves lead with the batch axes, and change with them.
+
+    def settled(self) -> AdaptedView:
+        return dataclasses.replace(
+            self,
+            value=self.value.transpose(self.order),
+            order=tuple(range(len(self.order))),
+            axes=self.axes.replaced(lambda axis: (self.order.index(axis),)),
+        )
+
+    def drop(self, axis: int) -> AdaptedView:
+        view = self._with_batch_sizes(axis, 1, ())
+        return dataclasses.replace(view, axes=self.axes.replaced(_without(axis)))
+
+    def insert(self, axis: int, size: int) -> AdaptedView:
+        del size
+        axes = self.axes.replaced(lambda other: (other + (other >= axis),))
+        return dataclasses.replace(self, axes=axes)
+
+    def join(self, axis: int, count: int) -> AdaptedView | None:
+        run = tuple(range(axis, axis + count))
+        sides = (self.axes.inputs, self.axes.outputs, self.axes.batch)
+        known = {a for side in sides for a in side}
+        added = known.isdisjoint(run)
+        # Features keep their order where neighbours in the kernel are neighbours among them.
+        if not added and not any(_has_run(side, run) for side in sides):
+            return None
+
+        def new(other: int) -> tuple[int, ...]:
+            if axis < other < axis + count:
+                return ()
+            return (other - (count - 1) * (other > axis),)
+
+        sizes = None if added or axis not in self.axes.batch else (-1,)
+        view = self if sizes is None else self._with_batch_sizes(axis, count, sizes)
+        return dataclasses.replace(view, axes=self.axes.replaced(new))
+
+    def split(self, axis: int, sizes: tuple[int, ...]) -> AdaptedView:
+        more = len(sizes) - 1
+
+        def new(other: int) -> Sequence[int]:
+            if other == axis:
+                return range(axis, axis + more + 1)
+            return (other + more * (other > axis),)
+
+        view = self._with_batch_sizes(axis, 1, sizes)
+        return dataclasses.replace(view, axes=self.axes.replaced(new))
+
+    def _with_batch_sizes(self, axis: int, count: int, sizes: tuple[int, ...]) -> AdaptedView:
+        """The view with other sizes for some batch axes of the leaves, from that of `axis` on."""
+        if axis not in self.axes.batch:
+            return self
+        place = self.axes.batch.index(axis)
+
+        def resized(leaf: jax.Array) -> jax.Array:
+            return leaf.reshape(*leaf.shape[:place], *sizes, *leaf.shape[place + count :])
+
+        adapter = {name: resized(leaf) for name, leaf in self.adapter.items()}
+        return dataclasses.replace(self, adapter=adapter)
+
+    def _added(self) -> list[int]:
+        """Axes of `value` that the model added."""
+        axes = self.axes
+        known = {*axes.inputs, *axes.outputs, *axes.batch}
+        return [axis for axis in range(self.value.ndim) if axis not in known]
+
+    def _as_batch(self, axis: int) -> AdaptedView:
+        """The view with an added axis as a batch axis, all elements with the same adapter."""
+        axes, place = self.axes, len(self.axes.batch)
+
+        def repeated(leaf: jax.Array) -> jax.Array:
+            lead, rest = leaf.shape[:place], leaf.shape[place:]
+            value = jnp.expand_dims(leaf, place)
+            return jnp.broadcast_to(value, (*lead, self.value.shape[axis], *rest))
+
+        return dataclasses.replace(
+            self,
+            adapter={name: repeated(leaf) for name, leaf in self.adapter.items()},
+            axes=dataclasses.replace(axes, batch=(*axes.batch, axis)),
+        )
+
+    def _in_output_order(self) -> AdaptedView:
+        """The view with its output features stored in their order, which products take them in."""
+        outputs, stored = self.axes.outputs, list(range(self.value.ndim))
+        if list(outputs) == sorted(outputs):
+            return self
+        for place, axis in zip(sorted(outputs), outputs, strict=True):
+            stored[place] = axis
+        return dataclasses.replace(
+            self,
+            value=self.value.transpose(stored),
+            order=tuple(stored.index(axis) for axis in self.order),
+            axes=self.axes.replaced(lambda axis: (stored.index(axis),)),
+        )
+
+    def _placed(self, contracted: Iterable[int], batched: Iterable[int]) -> AdaptedView:
+        """The view with the roles that added axes have in a product, if they can have them."""
+        view = self
+        for axis in self._added():
+            axes = view.axes
+            if axis in batched:
+                view = view._as_batch(axis)
+            elif self.value.shape[axis] == 1:
+                # Of size 1 it may stand anywhere among the features.
+                if axis in contracted:
+                    axes = dataclasses.replace(axes, inputs=(*axes.inputs, axis))
+                else:
+                    axes = dataclasses.replace(axes, outputs=tuple(sorted((*axes.outputs, axis))))
+                view = dataclasses.replace(view, axes=axes)
+        return view
+
+    # Products.
+
     def _scale(self, after: jax.Array) -> jax.Array:
         """DoRA's, laid out like `value`."""
         value = self.value.astype(self.dtype)
@@ -148,27 +226,38 @@ class AdaptedView(View):
         return lhs if self.key is None else dropout(lhs, self.config.dropout, self.key)
 
     def product(self, lhs: jax.Array, contracting: Pairs, batch: Pairs, **params: Any) -> jax.Array:
-        pairs = {self.order[right]: left for left, right in contracting}
-        batches = {self.order[right]: left for left, right in batch}
-        axes = self.axes
-        if batches.keys() == set(axes.batch):
+        lhs = self._floating(lhs, params.get("preferred_element_type"))
+        view = self._in_output_order()
+        pairs = {view.order[right]: left for left, right in contracting}
+        batches = {view.order[right]: left for left, right in batch}
+        view = view._placed(pairs, batches)
+        axes = view.axes
+        if batches.keys() == set(axes.batch) and not view._added():
             if pairs.keys() == set(axes.inputs):
-                return self._adapted(lhs, pairs, batches, [right for _, right in batch], **params)
+                return view._adapted(lhs, pairs, batches, [right for _, right in batch], **params)
             matrix = len(self.order) == 2 and self.examples is None
             if pairs.keys() == set(axes.outputs) and matrix:
-                return self._transposed(lhs, contracting, batch, **params)
-        return _dot_general(lhs, self.array(), contracting, batch, **params)
+                return view._transposed(lhs, contracting, batch, **params)
+        return dot_general(lhs, self.array(), contracting, batch, **params)
+
+    def _floating(self, lhs: jax.Array, result: Any) -> jax.Array:
+        """The inputs of a product; integers and truth values in its dtype, as it takes them."""
+        return lhs if jnp.issubdtype(lhs.dtype, jnp.inexact) else lhs.astype(result or self.dtype)
 
     def ragged_product(self, lhs: jax.Array, group_sizes: jax.Array, **params: Any) -> jax.Array:
-        found = tuple(self.order[axis] for axis in _ragged_axes(params, lhs))
+        lhs = self._floating(lhs, params.get("preferred_element_type"))
+        found = tuple(self.order[axis] for axis in ragged_axes(params, lhs))
         fitting = self.axes == KernelAxes(found[1:2], found[2:], found[:1])
         if not found or not fitting or self.examples is not None:
             return lax.ragged_dot_general(lhs, self.array(), group_sizes, **params)
         kernel = self._base().transpose(self.order)
         base = lax.ragged_dot_general(lhs, kernel, group_sizes, **params)
         (adapter, magnitude), scheme = split_magnitude(self.adapter), self.config.scheme
-        rows = self._adapter_inputs(lhs)
-        extra = ragged_delta(rows, adapter, group_sizes, base.shape[-1], scheme)
+
+        def delta(rows: jax.Array) -> jax.Array:
+            return ragged_delta(rows, adapter, group_sizes, base.shape[-1], scheme)
+
+        extra = in_result_dtype(delta, self._adapter_inputs(lhs), kernel.dtype, base.dtype)
         y = base + extra.astype(base.dtype)
         if magnitude is None:
             return y
@@ -223,24 +312,21 @@ class AdaptedView(View):
             scale = self._scale(after=lhs).reshape([-1, *[1] * (lhs.ndim - 1 - left)])
             lhs = scaled(lhs, scale)
         kernel = self._base().transpose(self.order)
-        base = _dot_general(lhs, kernel, contracting, batch, **params)
+        base = dot_general(lhs, kernel, contracting, batch, **params)
         rows = jnp.moveaxis(self._adapter_inputs(lhs), left, -1)
         in_features = self.value.shape[self.axes.inputs[0]]
-        extra = self.config.scheme.delta_transpose(
-            rows.reshape(-1, rows.shape[-1]), adapter, in_features
-        )
+
+        def delta(rows: jax.Array) -> jax.Array:
+            return self.config.scheme.delta_transpose(rows, adapter, in_features)
+
+        rows = rows.reshape(-1, rows.shape[-1])
+        extra = in_result_dtype(delta, rows, kernel.dtype, base.dtype)
         return base + extra.reshape(base.shape).astype(base.dtype)
 
 
-def _dot_general(
-    lhs: jax.Array, rhs: jax.Array, contracting: Pairs, batch: Pairs, **params: Any
-) -> jax.Array:
-    def axes(side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(pair[side] for pair in contracting), tuple(pair[side] for pair in batch)
-
-    (contract_l, batch_l), (contract_r, batch_r) = axes(0), axes(1)
-    numbers = ((contract_l, contract_r), (batch_l, batch_r))
-    return lax.dot_general(lhs, rhs, numbers, **params)
+def _has_run(axes: tuple[int, ...], run: tuple[int, ...]) -> bool:
+    """Whether axes stand one after the other among others."""
+    return any(axes[i : i + len(run)] == run for i in range(len(axes)))
 
 
 def _permuted(sharding: NamedSharding | None, order: list[int]) -> NamedSharding | None:
@@ -251,18 +337,6 @@ def _permuted(sharding: NamedSharding | None, order: list[int]) -> NamedSharding
     return NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in order)))
 
 
-def _ragged_axes(params: Any, lhs: jax.Array) -> tuple[int, ...]:
-    """Axes (group, inputs, outputs) of experts whose rows are one after the other; else none."""
-    numbers = params["ragged_dot_dimension_numbers"]
-    contracting, batch = numbers.dot_dimension_numbers
-    (left, (inputs, *_)), groups = contracting, tuple(numbers.rhs_group_dimensions)
-    rows = tuple(numbers.lhs_ragged_dimensions)
-    if lhs.ndim != 2 or len(left) != 1 or any(batch) or rows != (1 - left[0],) or len(groups) != 1:
-        return ()
-    (group,) = groups
-    return (group, inputs, 3 - group - inputs) if left == (1,) else ()
-
-
-def _without(axes: tuple[int, ...], gone: int) -> tuple[int, ...]:
-    """Axes of an array, after one of its axes is gone."""
-    return tuple(axis - (axis > gone) for axis in axes if axis != gone)
+def _without(gone: int) -> Callable[[int], tuple[int, ...]]:
+    """What an axis becomes when another one goes."""
+    return lambda axis: () if axis == gone else (axis - (axis > gone),)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 
+from mora_jax._arrays.dtypes import holds_all
+
 Pairs = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class View(abc.ABC):
-    """A parameter as an array that has been cast, transposed or taken out of a stack.
+    """A parameter as an array that has been cast, moved or taken out of a stack.
 
-    Subclasses say what a product with it is.
+    Subclasses say what a product with it is. Where a method gives None, the view cannot follow the
+    model and becomes an array.
 
     Attributes:
       value: the array as it is stored.
@@ -39,9 +42,49 @@ class View(abc.ABC):
         """The array itself, for whatever is no product."""
         return self.value.astype(self.dtype).transpose(self.order)
 
+    def note(self, use: str) -> None:
+        """Takes note of what the view becomes an array for: a primitive, by its name."""
+        del use
+
     def transpose(self, permutation: Sequence[int]) -> View:
         """The view with its axes permuted."""
         return dataclasses.replace(self, order=tuple(self.order[axis] for axis in permutation))
+
+    def cast(self, dtype: np.dtype) -> View | None:
+        """The view in another floating dtype.
+
+        None where it was rounded before: a view rounds once, from its value's dtype to its own.
+        """
+        if dtype != self.dtype and self.is_rounded:
+            return None
+        return dataclasses.replace(self, dtype=dtype)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the view's dtype lacks numbers that the value's has."""
+        return not holds_all(self.dtype, self.value.dtype)
+
+    def reshape(self, shape: Sequence[int], out_sharding: Any = None) -> View | None:
+        """`lax.reshape` of the view."""
+        del shape, out_sharding
+        return None
+
+    def squeeze(self, axes: Sequence[int]) -> View | None:
+        """`lax.squeeze` of the view."""
+        del axes
+        return None
+
+    def broadcast(
+        self, shape: Sequence[int], axes: Sequence[int], out_sharding: Any = None
+    ) -> View | None:
+        """`lax.broadcast_in_dim` of the view."""
+        del shape, axes, out_sharding
+        return None
+
+    def scale(self, by: Callable[[jax.Array], jax.Array]) -> View | None:
+        """The view times a constant, which `by` multiplies an array with."""
+        del by
+        return None
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> View:
         """The view with a function applied to its arrays."""
@@ -70,6 +113,13 @@ def as_array(value: Any) -> Any:
     return value.array() if isinstance(value, View | Taken) else value
 
 
+def note_all(values: Iterable[Any], use: str) -> None:
+    """Lets views among the values take note of what they become arrays for."""
+    for value in values:
+        if isinstance(value, View | Taken):
+            value.note(use)
+
+
 @dataclasses.dataclass(frozen=True)
 class Taken:
     """An element of a stack of which the axis, of size 1, is still there."""
@@ -80,3 +130,32 @@ class Taken:
     def array(self) -> jax.Array:
         """The element as an array, the axis of size 1 in its place."""
         return lax.expand_dims(self.view.array(), (self.axis,))
+
+    def note(self, use: str) -> None:
+        """As for the view."""
+        self.view.note(use)
+
+
+def dot_general(
+    lhs: jax.Array, rhs: jax.Array, contracting: Pairs, batch: Pairs, **params: Any
+) -> jax.Array:
+    """`lax.dot_general` by pairs of axes."""
+
+    def axes(side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(pair[side] for pair in contracting), tuple(pair[side] for pair in batch)
+
+    (contract_l, batch_l), (contract_r, batch_r) = axes(0), axes(1)
+    numbers = ((contract_l, contract_r), (batch_l, batch_r))
+    return lax.dot_general(lhs, rhs, numbers, **params)
+
+
+def ragged_axes(params: Any, lhs: jax.Array) -> tuple[int, ...]:
+    """Axes (group, inputs, outputs) of experts whose rows are one after the other; else none."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    contracting, batch = numbers.dot_dimension_numbers
+    (left, (inputs, *_)), groups = contracting, tuple(numbers.rhs_group_dimensions)
+    rows = tuple(numbers.lhs_ragged_dimensions)
+    if lhs.ndim != 2 or len(left) != 1 or any(batch) or rows != (1 - left[0],) or len(groups) != 1:
+        return ()
+    (group,) = groups
+    return (group, inputs, 3 - group - inputs) if left == (1,) else ()

@@ -225,7 +225,8 @@ def test_the_table_says_what_was_left_alone_and_why():
     assert sorted(
         lines(lambda params, ids: Model().apply({"params": params}, ids), params, ids)
     ) == [
-        "left alone, enters no product: conv/kernel, embed/embedding",
+        "left alone, enters no product that can be adapted, only conv_general_dilated: conv/kernel",
+        "left alone, enters no product that can be adapted, only gather: embed/embedding",
         "left alone, excluded: skipped",
         "left alone, not in targets: head",
     ]

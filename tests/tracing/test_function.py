@@ -233,6 +233,87 @@ def test_errors_say_what_is_wrong():
         mora_jax.plan(nothing, {"weights": [jnp.ones((2, 2))]}, IDS)
 
 
+def test_a_function_without_kernels_says_what_was_seen():
+    params = {
+        "conv": {"w": jnp.ones((3, 8, 8)), "b": jnp.ones(8)},
+        "table": {"w": jnp.ones((5, 8), jnp.int8)},
+        "idle": {"w": jnp.ones((2, 2))},
+    }
+
+    def function(params, x):
+        y = jax.lax.conv_general_dilated(
+            x, params["conv"]["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )
+        return y + params["conv"]["b"] + params["table"]["w"][0]
+
+    forward = mora_jax.adapt(function, mora_jax.MoRAConfig())
+    seen = (
+        r"no kernel to adapt\. Of its 4 parameters: 'conv/w' \(3, 8, 8\) enters no product that "
+        r"can be adapted, only conv_general_dilated; 'table/w' \(5, 8\) has the dtype int8, not a "
+        r"floating one; 'idle/w' \(2, 2\) is not used\. .*targets="
+    )
+    with pytest.raises(ValueError, match=seen):
+        mora_jax.plan(forward, params, jnp.ones((2, 6, 8)))
+
+
+def test_a_users_own_product_is_no_layer(optimized):
+    @jax.custom_jvp
+    def frozen_product(a, b):
+        return a @ b
+
+    frozen_product.defjvp(lambda p, t: (p[0] @ p[1], 3.0 * (t[0] @ p[1])))
+    function = lambda params, x: frozen_product(x, params["w"])
+    params, x = {"w": jnp.ones((6, 5))}, jnp.ones((3, 6))
+    forward = mora_jax.adapt(function, mora_jax.MoRAConfig(rank=2, scheme="sharing"))
+    with pytest.raises(ValueError, match=r"'w' \(6, 5\) enters no product.*custom_jvp_call"):
+        mora_jax.plan(forward, params, x)
+    # A plan that was made without it keeps the rule too: the kernel is summed before.
+    plain = mora_jax.adapt(lambda params, x: x @ params["w"], forward.mora_chooser)
+    plan = mora_jax.plan(plain, params, x)
+    forward = mora_jax.adapt(function, plan)
+    adapted = mora_jax.attach(plan, params)
+    gradient = jax.grad(lambda x: forward(adapted, x).sum())(x)
+    np.testing.assert_array_equal(gradient, 15 * jnp.ones((3, 6)))
+
+
+def test_names_with_slashes_are_written_as_they_are():
+    """Haiku's: a flat dict of modules, whose names are paths."""
+    params = {
+        "mlp/~/linear_0": {"w": jnp.ones((8, 8)), "b": jnp.ones(8)},
+        "mlp/~/linear_1": {"w": jnp.ones((8, 8)), "b": jnp.ones(8)},
+        "head/dense": {"w": jnp.ones((8, 4))},
+    }
+    x = jnp.ones((2, 8))
+
+    def function(params, x):
+        for name in ("mlp/~/linear_0", "mlp/~/linear_1"):
+            x = jnp.tanh(x @ params[name]["w"] + params[name]["b"])
+        return x @ params["head/dense"]["w"]
+
+    config = {
+        "rank": 1,
+        "scheme": "sharing",
+        "targets": "mlp/~/linear_.*",
+        "ranks": {"mlp/~/linear_1": 2},
+        "also_train": "head/dense/w",
+    }
+    forward = mora_jax.adapt(function, mora_jax.MoRAConfig(**config))
+    plan = mora_jax.plan(forward, params, x)
+    assert [spec.config.rank for spec in plan.values()] == [1, 2]
+    shown = str(plan)
+    assert "mlp/~/linear_*" in shown or "mlp/~/linear_0" in shown
+    assert "head/dense/w" in shown
+    assert "2F" not in shown
+    params = mora_jax.attach(plan, params)
+    np.testing.assert_allclose(forward(params, x), function(mora_jax.merge(params, plan), x))
+    for targets in (r"mlp%2F~%2Flinear_0", lambda path: path == "mlp/~/linear_0"):
+        one = mora_jax.adapt(function, mora_jax.MoRAConfig(rank=1, targets=targets))
+        assert len(mora_jax.plan(one, params, x)) == 1
+    wrong = mora_jax.adapt(function, mora_jax.MoRAConfig(rank=1, targets="linear_0"))
+    with pytest.raises(ValueError, match=r"Near it: 'head/dense', 'mlp/~/linear_0'"):
+        mora_jax.plan(wrong, params, x)
+
+
 def test_dropout_needs_a_key():
     params = {
         "one": {"w": jnp.zeros((4, 4))},
