@@ -10,9 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 #: Which extra misses which module.
 MISSING = [
     ("peft", "safetensors"),
-    ("peft", "regex"),
     ("export", "safetensors"),
-    ("export", "regex"),
     ("checkpoint", "orbax"),
     ("quantized", "qwix"),
 ]

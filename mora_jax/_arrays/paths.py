@@ -12,6 +12,7 @@ An `nnx.State` is such a tree too, with variables at its leaves.
 
 from __future__ import annotations
 
+import difflib
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -140,6 +141,16 @@ def list_paths(paths: Iterable[str], limit: int = 8) -> str:
     paths = sorted(paths)
     more = f", and {len(paths) - limit} more" if len(paths) > limit else ""
     return ", ".join(repr(path) for path in paths[:limit]) + more
+
+
+def list_near(wanted: str, paths: Iterable[str]) -> str:
+    """Paths for an error message: those that are written much like the wanted one.
+
+    >>> list_near("layers/upp", ["layers/up", "embed"])
+    "'layers/up'"
+    """
+    paths = list(paths)
+    return list_paths(difflib.get_close_matches(wanted[:200], paths, n=8, cutoff=0.4) or paths)
 
 
 #: What `jax.tree_util` says of where a leaf stands in any pytree.

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 #: What the format calls the dtypes that parameters have.
 _DTYPES = {
@@ -87,11 +87,31 @@ def write_tensors(
         raise ValueError(f"{path} reads back as {found}, not as {written}.")
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of a file's tensors, as the library reads them."""
-    with safe_open(path, "numpy") as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+def read_header(
+    path: str | os.PathLike[str], *, limit: int = 100_000_000
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of a file's tensors, as the library reads them; no tensor is read.
+
+    Args:
+      path: of the file.
+      limit: the most bytes that its header may have.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not safetensors, is damaged, or has a longer header.
+    """
+    with open(path, "rb") as start:
+        size = int.from_bytes(start.read(8), "little")
+    if size > limit:
+        raise ValueError(f"{path} has a header of {size:,} bytes; at most {limit:,} are expected.")
+    try:
+        with safe_open(path, "numpy") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()
+            }
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not safetensors, or is damaged: {error}") from error
 
 
 def shards(shapes: Shapes, limit: int) -> dict[str, list[str]]:

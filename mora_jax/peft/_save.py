@@ -25,14 +25,8 @@ from mora_jax._schemes.registry import MORA_TYPES
 from mora_jax._torch.directories import check_new, new_directory
 from mora_jax._torch.names import KernelName, torch_kernels
 from mora_jax._torch.tensors import LLAMA
-from mora_jax.peft._config import (
-    CONFIG,
-    TENSORS,
-    PeftConfig,
-    ends_as,
-    pattern_of,
-    tensor_name,
-)
+from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, tensor_name
+from mora_jax.peft._patterns import ends_as
 
 _KNOWN = {str(scheme) for scheme in MORA_TYPES}
 
@@ -214,10 +208,11 @@ def _check_told_apart(config: PeftConfig, others: set[str], layers: Mapping[str,
             f"not saved: {list_paths(confused)} are not adapted, but their names end as those of "
             "adapted modules do, and PEFT tells them by their ends."
         )
-    for name in {*config.ranks, *config.alphas}:
-        pattern = pattern_of(name)
+    names = {*config.ranks, *config.alphas}
+    config.patterns.add("not saved: rank_pattern", names)
+    for name in names:
         for module in layers:
-            if module != name and pattern.match(module):
+            if module != name and config.patterns.ends("rank_pattern", name, module):
                 raise ValueError(
                     f"not saved: {module!r} (layer {layers[module]!r}) ends as {name!r} does, "
                     "which has another rank or alpha, and PEFT tells them by their ends."
