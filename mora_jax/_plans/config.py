@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from mora_jax._arrays.paths import join_path, list_paths
+from mora_jax._arrays.paths import join_path, list_near, list_paths
 from mora_jax._plans.cycles import Cycle
 from mora_jax._plans.layer import LayerConfig
-from mora_jax._plans.patterns import Pattern, check_pattern, first_match, matches, pairs_of
+from mora_jax._plans.patterns import (
+    Pattern,
+    alternatives,
+    check_pattern,
+    first_match,
+    matches,
+    pairs_of,
+)
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._schemes.base import Scheme
@@ -151,6 +157,9 @@ class MoRAConfig:
 def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterable[str]) -> None:
     """Raises ValueError for the first pattern of the config that matches nothing.
 
+    That includes each alternative of a pattern, such as `value` in `.*/(query|value)`, and ranks
+    and schemes for layers that are not adapted or that an earlier pattern decides.
+
     Args:
       config: the config.
       layers: paths of the linear layers, which most patterns speak of.
@@ -160,18 +169,47 @@ def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterabl
     if not layers:
         raise ValueError("the model has no linear layer to adapt.")
     for name, pattern in config.patterns().items():
-        kind, paths = ("layers", layers)
-        if name.startswith(("also_train", "kernels")):
-            kind, paths = ("parameters", parameters)
-        if any(matches(pattern, path) for path in paths):
-            continue
-        near = difflib.get_close_matches(str(pattern), paths, n=8, cutoff=0.2) or paths
-        raise ValueError(
-            f"MoRAConfig.{name}={pattern!r} matches none of the {len(paths)} {kind} "
-            f"(a pattern must match a whole path, from the root). Near it: {list_paths(near)}."
-        )
-    if not any(config.selects(path) for path in layers):
+        of_parameters = name.startswith(("also_train", "kernels"))
+        kind, paths = ("parameters", parameters) if of_parameters else ("layers", layers)
+        _check_matches(name, pattern, kind, paths)
+    selected = [path for path in layers if config.selects(path)]
+    if not selected:
         raise ValueError(
             f"MoRAConfig.exclude={config.exclude!r} leaves out every layer that "
             f"targets={config.targets!r} matches."
         )
+    for name in ("ranks", "schemes"):
+        _check_decides(name, [pattern for pattern, _ in getattr(config, name)], selected)
+
+
+def _check_matches(name: str, pattern: Pattern, kind: str, paths: Sequence[str]) -> None:
+    """Raises ValueError if a pattern, or one of its alternatives, matches none of the paths."""
+    where = f"none of the {len(paths)} {kind} (a pattern must match a whole path, from the root)"
+    if not any(matches(pattern, path) for path in paths):
+        raise ValueError(
+            f"MoRAConfig.{name}={pattern!r} matches {where}. Near it: "
+            f"{list_near(str(pattern), paths)}."
+        )
+    # What is nested in another alternative is only seen where that one matches something.
+    for part, alone in alternatives(pattern):
+        if not any(matches(alone, path) for path in paths):
+            raise ValueError(
+                f"MoRAConfig.{name}={pattern!r}: its alternative {part!r} matches {where}. Near "
+                f"it: {list_near(part, paths)}. Leave it out, or mend it."
+            )
+
+
+def _check_decides(name: str, patterns: Sequence[Pattern], selected: Sequence[str]) -> None:
+    """Raises ValueError for a pattern of ranks or schemes that no adapted layer goes by."""
+    for index, pattern in enumerate(patterns):
+        found = [path for path in selected if matches(pattern, path)]
+        if not found:
+            raise ValueError(
+                f"MoRAConfig.{name}[{pattern!r}] matches no layer that is adapted. Adapted are "
+                f"{list_near(str(pattern), selected)}. Does targets or exclude leave it out?"
+            )
+        if all(any(matches(other, path) for other in patterns[:index]) for path in found):
+            raise ValueError(
+                f"MoRAConfig.{name}[{pattern!r}] decides nothing: the first pattern that matches "
+                f"counts, and earlier ones match {list_paths(found)} already. Put it before them."
+            )

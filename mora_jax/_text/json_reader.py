@@ -11,8 +11,11 @@ import math
 import pathlib
 from typing import Any
 
+#: In memory each takes some dozens of bytes, in a text two.
+_MOST_VALUES = 2**20
 
-def read_json_file(path: pathlib.Path, *, limit: int = 2**22) -> Any:
+
+def read_json_file(path: pathlib.Path, *, limit: int = 2**21) -> Any:
     """The value in a file of JSON, of which no more is read than may be in it.
 
     Raises:
@@ -27,7 +30,7 @@ def read_json_file(path: pathlib.Path, *, limit: int = 2**22) -> Any:
         raise ValueError(f"{path} is not JSON, or not such as is read: {error}") from error
 
 
-def read_json(text: str, *, limit: int = 2**22) -> Any:
+def read_json(text: str, *, limit: int = 2**23) -> Any:
     """The value of a JSON text.
 
     Args:
@@ -35,14 +38,16 @@ def read_json(text: str, *, limit: int = 2**22) -> Any:
       limit: the most characters that it may have.
 
     Raises:
-      ValueError: if the text is longer, is not JSON, names a key twice in one object, holds a
-        number that is not finite, or nests too deeply.
+      ValueError: if the text is longer, has too many values, is not JSON, names a key twice in one
+        object, holds a number that is not finite, or nests too deeply.
 
     >>> read_json('{"r": 8}')
     {'r': 8}
     """
     if len(text) > limit:
         raise ValueError(f"the text has more than {limit:,} characters.")
+    if sum(map(text.count, "{[,")) > _MOST_VALUES:
+        raise ValueError(f"the text has more than {_MOST_VALUES:,} values.")
     try:
         return json.loads(
             text,

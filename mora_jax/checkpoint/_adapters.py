@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from mora_jax._arrays.boxes import box_like, place_for, rebox, unbox
 from mora_jax._arrays.checksums import checksums
 from mora_jax._arrays.paths import flatten, list_paths, unflatten, unflatten_like
-from mora_jax._params.checks import check_finite, check_unadapted
+from mora_jax._params.checks import check_finite, check_sizes, check_unadapted
 from mora_jax._params.split import Params, split
 from mora_jax._plans.plan import Plan
 from mora_jax.checkpoint._record import (
@@ -35,6 +35,7 @@ from mora_jax.checkpoint._versions import (
     find_saved,
     is_checkpoint,
     names_in,
+    new_unnamed,
     new_version,
     versions_of,
 )
@@ -132,7 +133,8 @@ def save_adapters(
     arrays = {p: {**shape_of(leaf), "checksum": sums[p]} for p, leaf in values.items()}
     custom: Any = to_custom(plan, base, arrays, metadata)
     if name is None:
-        ocp.save(path, unflatten(values), custom_metadata=custom)
+        with new_unnamed(path) as new:
+            ocp.save(new, unflatten(values), custom_metadata=custom)
         return 0
     with new_version(path) as version:
         ocp.save(path / str(version), unflatten(values), custom_metadata=custom)
@@ -171,6 +173,7 @@ def load_adapters(
     plan, leaves = record.plan, flatten(params)
     check_fits(path, record, leaves)
     check_unadapted(plan, leaves)
+    with_path_in_errors(path, lambda: check_sizes(plan, leaves))
     wanted = {name: leaf.shape for name, leaf in plan.adapter_leaves().items()}
     wanted |= dict(plan.also_train)
     check_saved(path, wanted, saved, record.arrays)

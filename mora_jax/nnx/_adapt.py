@@ -13,7 +13,7 @@ from mora_jax._arrays.paths import IDS, is_adapter, join_path, path_seed
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
-from mora_jax._product.per_example import check_ids
+from mora_jax._product.per_example import check_ids, ids_as_int32
 from mora_jax.nnx._kernels import Kernel, check_adaptable, find_kernels
 from mora_jax.nnx._layers import MoRA, adapted_class
 from mora_jax.nnx._state import ModelT, adapted_layers, owners_of, parameters_of, split_model
@@ -106,6 +106,7 @@ def set_adapter_ids(model: nnx.Module, adapter_ids: jax.Array | None) -> None:
         raise ValueError("the model has no adapters. Adapt it first: adapt(model, config).")
     if adapter_ids is not None:
         check_ids(adapter_ids)
+        adapter_ids = ids_as_int32(adapter_ids)  # without x64, JAX would wrap 64 bits around
     for path, spec in plan(model).items():
         mora = dict(layers)[path].mora
         if adapter_ids is None:

@@ -103,7 +103,7 @@ def test_it_may_begin_at_several_places():
     ]
 
 
-@pytest.mark.parametrize("pattern", REFUSED)
+@pytest.mark.parametrize("pattern", REFUSED, ids=range(len(REFUSED)))
 def test_what_re_and_other_engines_read_differently_is_refused(pattern):
     with pytest.raises(UnsupportedError, match=REFUSED[pattern]):
         Expression(pattern)

@@ -13,12 +13,14 @@ REFUSED = {
     "[" * 100_000: "nests too deeply",
     '{"a":' * 100_000: "nests too deeply",
     "[" + "1" * 5000 + "]": "4300",
+    "[" + "0," * 2**20 + "0]": "more than 1,048,576 values",
+    " " * (2**23 + 1): "more than 8,388,608 characters",
     "": "Expecting value",
     "{": "Expecting",
 }
 
 
-@pytest.mark.parametrize("text", REFUSED)
+@pytest.mark.parametrize("text", REFUSED, ids=range(len(REFUSED)))
 def test_what_json_lacks_is_refused(text):
     with pytest.raises(ValueError, match=REFUSED[text]):
         read_json(text)
@@ -33,7 +35,7 @@ def test_no_more_of_a_file_is_read_than_may_be_in_it(tmp_path):
     file = tmp_path / "a.json"
     with file.open("wb") as opened:
         opened.truncate(2**40)  # of no size on disk
-    with pytest.raises(ValueError, match=r"a\.json is not JSON.*more than 4,194,304 characters"):
+    with pytest.raises(ValueError, match=r"a\.json is not JSON.*more than 2,097,152 characters"):
         read_json_file(file)
     file.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match=r"a\.json is not JSON.*utf-8"):
