@@ -56,17 +56,34 @@ def _unescape(part: str) -> str:
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves by path, names escaped.
 
+    Raises:
+      ValueError: for an empty key, or two keys of one dict that are written alike, such as 1 and
+        "1": both would have one path.
+
     >>> flatten({"dense": {"kernel": 1, "bias": 2}})
     {'dense/kernel': 1, 'dense/bias': 2}
     """
     leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = join_path(prefix, escape(str(name)))
+    parts = _parts_of(tree, prefix)
+    for part, value in zip(parts, tree.values(), strict=True):
+        path = join_path(prefix, part)
         if isinstance(value, Mapping):
             leaves.update(flatten(value, path))
         else:
             leaves[path] = value
     return leaves
+
+
+def _parts_of(tree: Mapping[Any, Any], prefix: str) -> list[str]:
+    """The keys of a dict as parts of paths."""
+    parts = [escape(str(key)) for key in tree]
+    where = f"the dict at {prefix!r}" if prefix else "the outermost dict of the parameters"
+    if "" in parts:
+        raise ValueError(f"{where} has an empty key, which is no part of a path: rename it.")
+    if len(set(parts)) < len(parts):
+        alike = [key for key, part in zip(tree, parts, strict=True) if parts.count(part) > 1]
+        raise ValueError(f"{where} has keys that make one path, {alike[:2]}: rename one of them.")
+    return parts
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,6 +105,8 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def unflatten_like(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
     """`unflatten` with the keys of other trees, and an `nnx.State` where one of them is.
 
+    Empty dicts of theirs are kept.
+
     >>> state = nnx.State({"layers": {0: {"kernel": 1}}})
     >>> nnx.to_pure_dict(unflatten_like({"layers/0/mora/matrix": 2}, state))
     {'layers': {0: {'mora': {'matrix': 2}}}}
@@ -106,6 +125,8 @@ def unflatten_like(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = value
+    for like in likes:
+        _keep_empty(like, tree)
     return nnx.State(tree) if any(isinstance(like, nnx.State) for like in likes) else tree
 
 
@@ -116,6 +137,22 @@ def _note_keys(tree: Mapping[Any, Any], prefix: str, keys: dict[str, Any]) -> No
         keys[path] = key
         if isinstance(value, Mapping):
             _note_keys(value, path, keys)
+
+
+def _keep_empty(like: Mapping[Any, Any], tree: dict[Any, Any]) -> None:
+    """Puts the empty dicts of one tree into another, in place."""
+    for key, value in like.items():
+        if not isinstance(value, Mapping):
+            continue
+        if not value:
+            tree.setdefault(key, {})
+        elif _has_empty(value) and isinstance(node := tree.setdefault(key, {}), dict):
+            _keep_empty(value, node)
+
+
+def _has_empty(tree: Mapping[Any, Any]) -> bool:
+    inner = [value for value in tree.values() if isinstance(value, Mapping)]
+    return any(not value or _has_empty(value) for value in inner)
 
 
 def path_seed(path: str) -> int:

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.checksums import all_finite
-from mora_jax._arrays.paths import is_adapter, join_path, list_paths
+from mora_jax._arrays.paths import ADAPTER, is_adapter, join_path, list_paths
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import bank_size, holds_bank
 
@@ -24,7 +24,10 @@ _ALWAYS_ALLOWED, _LARGEST_SHARE = 2**22, 4
 def check_unadapted(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError unless the leaves are a base model's, and the plan's."""
     if present := [path for path in leaves if is_adapter(path)]:
-        raise ValueError(f"the parameters have adapters already: {list_paths(present)}.")
+        raise ValueError(
+            f"the parameters have adapters already: {list_paths(present)}. If these are parameters "
+            f"of the model's own, rename the dict {ADAPTER!r}: the name is the library's."
+        )
     check_base(plan, leaves)
 
 

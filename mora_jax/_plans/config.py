@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mora_jax._arrays.paths import join_path, list_near, list_paths
+from mora_jax._arrays.paths import ADAPTER, join_path, list_near, list_paths
 from mora_jax._plans.cycles import Cycle
 from mora_jax._plans.layer import LayerConfig
 from mora_jax._plans.patterns import (
@@ -168,6 +168,11 @@ def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterabl
     layers, parameters = list(layers), list(parameters)
     if not layers:
         raise ValueError("the model has no linear layer to adapt.")
+    if own := [path for path in (*layers, *parameters) if ADAPTER in path.split("/")]:
+        raise ValueError(
+            f"the model has parameters of its own under the name {ADAPTER!r}: {list_paths(own)}. "
+            "The library keeps adapters under it, so rename them."
+        )
     for name, pattern in config.patterns().items():
         of_parameters = name.startswith(("also_train", "kernels"))
         kind, paths = ("parameters", parameters) if of_parameters else ("layers", layers)

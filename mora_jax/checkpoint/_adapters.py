@@ -20,6 +20,7 @@ from mora_jax._arrays.paths import flatten, list_paths, unflatten, unflatten_lik
 from mora_jax._params.checks import check_finite, check_sizes, check_unadapted
 from mora_jax._params.split import Params, split
 from mora_jax._plans.plan import Plan
+from mora_jax.checkpoint._limits import check_chunks, check_metadata
 from mora_jax.checkpoint._record import (
     Record,
     check_fits,
@@ -177,6 +178,7 @@ def load_adapters(
     wanted = {name: leaf.shape for name, leaf in plan.adapter_leaves().items()}
     wanted |= dict(plan.also_train)
     check_saved(path, wanted, saved, record.arrays)
+    with_path_in_errors(path, lambda: check_chunks(path))
     # Orbax wants to be told where arrays go: to their kernel's mesh, or where new arrays go.
     owners, anywhere = plan.adapter_owners(), jnp.zeros(()).sharding
     abstract = {}
@@ -229,6 +231,7 @@ def _entry(path: epath.Path, name: str, version: int) -> SavedAdapters:
 
 def _read(path: epath.Path) -> tuple[Record, dict[str, Any]]:
     """What a checkpoint says of itself, and shape and dtype of the arrays that Orbax finds."""
+    with_path_in_errors(path, lambda: check_metadata(path))
     found = with_path_in_errors(path, lambda: ocp.metadata(path))
     record = from_custom(path, found.custom_metadata)
     return record, with_path_in_errors(path, lambda: flatten(found.metadata))

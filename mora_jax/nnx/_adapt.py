@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from mora_jax._arrays.boxes import AdapterIds, AlsoTrained
-from mora_jax._arrays.paths import IDS, is_adapter, join_path, path_seed
+from mora_jax._arrays.paths import ADAPTER, IDS, is_adapter, join_path, path_seed
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
@@ -59,6 +59,11 @@ def _key_of(path: str, spec: AdapterSpec, key: jax.Array | None) -> jax.Array | 
 def _add_adapter(kernel: Kernel, spec: AdapterSpec, key: jax.Array | None) -> None:
     """Makes a layer one of an adapted class, with a new adapter beside its kernel."""
     layer = kernel.layer
+    if hasattr(layer, ADAPTER):
+        raise ValueError(
+            f"a layer of class {type(layer).__name__} has an attribute {ADAPTER!r} of its own. The "
+            "library keeps the adapter under this name, so rename it."
+        )
     object.__setattr__(layer, "__class__", adapted_class(type(layer)))
     layer.mora = MoRA(spec, kernel.axes, kernel.shape, kernel=kernel.variable, key=key)
 
