@@ -18,7 +18,7 @@ import jax
 from mora_jax._arrays.paths import adapter_path, is_adapter, join_path
 from mora_jax._compat.renamed import renamed_argument, warn_renamed
 from mora_jax._plans.layer import AdapterSpec, LayerConfig, spec_from_dict, spec_to_dict
-from mora_jax._plans.saved import Fields, fields_of, natural, naturals
+from mora_jax._plans.saved import Fields, digest_of, fields_of, natural, naturals
 from mora_jax._plans.table import plan_table
 from mora_jax._text.json_reader import read_json
 
@@ -128,7 +128,8 @@ class Plan(Mapping[str, AdapterSpec]):
         """The plan as JSON, read back by `Plan.from_json`."""
         layers = {path: spec_to_dict(spec) for path, spec in self.layers}
         fields = {"format": _FORMAT, "base_parameters": self.base_parameters}
-        return json.dumps({**fields, "layers": layers, "also_train": dict(self.also_train)})
+        fields |= {"layers": layers, "also_train": dict(self.also_train)}
+        return json.dumps({**fields, "digest": digest_of(fields)})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -150,6 +151,12 @@ def _read(text: str) -> tuple[Any, ...]:
     if not isinstance(text, str):
         raise ValueError(f"it is a {type(text).__name__}, wanted a text")
     fields = Fields(read_json(text), "")
+    digest = fields.left.pop("digest", None)  # plans of earlier versions have none
+    if digest is not None and digest != digest_of(fields.left):
+        raise ValueError(
+            "its digest is that of other text, so it is damaged. If you changed the text on "
+            "purpose, leave the key 'digest' out"
+        )
     if (version := fields.take("format", natural)) != _FORMAT:
         raise ValueError(f"format is {version}, this version reads {_FORMAT}")
     layers, trained = (Fields(fields.take(key, fields_of), key) for key in ("layers", "also_train"))

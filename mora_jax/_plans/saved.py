@@ -5,6 +5,8 @@ A plan may come from anyone's file, and what is accepted here is computed with m
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +14,11 @@ T = TypeVar("T")
 
 #: Larger than any size or number of parameters, and no trouble for 64 bits.
 _LARGEST = 2**48
+
+
+def digest_of(fields: dict[str, Any]) -> str:
+    """What tells whether a value of JSON was changed."""
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
 class Fields:

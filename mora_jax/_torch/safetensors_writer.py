@@ -39,7 +39,11 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def write_tensors(
-    path: str | os.PathLike[str], shapes: Shapes, read: Callable[[str], np.ndarray]
+    path: str | os.PathLike[str],
+    shapes: Shapes,
+    read: Callable[[str], np.ndarray],
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file, holding one tensor at a time.
 
@@ -47,6 +51,7 @@ def write_tensors(
       path: of the file.
       shapes: name -> shape and dtype of every tensor, in the order to write them in.
       read: gives the tensor of a name.
+      metadata: beside the format that transformers asks for.
 
     Raises:
       TypeError: for a dtype that the format lacks.
@@ -60,7 +65,7 @@ def write_tensors(
     {'norm': array([1., 1.], dtype=float32)}
     """
     # "pt" is what transformers asks for.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in shapes:
         end = offset + size_of(shapes[name])

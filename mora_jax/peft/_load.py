@@ -22,6 +22,7 @@ from mora_jax._torch.names import KernelName, torch_kernels
 from mora_jax._torch.safetensors_writer import read_header
 from mora_jax._torch.tensors import LLAMA
 from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, read_config, tensor_name
+from mora_jax.peft._digest import check_digest, metadata_of
 
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -88,6 +89,9 @@ def load_adapters(
     check_unadapted(plan, leaves)
     check_sizes(plan, leaves)
     tensors = read_tensors(file)
+    schemes = {module: config.scheme_of(module) for module in chosen}
+    ranks = {module: config.rank_of(module) for module in chosen}
+    check_digest(file, metadata_of(schemes, ranks, config.dropout, tensors))
     loaded = {
         kernel: _from_torch(file, spec, modules_of[kernel], tensors)
         for kernel, spec in zip(plan.kernel_paths(), plan.values(), strict=True)

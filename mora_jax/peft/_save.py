@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.paths import flatten, list_paths
@@ -24,8 +23,10 @@ from mora_jax._schemes.operators import square_rank
 from mora_jax._schemes.registry import MORA_TYPES
 from mora_jax._torch.directories import check_new, new_directory
 from mora_jax._torch.names import KernelName, torch_kernels
+from mora_jax._torch.safetensors_writer import write_tensors
 from mora_jax._torch.tensors import LLAMA
 from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, tensor_name
+from mora_jax.peft._digest import metadata_of
 from mora_jax.peft._patterns import ends_as
 
 _KNOWN = {str(scheme) for scheme in MORA_TYPES}
@@ -92,7 +93,8 @@ def save_adapters(
             raise ValueError(f"not saved: the adapter of {layer!r} is not finite.")
     others = {module for kernel in kernels.values() for module in kernel.modules} - layers.keys()
     config = config_for(schemes, ranks, others, layers=layers, dropout=_dropout(plan))
-    write(path, config.to_json(), tensors)
+    metadata = metadata_of(schemes, ranks, config.dropout, tensors)
+    write(path, config.to_json(), tensors, metadata)
 
 
 def _check_plan(plan: Plan) -> None:
@@ -230,8 +232,18 @@ def _usual(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return usual, {name: value for name, value in values.items() if value != usual}
 
 
-def write(path: pathlib.Path, config: str, tensors: dict[str, np.ndarray]) -> None:
+def write(
+    path: pathlib.Path,
+    config: str,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
     """Writes a directory that is either whole or not there."""
+    # By a writer of our own: the library puts several keys of metadata in any order.
+    shapes = {
+        name: jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].dtype)
+        for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    }
     with new_directory(path) as new:
-        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        write_tensors(new / TENSORS, shapes, tensors.__getitem__, metadata=metadata)
         (new / CONFIG).write_text(config)

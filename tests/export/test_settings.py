@@ -70,7 +70,7 @@ def test_adapters_stay_and_code_comes_along(tmp_path):
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "model.safetensors", "modeling_x.py", "tokenizer.json"}
     (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="an adapter's directory. Give its base model's"):
+    with pytest.raises(FileNotFoundError, match=r"an adapter's directory. Give its base model's"):
         export.save_merged(tmp_path / "again", params(), None, config=folder)
 
 
@@ -118,7 +118,7 @@ def test_the_index_says_which_files_count(tmp_path):
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == 3
     # A whole file comes before the index, as in transformers.
     save_file(stale, good / "model.safetensors")
-    with pytest.raises(ValueError, match="surplus .*missing 'model.old_norm.weight'|old_norm"):
+    with pytest.raises(ValueError, match=r"missing 'model\.old_norm\.weight'"):
         export.save_merged(tmp_path / "again", params(), None, config=good)
     (good / "model.safetensors").unlink()
     index = good / "model.safetensors.index.json"

@@ -8,7 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save, save_file
 
 from helpers.peft_adapters import config_of, planned, stacked_base
 from mora_jax import LowRank, Sharing, peft
@@ -153,6 +153,16 @@ def test_what_changes_no_number_is_read(tmp_path, changed):
     _, plan = peft.load_adapters(folder, base)
     assert {spec.scheme for spec in plan.values()} == {LowRank(2.0)}
     assert len(plan) == 3
+
+
+def test_what_was_changed_after_it_was_saved_is_refused(tmp_path):
+    base, folder = saved(tmp_path, lora_alpha=3)
+    with pytest.raises(ValueError, match=r"damaged, .*scales .*If you changed them on purpose"):
+        peft.load_adapters(folder, base)
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file)
+    _, plan = peft.load_adapters(folder, base)
+    assert {spec.scheme for spec in plan.values()} == {LowRank(3.0)}
 
 
 def test_a_key_that_occurs_twice_is_refused(tmp_path):

@@ -241,6 +241,7 @@ def a_plan():
 @pytest.mark.parametrize(("keys", "value", "said"), BAD)
 def test_a_key_of_a_saved_plan_that_cannot_be_is_named(keys, value, said):
     fields = {"": json.loads(a_plan().to_json())}
+    del fields[""]["digest"]
     place = fields
     *parents, last = ("", *keys)
     for parent in parents:
@@ -263,6 +264,15 @@ def test_a_key_of_a_saved_plan_that_cannot_be_is_named(keys, value, said):
 def test_text_that_is_not_json_is_no_plan(text, said):
     with pytest.raises(ValueError, match="not a plan: .*" + said):
         mora_jax.Plan.from_json(text)
+
+
+def test_a_plan_that_was_changed_is_refused():
+    text = a_plan().to_json()
+    with pytest.raises(ValueError, match=r"damaged. If you changed the text on purpose, leave"):
+        mora_jax.Plan.from_json(text.replace('"rank": 1', '"rank": 2'))
+    fields = json.loads(text)
+    del fields["digest"]
+    assert mora_jax.Plan.from_json(json.dumps(fields)) == a_plan()
 
 
 def test_many_patterns_are_compiled_once(monkeypatch):
