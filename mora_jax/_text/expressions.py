@@ -14,7 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+
+from mora_jax._text.expression_nodes import (
+    Atom,
+    Branches,
+    Look,
+    Node,
+    Repeat,
+    Run,
+    Sequence,
+    Text,
+    TooLongError,
+)
+
+__all__ = ["Alternation", "Expression", "TooLongError", "UnsupportedError"]
 
 #: More than any pattern of a real adapter: characters, groups within groups, steps for one text.
 _MOST_CHARACTERS, _DEEPEST, _MOST_STEPS = 2**16, 40, 20_000
@@ -30,151 +43,6 @@ _LETTERS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL
 
 class UnsupportedError(ValueError):
     """A pattern that `re` may understand, and this engine does not."""
-
-
-class TooLongError(ValueError):
-    """A match that takes more than the allowed number of steps."""
-
-
-class _Run:
-    """One text, and what has been found out about it."""
-
-    def __init__(self, text: str, steps: int):
-        self.text, self.left = text, steps
-        self.masks: dict[re.Pattern[str], int] = {}
-        self.known: dict[tuple[int, int], int] = {}
-
-    def ends(self, node: _Node, starts: int) -> int:
-        """Where matches end that begin at one of these places."""
-        self.left -= 1
-        if self.left < 0:
-            raise TooLongError
-        if (key := (id(node), starts)) not in self.known:
-            self.known[key] = node.ends(self, starts) if starts else 0
-        return self.known[key]
-
-    def mask(self, pattern: re.Pattern[str]) -> int:
-        """The places at which `re` matches the pattern of one character, or an anchor."""
-        if pattern not in self.masks:
-            places = range(len(self.text) + 1)
-            self.masks[pattern] = sum(1 << p for p in places if pattern.match(self.text, p))
-        return self.masks[pattern]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Node:
-    """A part of a pattern. It matches texts of at least `shortest` characters."""
-
-    shortest: int
-
-    def ends(self, run: _Run, starts: int) -> int:
-        """Where matches end that begin at one of these places; at least one is given."""
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Text(_Node):
-    """Characters that stand for themselves."""
-
-    text: str
-
-    def ends(self, run: _Run, starts: int) -> int:
-        size = len(self.text)
-        return sum(1 << p + size for p in _places(starts) if run.text.startswith(self.text, p))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Atom(_Node):
-    """One character of a class (`shortest` is 1), or an anchor (0)."""
-
-    pattern: re.Pattern[str]
-
-    def ends(self, run: _Run, starts: int) -> int:
-        return (starts & run.mask(self.pattern)) << self.shortest
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Sequence(_Node):
-    """One part after another."""
-
-    parts: tuple[_Node, ...]
-
-    def ends(self, run: _Run, starts: int) -> int:
-        for part in self.parts:
-            starts = run.ends(part, starts)
-        return starts
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Branches(_Node):
-    """One of several."""
-
-    parts: tuple[_Node, ...]
-
-    def ends(self, run: _Run, starts: int) -> int:
-        ends = 0
-        for part in self.parts:
-            ends |= run.ends(part, starts)
-        return ends
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Repeat(_Node):
-    """A part some number of times; `most` None is any number.
-
-    A text of n characters lets a match move forward n times at most. What is repeated more than
-    n times stays in place once more, and can do so any number of times: from n + 1 repeats on, the
-    places that can be reached stay the same. So no count needs more turns.
-    """
-
-    part: _Node
-    least: int
-    most: int | None
-
-    def ends(self, run: _Run, starts: int) -> int:
-        turns = len(run.text) + 1
-        for _ in range(min(self.least, turns)):
-            if (after := self._once(run, starts)) == starts:
-                break
-            starts = after
-        more = turns if self.most is None else min(self.most - self.least, turns)
-        reached = new = starts
-        for _ in range(more):
-            # Who was there before has the more turns left.
-            if not (new := self._once(run, new) & ~reached):
-                break
-            reached |= new
-        return reached
-
-    def _once(self, run: _Run, starts: int) -> int:
-        # One character more is a step so short that it need not be counted.
-        part = self.part
-        return part.ends(run, starts) if isinstance(part, _Atom) else run.ends(part, starts)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Look(_Node):
-    """What must, or must not, follow or precede a place."""
-
-    part: _Node
-    behind: bool
-    wanted: bool
-
-    def ends(self, run: _Run, starts: int) -> int:
-        found = 0
-        if self.behind:  # what `re` allows there has one length alone
-            for p in range(len(run.text) + 1):
-                found |= run.ends(self.part, 1 << p)
-        else:
-            found = sum(1 << p for p in _places(starts) if run.ends(self.part, 1 << p))
-        return starts & (found if self.wanted else ~found)
-
-
-def _places(mask: int) -> Iterator[int]:
-    while mask:
-        lowest = mask & -mask
-        yield lowest.bit_length() - 1
-        mask ^= lowest
 
 
 class Expression:
@@ -198,10 +66,10 @@ class Expression:
         self._node = parser.whole()
         self.alternations = tuple(parser.alternations)
         node = self._node
-        self._parts = node.parts if isinstance(node, _Sequence) else (node,)
-        self._fixed = all(isinstance(part, _Text | _Atom) for part in self._parts)
+        self._parts = node.parts if isinstance(node, Sequence) else (node,)
+        self._fixed = all(isinstance(part, Text | Atom) for part in self._parts)
         last = self._parts[-1] if self._parts else None
-        self._ending = last.text if isinstance(last, _Text) else ""
+        self._ending = last.text if isinstance(last, Text) else ""
 
     def matches(self, text: str) -> bool:
         """Whether the whole text matches, as `re.fullmatch` says.
@@ -224,7 +92,7 @@ class Expression:
             return False, 0
         if self._fixed:
             return self._matches_fixed(text, starts), 0
-        run = _Run(text, most)
+        run = Run(text, most)
         found = bool(run.ends(self._node, starts) >> len(text) & 1)
         return found, most - run.left
 
@@ -234,10 +102,10 @@ class Expression:
         if not starts >> place & 1:
             return False
         for part in self._parts:
-            if isinstance(part, _Text):
+            if isinstance(part, Text):
                 if not text.startswith(part.text, place):
                     return False
-            elif isinstance(part, _Atom) and not part.pattern.match(text, place):
+            elif isinstance(part, Atom) and not part.pattern.match(text, place):
                 return False
             place += part.shortest
         return True
@@ -266,7 +134,7 @@ class _Parser:
         self.flags = re.RegexFlag(0)
         self.alternations: list[Alternation] = []
 
-    def whole(self) -> _Node:
+    def whole(self) -> Node:
         if len(self.pattern) > _MOST_CHARACTERS:
             raise UnsupportedError(f"it has more than {_MOST_CHARACTERS:,} characters")
         if not self.pattern.isascii():
@@ -283,7 +151,7 @@ class _Parser:
             raise UnsupportedError(f"the character at {self.at} is not understood")
         return node
 
-    def _alternatives(self) -> _Node:
+    def _alternatives(self) -> Node:
         start, starts, parts = self.at, [self.at], [self._sequence()]
         while self._take("|"):
             starts.append(self.at)
@@ -293,25 +161,25 @@ class _Parser:
         ends = [*(begin - 1 for begin in starts[1:]), self.at]
         texts = (self.pattern[a:b] for a, b in zip(starts, ends, strict=True))
         self.alternations.append(Alternation(start, self.at, tuple(texts)))
-        return _Branches(min(part.shortest for part in parts), tuple(parts))
+        return Branches(min(part.shortest for part in parts), tuple(parts))
 
-    def _sequence(self) -> _Node:
-        parts: list[_Node] = []
+    def _sequence(self) -> Node:
+        parts: list[Node] = []
         while self.at < len(self.pattern) and self.pattern[self.at] not in "|)":
             known = len(self.alternations)
             part, repeats = self._counted(self._item())
             if repeats:
                 del self.alternations[known:]
             before = parts[-1] if parts else None
-            if isinstance(before, _Text) and isinstance(part, _Text):
-                parts[-1] = _Text(before.shortest + part.shortest, before.text + part.text)
+            if isinstance(before, Text) and isinstance(part, Text):
+                parts[-1] = Text(before.shortest + part.shortest, before.text + part.text)
             else:
                 parts.append(part)
         if len(parts) == 1:
             return parts[0]
-        return _Sequence(sum(part.shortest for part in parts), tuple(parts))
+        return Sequence(sum(part.shortest for part in parts), tuple(parts))
 
-    def _counted(self, part: _Node) -> tuple[_Node, bool]:
+    def _counted(self, part: Node) -> tuple[Node, bool]:
         """(a part with the count that follows it, whether it may occur twice)."""
         least, most = self._count()
         if (least, most) == (1, 1):
@@ -319,7 +187,7 @@ class _Parser:
         if self._take("+"):
             raise UnsupportedError("it has a possessive repeat")
         self._take("?")
-        return _Repeat(part.shortest * least, part, least, most), most is None or most > 1
+        return Repeat(part.shortest * least, part, least, most), most is None or most > 1
 
     def _count(self) -> tuple[int, int | None]:
         for mark, count in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
@@ -334,7 +202,7 @@ class _Parser:
         least = int(found[1] or 0)
         return least, (int(found[3]) if found[3] else None) if found[2] else least
 
-    def _item(self) -> _Node:
+    def _item(self) -> Node:
         character = self.pattern[self.at]
         if character == "(":
             return self._group()
@@ -349,7 +217,7 @@ class _Parser:
             return self._atom(character, 0)
         return self._atom(".", 1) if character == "." else self._character(character)
 
-    def _group(self) -> _Node:
+    def _group(self) -> Node:
         flags, known = self.flags, len(self.alternations)
         self.depth += 1
         if self.depth > _DEEPEST:
@@ -368,7 +236,7 @@ class _Parser:
         self.flags, self.depth = flags, self.depth - 1
         if (kind := found[0]) in ("(?=", "(?!", "(?<=", "(?<!"):
             del self.alternations[known:]
-            return _Look(0, node, "<" in kind, "=" in kind)
+            return Look(0, node, "<" in kind, "=" in kind)
         return node
 
     def _set_flags(self, found: re.Match[str]) -> None:
@@ -379,11 +247,11 @@ class _Parser:
         for letter in found[2] or "":
             self.flags &= ~_LETTERS[letter]
 
-    def _class(self) -> _Node:
+    def _class(self) -> Node:
         found = _CLASS.match(self.pattern, self.at)
         if found is None:
             self.at = len(self.pattern)
-            return _Sequence(0, ())
+            return Sequence(0, ())
         # Python warns of what a later version may read as operations on sets.
         if _SET_OPERATION.search(re.sub(r"\\.", "", found[1], flags=re.DOTALL)):
             raise UnsupportedError("it has a class with another, or an operation on sets, in it")
@@ -392,7 +260,7 @@ class _Parser:
         self.at = found.end()
         return self._atom(found[0], 1)
 
-    def _escape(self) -> _Node:
+    def _escape(self) -> Node:
         escape = self.pattern[self.at : self.at + 2]
         self.at += 2
         if escape in _ANCHORS:
@@ -401,14 +269,14 @@ class _Parser:
             raise UnsupportedError(f"it has {escape}")
         return self._atom(escape, 1) if escape[1:].isalpha() else self._character(escape[1:])
 
-    def _character(self, character: str) -> _Node:
+    def _character(self, character: str) -> Node:
         if self.flags & re.IGNORECASE:
             return self._atom(re.escape(character), 1)
-        return _Text(len(character), character)
+        return Text(len(character), character)
 
-    def _atom(self, text: str, size: int) -> _Node:
+    def _atom(self, text: str, size: int) -> Node:
         try:
-            return _Atom(size, re.compile(text, self.flags))
+            return Atom(size, re.compile(text, self.flags))
         except re.error as error:
             raise ValueError(f"{error}") from error
 

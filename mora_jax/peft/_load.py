@@ -18,7 +18,7 @@ from mora_jax._params.checks import check_sizes, check_unadapted
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._plans.plan import Plan
-from mora_jax._torch.names import KernelName, torch_kernels
+from mora_jax._torch.names import KernelName, TorchKernel, torch_kernels
 from mora_jax._torch.safetensors_writer import read_header
 from mora_jax._torch.tensors import LLAMA
 from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, read_config, tensor_name
@@ -63,29 +63,9 @@ def load_adapters(
     file = path / TENSORS
     chosen = check_modules(file, header, config, known, left)
     config.check_used(chosen)
-    layers, modules_of, parents = [], {}, [kernel.rpartition("/")[0] for kernel in kernels]
-    for kernel, (axes, modules) in kernels.items():
-        if not chosen.intersection(modules):
-            continue
-        if outside := [module for module in modules if module not in chosen]:
-            raise ValueError(
-                f"{path / CONFIG}: target_modules leave out {outside[0]!r}, but {kernel!r} is one "
-                "stack, which is adapted as a whole."
-            )
-        parent, _, name = kernel.rpartition("/")
-        alone = parents.count(parent) == 1  # or a layer by itself, beside others in one dict
-        spec = AdapterSpec(
-            _layer_config(path, config, modules, header),
-            tuple(unbox(leaves[kernel]).shape),
-            axes,
-            tuple(range(len(axes.batch))),
-            name if alone else "",
-        )
-        _check_shapes(file, spec, modules, header)
-        layers.append((parent if alone else kernel, spec))
-        modules_of[kernel] = modules
+    specs = _specs(path, config, header, chosen, _shapes(leaves), kernels)
     total = sum(int(np.prod(shape)) for shape in _shapes(leaves).values())
-    plan = Plan(tuple(layers), base_parameters=total)
+    plan = Plan(tuple((layer, spec) for layer, spec, _ in specs), base_parameters=total)
     check_unadapted(plan, leaves)
     check_sizes(plan, leaves)
     tensors = read_tensors(file)
@@ -93,8 +73,8 @@ def load_adapters(
     ranks = {module: config.rank_of(module) for module in chosen}
     check_digest(file, metadata_of(schemes, ranks, config.dropout, tensors))
     loaded = {
-        kernel: _from_torch(file, spec, modules_of[kernel], tensors)
-        for kernel, spec in zip(plan.kernel_paths(), plan.values(), strict=True)
+        kernel: _from_torch(file, spec, modules, tensors)
+        for kernel, (_, spec, modules) in zip(plan.kernel_paths(), specs, strict=True)
     }
     owners, new = plan.adapter_owners(), {}
     for layer, _ in plan.layers:
@@ -102,6 +82,35 @@ def load_adapters(
             kernel, axes = owners[leaf]
             new[leaf] = put_beside(leaves[kernel], loaded[kernel][name], axes)
     return unflatten_like(leaves | new, params), plan
+
+
+def _specs(
+    path: pathlib.Path,
+    config: PeftConfig,
+    header: Header,
+    chosen: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    kernels: Mapping[str, TorchKernel],
+) -> list[tuple[str, AdapterSpec, tuple[str, ...]]]:
+    """(path, layout, modules) of every adapted layer; its tensors have the shapes they need."""
+    found, parents = [], [kernel.rpartition("/")[0] for kernel in kernels]
+    for kernel, (axes, modules) in kernels.items():
+        outside = [module for module in modules if module not in chosen]
+        if len(outside) == len(modules):
+            continue
+        if outside:
+            raise ValueError(
+                f"{path / CONFIG}: target_modules leave out {outside[0]!r}, but {kernel!r} is one "
+                "stack, which is adapted as a whole."
+            )
+        parent, _, name = kernel.rpartition("/")
+        alone = parents.count(parent) == 1  # or a layer by itself, beside others in one dict
+        layer_config = _layer_config(path, config, modules, header)
+        batch = tuple(range(len(axes.batch)))
+        spec = AdapterSpec(layer_config, shapes[kernel], axes, batch, name if alone else "")
+        _check_shapes(path / TENSORS, spec, modules, header)
+        found.append((parent if alone else kernel, spec, modules))
+    return found
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
