@@ -22,7 +22,8 @@ def test_what_is_whole_is_read_as_it_was_saved(kinds):
 def test_flipped_bits(kinds):
     rows = list(fuzz_files.flips(*kinds, 8))
     gc.collect()
-    assert len(rows) >= 20
+    assert {kind for kind, *_ in rows} == kinds[1].keys()
+    assert len(rows) >= 15  # TensorStore writes a file for each array, or one for several
     refused = {(kind, file): number for kind, file, number, _ in rows}
     assert refused["plan", "plan.json"] == 8
     assert refused["peft_lora", "adapter_model.safetensors"] >= 6
