@@ -10,9 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 #: Which extra misses which module.
 MISSING = [
     ("peft", "safetensors"),
-    ("peft", "regex"),
     ("export", "safetensors"),
-    ("export", "regex"),
     ("checkpoint", "orbax"),
     ("quantized", "qwix"),
 ]
@@ -40,7 +38,8 @@ def error_of(extra, module):
 
 sys.meta_path.insert(0, Blocked)
 missing = [error_of(*case) for case in json.loads(sys.argv[1])]
-broken = [error_of("peft", "mora_jax._torch.names"), error_of("peft", "safetensors.numpy")]
+broken = ["mora_jax._torch.names", "safetensors._safetensors_rust"]
+broken = [error_of("peft", module) for module in broken]
 print(json.dumps([missing, broken]))
 """
 
@@ -55,7 +54,7 @@ def test_a_missing_extra_says_how_to_install_it():
         assert (name, cause) == (module, module)
     # Something else is broken: the error stays as it is.
     for (message, name, cause), module in zip(
-        broken, ["mora_jax._torch.names", "safetensors.numpy"], strict=True
+        broken, ["mora_jax._torch.names", "safetensors._safetensors_rust"], strict=True
     ):
         assert "pip install" not in message
         assert (name, cause) == (module, None)

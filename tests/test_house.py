@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: The folders and the files beside them, from the ground up. Those of one floor know nothing of
 #: each other. All else is read from the tree.
 FLOORS = [
-    {"_arrays", "_compat", "_version"},
+    {"_arrays", "_compat", "_text", "_version"},
     {"_schemes"},
     {"_product"},
     {"_torch", "_plans"},

@@ -20,6 +20,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from llama.architectures import check_llama
+
 Params = Mapping[str, Any]
 Cache = dict[str, Any]
 
@@ -42,16 +44,8 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Reads the dict of a Hugging Face config.json; ValueError for what is not implemented."""
-        # transformers 5 writes both rope fields into one dict, there even where nothing is scaled.
+        check_llama(config)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope and rope.get("rope_type", rope.get("type")) != "default":
-            raise ValueError(f"config.json: rope_scaling is {rope}, only plain rope is implemented")
-        only = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-        for key, wanted in only.items():
-            if config.get(key, wanted) != wanted:
-                raise ValueError(
-                    f"config.json: {key} is {config[key]!r}, only {wanted!r} is implemented"
-                )
         num_heads = config["num_attention_heads"]
         return cls(
             vocab_size=config["vocab_size"],

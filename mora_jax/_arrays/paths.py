@@ -12,6 +12,7 @@ An `nnx.State` is such a tree too, with variables at its leaves.
 
 from __future__ import annotations
 
+import difflib
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -74,6 +75,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
     Raises:
       TypeError: for what is no tree of dicts.
+      ValueError: for an empty key, or two keys of one dict that are written alike, such as 1 and
+        "1": both would have one path.
 
     >>> flatten({"dense": {"kernel": 1, "bias": 2}})
     {'dense/kernel': 1, 'dense/bias': 2}
@@ -81,8 +84,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping):
         raise TypeError(_no_tree(tree))
     leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = join_path(prefix, escape(str(name)))
+    parts = _parts_of(tree, prefix)
+    for part, value in zip(parts, tree.values(), strict=True):
+        path = join_path(prefix, part)
         if isinstance(value, Mapping):
             leaves.update(flatten(value, path))
         else:
@@ -100,6 +104,18 @@ def _no_tree(value: Any) -> str:
     return found + (
         "Of a linen model give variables['params']; of other trees what mora_jax.as_params makes."
     )
+
+
+def _parts_of(tree: Mapping[Any, Any], prefix: str) -> list[str]:
+    """The keys of a dict as parts of paths."""
+    parts = [escape(str(key)) for key in tree]
+    where = f"the dict at {prefix!r}" if prefix else "the outermost dict of the parameters"
+    if "" in parts:
+        raise ValueError(f"{where} has an empty key, which is no part of a path: rename it.")
+    if len(set(parts)) < len(parts):
+        alike = [key for key, part in zip(tree, parts, strict=True) if parts.count(part) > 1]
+        raise ValueError(f"{where} has keys that make one path, {alike[:2]}: rename one of them.")
+    return parts
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +137,8 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def unflatten_like(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
     """`unflatten` with the keys of other trees, and an `nnx.State` where one of them is.
 
+    Empty dicts of theirs are kept.
+
     >>> state = nnx.State({"layers": {0: {"kernel": 1}}})
     >>> nnx.to_pure_dict(unflatten_like({"layers/0/mora/matrix_sharing": 2}, state))
     {'layers': {0: {'mora': {'matrix_sharing': 2}}}}
@@ -139,6 +157,8 @@ def unflatten_like(leaves: Mapping[str, Any], *likes: Mapping[Any, Any]) -> Any:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = value
+    for like in likes:
+        _keep_empty(like, tree)
     return nnx.State(tree) if any(isinstance(like, nnx.State) for like in likes) else tree
 
 
@@ -195,6 +215,22 @@ def _last_name(path: str, names: Mapping[str, str]) -> str | None:
     return None
 
 
+def _keep_empty(like: Mapping[Any, Any], tree: dict[Any, Any]) -> None:
+    """Puts the empty dicts of one tree into another, in place."""
+    for key, value in like.items():
+        if not isinstance(value, Mapping):
+            continue
+        if not value:
+            tree.setdefault(key, {})
+        elif _has_empty(value) and isinstance(node := tree.setdefault(key, {}), dict):
+            _keep_empty(value, node)
+
+
+def _has_empty(tree: Mapping[Any, Any]) -> bool:
+    inner = [value for value in tree.values() if isinstance(value, Mapping)]
+    return any(not value or _has_empty(value) for value in inner)
+
+
 def path_seed(path: str) -> int:
     """A number for a path, the same everywhere, to derive random keys by.
 
@@ -218,6 +254,16 @@ def list_paths(paths: Iterable[str], limit: int = 8) -> str:
     paths = sorted(map(readable, paths))
     more = f", and {len(paths) - limit} more" if len(paths) > limit else ""
     return ", ".join(repr(path) for path in paths[:limit]) + more
+
+
+def list_near(wanted: str, paths: Iterable[str]) -> str:
+    """Paths for an error message: those that are written much like the wanted one.
+
+    >>> list_near("layers/upp", ["layers/up", "embed"])
+    "'layers/up'"
+    """
+    paths = list(paths)
+    return list_paths(difflib.get_close_matches(wanted[:200], paths, n=8, cutoff=0.4) or paths)
 
 
 #: What `jax.tree_util` says of where a leaf stands in any pytree.

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.checksums import all_finite
-from mora_jax._arrays.paths import is_adapter, join_path, last_name, list_paths
+from mora_jax._arrays.paths import ADAPTER, is_adapter, join_path, last_name, list_paths
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
 from mora_jax._product.per_example import bank_size, holds_bank
+
+#: Trained numbers that a file may have beside any model, and how many of each of the model's.
+_ALWAYS_ALLOWED, _LARGEST_SHARE = 2**22, 4
 
 
 def check_plan(plan: Any) -> None:
@@ -35,7 +40,10 @@ def check_unadapted(plan: Plan, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError unless the leaves are a base model's, and the plan's."""
     check_plan(plan)
     if present := [path for path in leaves if is_adapter(path)]:
-        raise ValueError(f"the parameters have adapters already: {list_paths(present)}.")
+        raise ValueError(
+            f"the parameters have adapters already: {list_paths(present)}. If these are parameters "
+            f"of the model's own, rename the dict {ADAPTER!r}: the name is the library's."
+        )
     check_base(plan, leaves)
 
 
@@ -47,6 +55,23 @@ def check_base(plan: Plan, leaves: Mapping[str, Any]) -> None:
         dtype = unbox(leaves[path]).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{path!r} is {dtype}; a kernel must be floating to take a delta.")
+
+
+def check_sizes(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    """Raises ValueError if the plan trains many times more numbers than the base model has.
+
+    A file may say anything, and a few bytes of it can stand for gigabytes of zeros. So this is
+    asked before arrays are read. Adapters that can act are smaller than twice their kernels.
+    """
+    held = sum(math.prod(np.shape(unbox(leaf))) for leaf in leaves.values())
+    if plan.trained_parameters > max(_ALWAYS_ALLOWED, _LARGEST_SHARE * held):
+        layer, spec = max(plan.layers, key=lambda item: item[1].parameters)
+        raise ValueError(
+            f"the plan has {plan.trained_parameters:,} trained numbers, and the base model has "
+            f"{held:,}. The largest adapter is that of {layer!r}: rank {spec.config.rank}, "
+            f"matrices of {spec.size} rows beside a kernel of shape {spec.kernel_shape}. Is the "
+            "file damaged, or from someone you do not trust?"
+        )
 
 
 def check_adapted(plan: Plan, leaves: Mapping[str, Any], *, count: int = 1) -> None:

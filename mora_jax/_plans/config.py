@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 
-from mora_jax._arrays.paths import join_path, list_paths
+from mora_jax._arrays.paths import ADAPTER, join_path, list_near, list_paths
 from mora_jax._plans.cycles import Cycle
 from mora_jax._plans.hints import hint_at_names
 from mora_jax._plans.layer import LayerConfig
 from mora_jax._plans.patterns import (
     Pattern,
+    alternatives,
     check_pattern,
     ends_in,
     first_match,
@@ -114,9 +114,13 @@ class MoRAConfig:
             train_kernel=self.trains(join_path(path, "kernel")),
         )
 
+    @property
+    def _targets(self) -> Pattern:
+        return cast(Pattern, self.targets)  # names have become a pattern
+
     def selects(self, path: str) -> bool:
         """Whether the layer at `path` is adapted."""
-        wanted = self.targets == "all-linear" or matches(self.targets, path)
+        wanted = self._targets == "all-linear" or matches(self._targets, path)
         return wanted and not (self.exclude is not None and matches(self.exclude, path))
 
     def reason(self, path: str) -> str:
@@ -135,8 +139,8 @@ class MoRAConfig:
     def patterns(self) -> dict[str, Pattern]:
         """Every pattern of the config by the field it stands in."""
         patterns: dict[str, Pattern] = {}
-        if self.targets != "all-linear":
-            patterns["targets"] = self.targets
+        if self._targets != "all-linear":
+            patterns["targets"] = self._targets
         for name in ("exclude", "also_train"):
             if (pattern := getattr(self, name)) is not None:
                 patterns[name] = pattern
@@ -163,6 +167,9 @@ class MoRAConfig:
 def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterable[str]) -> None:
     """Raises ValueError for the first pattern of the config that matches nothing.
 
+    That includes each alternative of a pattern, such as `value` in `.*/(query|value)`, and ranks
+    and schemes for layers that are not adapted or that an earlier pattern decides.
+
     Args:
       config: the config.
       layers: paths of the linear layers, which most patterns speak of.
@@ -171,19 +178,53 @@ def check_matches(config: MoRAConfig, layers: Iterable[str], parameters: Iterabl
     layers, parameters = list(layers), list(parameters)
     if not layers:
         raise ValueError("the model has no linear layer to adapt.")
-    for name, pattern in config.patterns().items():
-        kind, paths = ("layers", layers)
-        if name.startswith(("also_train", "kernels")):
-            kind, paths = ("parameters", parameters)
-        if any(matches(pattern, path) for path in paths):
-            continue
-        near = difflib.get_close_matches(str(pattern), paths, n=8, cutoff=0.2) or paths
+    if own := [path for path in (*layers, *parameters) if ADAPTER in path.split("/")]:
         raise ValueError(
-            f"MoRAConfig.{name}={pattern!r} matches none of the {len(paths)} {kind} "
-            f"(a pattern must match a whole path, from the root). Near it: {list_paths(near)}."
+            f"the model has parameters of its own under the name {ADAPTER!r}: {list_paths(own)}. "
+            "The library keeps adapters under it, so rename them."
         )
-    if not any(config.selects(path) for path in layers):
+    for name, pattern in config.patterns().items():
+        of_parameters = name.startswith(("also_train", "kernels"))
+        kind, paths = ("parameters", parameters) if of_parameters else ("layers", layers)
+        _check_matches(name, pattern, kind, paths)
+    selected = [path for path in layers if config.selects(path)]
+    if not selected:
         raise ValueError(
             f"MoRAConfig.exclude={config.exclude!r} leaves out every layer that "
             f"targets={config.targets!r} matches."
         )
+    for name in ("ranks", "schemes"):
+        _check_decides(name, [pattern for pattern, _ in getattr(config, name)], selected)
+
+
+def _check_matches(name: str, pattern: Pattern, kind: str, paths: Sequence[str]) -> None:
+    """Raises ValueError if a pattern, or one of its alternatives, matches none of the paths."""
+    where = f"none of the {len(paths)} {kind} (a pattern must match a whole path, from the root)"
+    if not any(matches(pattern, path) for path in paths):
+        raise ValueError(
+            f"MoRAConfig.{name}={pattern!r} matches {where}. Near it: "
+            f"{list_near(str(pattern), paths)}."
+        )
+    # What is nested in another alternative is only seen where that one matches something.
+    for part, alone in alternatives(pattern):
+        if not any(matches(alone, path) for path in paths):
+            raise ValueError(
+                f"MoRAConfig.{name}={pattern!r}: its alternative {part!r} matches {where}. Near "
+                f"it: {list_near(part, paths)}. Leave it out, or mend it."
+            )
+
+
+def _check_decides(name: str, patterns: Sequence[Pattern], selected: Sequence[str]) -> None:
+    """Raises ValueError for a pattern of ranks or schemes that no adapted layer goes by."""
+    for index, pattern in enumerate(patterns):
+        found = [path for path in selected if matches(pattern, path)]
+        if not found:
+            raise ValueError(
+                f"MoRAConfig.{name}[{pattern!r}] matches no layer that is adapted. Adapted are "
+                f"{list_near(str(pattern), selected)}. Does targets or exclude leave it out?"
+            )
+        if all(any(matches(other, path) for other in patterns[:index]) for path in found):
+            raise ValueError(
+                f"MoRAConfig.{name}[{pattern!r}] decides nothing: the first pattern that matches "
+                f"counts, and earlier ones match {list_paths(found)} already. Put it before them."
+            )

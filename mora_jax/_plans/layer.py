@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
 from typing import Any, get_args
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mora_jax._arrays.mesh import UNKNOWN, FeatureSharding
 from mora_jax._plans.cycles import Cycle, check_cycle, next_scheme
+from mora_jax._plans.saved import Fields, axes_of, fields_of, flag, natural, naturals, rate, text
 from mora_jax._product.axes import KernelAxes
 from mora_jax._product.cost import Placement
 from mora_jax._product.dora import MAGNITUDE, magnitude_leaf
@@ -212,17 +213,65 @@ def spec_to_dict(spec: AdapterSpec) -> dict[str, Any]:
     return fields
 
 
-def spec_from_dict(fields: Mapping[str, Any]) -> AdapterSpec:
-    config, axes = dict(fields["config"]), fields["kernel_axes"]
-    config["scheme"] = scheme_from_dict(config["scheme"])
-    if isinstance(config["cycle"], list):
-        config["cycle"] = tuple(scheme_from_dict(scheme) for scheme in config["cycle"])
+def spec_from_dict(value: Any, where: str) -> AdapterSpec:
+    """The inverse of `spec_to_dict`.
+
+    Args:
+      value: what JSON has.
+      where: its place in the plan, for errors.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    fields = Fields(value, where)
+    shape = fields.take("kernel_shape", naturals)
+    axes = fields.take("kernel_axes", functools.partial(_axes_from_dict, ndim=len(shape)))
+    batch = len(axes.batch)
     spec = AdapterSpec(
-        config=LayerConfig(**config),
-        kernel_shape=tuple(fields["kernel_shape"]),
-        kernel_axes=KernelAxes(**{name: tuple(value) for name, value in axes.items()}),
-        adapter_batch_axes=tuple(fields["adapter_batch_axes"]),
-        kernel_name=fields["kernel_name"],
+        config=_config_from_dict(
+            Fields(fields.take("config", fields_of), fields.name_of("config"))
+        ),
+        kernel_shape=shape,
+        kernel_axes=axes,
+        adapter_batch_axes=fields.take("adapter_batch_axes", axes_of(batch + 2, batch)),
+        kernel_name=fields.take("kernel_name", text),
     )
-    _ = spec.rows  # axes that are not the kernel's are an error here
+    fields.end()
+    try:
+        _ = spec.rows  # a scheme that cannot be on this kernel is an error here
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{where} has no adapter: {error}") from error
     return spec
+
+
+def _axes_from_dict(value: Any, ndim: int) -> KernelAxes:
+    fields = Fields(value, "")
+    axes = KernelAxes(
+        **{name: fields.take(name, axes_of(ndim)) for name in ("inputs", "outputs", "batch")}
+    )
+    fields.end()
+    if sorted(axes.inputs + axes.outputs + axes.batch) != [*range(ndim)]:
+        raise ValueError(f"wanted each of {ndim} axes once")
+    return axes
+
+
+def _config_from_dict(fields: Fields) -> LayerConfig:
+    checks = {"placement": text, "dropout": rate, "dtype": text, "size_multiple": natural}
+    checks |= dict.fromkeys(("train_kernel", "keep_sums", "dora"), flag)
+    # Plans of earlier versions lack the later fields.
+    known = {key: fields.take(key, checks[key]) for key in checks if key in fields.left}
+    known["rank"] = fields.take("rank", natural)
+    known["scheme"] = fields.take("scheme", scheme_from_dict)
+    known["cycle"] = fields.take("cycle", _cycle_from_json, "auto")
+    fields.end()
+    try:
+        return LayerConfig(**known)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{fields.where}: {error}") from error
+
+
+def _cycle_from_json(value: Any) -> Cycle:
+    if isinstance(value, list):
+        value = tuple(map(scheme_from_dict, value))
+    check_cycle(value)
+    return value

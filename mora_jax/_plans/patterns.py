@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mora_jax._arrays.paths import readable
+from mora_jax._text.expressions import Expression
 
 Pattern = str | Callable[[str], bool]
 
@@ -41,8 +43,34 @@ def matches(pattern: Pattern, path: str) -> bool:
     """
     if isinstance(pattern, str):
         # A pattern may also spell the slashes within names as paths do, by %2F.
-        return any(re.fullmatch(pattern, name) is not None for name in {readable(path), path})
+        fullmatch = _compiled(pattern).fullmatch
+        return any(fullmatch(name) is not None for name in {readable(path), path})
     return bool(pattern(readable(path)))
+
+
+# `re` itself keeps 512; a config may have more, and asks all of them for every layer.
+_compiled = functools.lru_cache(maxsize=2**14)(re.compile)
+
+
+def alternatives(pattern: Pattern) -> Iterator[tuple[str, str]]:
+    """(alternative, the pattern with this one alone), for what stands between the `|` of a pattern.
+
+    Alternatives that are repeated, empty or only looked at are left out, and those of patterns
+    with rarer syntax.
+
+    >>> list(alternatives("head|.*/(query|value)"))
+    [('query', 'head|.*/(query)'), ('value', 'head|.*/(value)'), ('head', 'head'),
+     ('.*/(query|value)', '.*/(query|value)')]
+    """
+    if not isinstance(pattern, str):
+        return
+    try:
+        found = Expression(pattern).alternations
+    except ValueError:
+        return
+    for one in found:
+        for part in filter(None, one.parts):
+            yield part, pattern[: one.start] + part + pattern[one.end :]
 
 
 def check_pattern(pattern: Pattern) -> None:

@@ -17,7 +17,9 @@ import jax
 from mora_jax._arrays.paths import adapter_path, is_adapter, join_path
 from mora_jax._compat.renamed import renamed_argument, warn_renamed
 from mora_jax._plans.layer import AdapterSpec, LayerConfig, spec_from_dict, spec_to_dict
+from mora_jax._plans.saved import Fields, digest_of, fields_of, natural, naturals
 from mora_jax._plans.table import plan_table
+from mora_jax._text.json_reader import read_json
 
 _FORMAT = 1
 
@@ -150,27 +152,45 @@ class Plan(Mapping[str, AdapterSpec]):
             "format": _FORMAT,
             "base_parameters": self.base_parameters,
             "merges": self.merges,
+            "layers": layers,
+            "also_train": dict(self.also_train),
         }
-        return json.dumps({**fields, "layers": layers, "also_train": dict(self.also_train)})
+        return json.dumps({**fields, "digest": digest_of(fields)})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The inverse of `to_json`.
 
         Raises:
-          ValueError: where the text is no plan, or one of a later version of this library.
+          ValueError: naming the key, where the text is no plan, or one of a later version.
         """
         try:
-            fields = json.loads(text)
-            if fields["format"] != _FORMAT:
-                raise ValueError(f"format {fields['format']}, this version reads {_FORMAT}")
-            return cls(
-                tuple((path, spec_from_dict(spec)) for path, spec in fields["layers"].items()),
-                tuple((path, tuple(shape)) for path, shape in fields["also_train"].items()),
-                fields["base_parameters"],
-                merges=fields.get("merges", 0),
-            )
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            return _read(text)
+        except ValueError as error:
             raise ValueError(
-                f"not a plan: {error!r}. Expected the text of Plan.to_json, of this version."
+                f"not a plan: {error}. Expected the text of Plan.to_json, of this version."
             ) from error
+
+
+def _read(text: str) -> Plan:
+    """A plan, each of its fields checked."""
+    if not isinstance(text, str):
+        raise ValueError(f"it is a {type(text).__name__}, wanted a text")
+    fields = Fields(read_json(text), "")
+    digest = fields.left.pop("digest", None)  # plans of earlier versions have none
+    if digest is not None and digest != digest_of(fields.left):
+        raise ValueError(
+            "its digest is that of other text, so it is damaged. If you changed the text on "
+            "purpose, leave the key 'digest' out"
+        )
+    if (version := fields.take("format", natural)) != _FORMAT:
+        raise ValueError(f"format is {version}, this version reads {_FORMAT}")
+    layers, trained = (Fields(fields.take(key, fields_of), key) for key in ("layers", "also_train"))
+    plan = Plan(
+        tuple((path, spec_from_dict(v, f"layers[{path!r}]")) for path, v in layers.left.items()),
+        tuple((path, trained.take(path, naturals)) for path in [*trained.left]),
+        fields.take("base_parameters", natural),
+        merges=fields.take("merges", natural, 0),
+    )
+    fields.end()
+    return plan

@@ -41,7 +41,7 @@ from mora_jax._product.call import AdaptedProduct
 from mora_jax._product.cost import Placement
 from mora_jax._product.dora import column_scale, split_magnitude
 from mora_jax._product.gradient import adapted_product, reverse_only
-from mora_jax._product.per_example import ExampleIds
+from mora_jax._product.per_example import ExampleIds, ids_as_int32
 from mora_jax._schemes.base import Adapter, Scheme
 
 
@@ -135,6 +135,8 @@ def mora_dot_general(
     if call.is_plain and not jnp.issubdtype(lhs.dtype, jnp.inexact):
         # Integers and truth values: a float is what the product makes of them too.
         lhs = lhs.astype(jax.eval_shape(call.product, lhs, rhs).dtype)
+    if adapter_ids is not None:
+        adapter_ids = ids_as_int32(adapter_ids)  # while they may be 64 bits still
     arrays = (lhs, rhs, dict(adapter), adapter_lhs, adapter_ids)
     if (mesh := explicit_mesh(lhs, rhs)) is None:
         return _adapted(call, *arrays)

@@ -24,6 +24,8 @@ from jax import lax
 
 from mora_jax._schemes.base import Adapter, Scheme
 
+_LARGEST_ID = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class ExampleIds:
@@ -80,6 +82,22 @@ def check_ids(ids: Any) -> None:
         raise ValueError(f"adapter_ids must have one axis, the examples', got {ids.shape}.")
 
 
+def ids_as_int32(ids: jax.Array) -> jax.Array:
+    """Adapter ids of any integers as int32, which has -1; what it lacks becomes -2, no adapter.
+
+    >>> ids_as_int32(np.array([1, -1, 2**32 + 1]))
+    Array([ 1, -1, -2], dtype=int32)
+    """
+    known = jnp.iinfo(ids.dtype)
+    if known.max <= _LARGEST_ID:
+        return ids.astype(np.int32)
+    # In the ids' own dtype: a cast would wrap them around to another adapter.
+    beyond = ids > ids.dtype.type(_LARGEST_ID)
+    if known.min < 0:
+        beyond = beyond | (ids < -1)
+    return jnp.where(beyond, np.int32(-2), ids.astype(np.int32))
+
+
 def delta_by_example(
     x: jax.Array, adapter: Adapter, ids: jax.Array, out_features: int, scheme: Scheme
 ) -> jax.Array:
@@ -110,8 +128,7 @@ def delta_by_example(
 
     # The gather needs no inputs, so a scheduler would make that of all layers first: a copy of the
     # bank.
-    # Other integers lack -1, or the number of adapters.
-    x, ids = lax.optimization_barrier((x, ids.astype(np.int32)))
+    x, ids = lax.optimization_barrier((x, ids_as_int32(ids)))
 
     def choose(leaf: jax.Array) -> jax.Array:
         # A negative index would count from the end.

@@ -30,7 +30,8 @@ class LowRank(Scheme):
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not (isinstance(self.alpha, int | float) and self.alpha > 0):
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if self.alpha is not None and not (number and self.alpha > 0):
             raise ValueError(f"LowRank: alpha must be a positive number, got {self.alpha!r}.")
 
     @property

@@ -125,11 +125,14 @@ def scheme_from_dict(fields: Mapping[str, Any]) -> Scheme:
     Sharing(input='contiguous')
 
     Raises:
-      ValueError: for an unknown kind or an unknown field.
+      ValueError: for an unknown kind, an unknown field, or a value of another type than the field's
+        default.
     """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"a scheme is an object of fields, got {fields!r:.80}.")
     fields = dict(fields)
     kind = fields.pop("kind", None)
-    if kind not in SCHEMES:
+    if not isinstance(kind, str) or kind not in SCHEMES:
         raise ValueError(
             f"Unknown scheme {kind!r}; there are: {', '.join(SCHEMES)}. A scheme of your own must "
             "be registered first: import the module that calls register_scheme."
@@ -139,7 +142,23 @@ def scheme_from_dict(fields: Mapping[str, Any]) -> Scheme:
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"Scheme {kind!r} has no field {unknown}; it has: {sorted(known)}.")
-    return cls(**{name: _as_tuples(value) for name, value in fields.items()})
+    values = {name: _as_tuples(value) for name, value in fields.items()}
+    for field in dataclasses.fields(cls):
+        if field.name in values and not _is_like(values[field.name], field.default):
+            raise ValueError(
+                f"Scheme {kind!r}: {field.name} is {values[field.name]!r:.80}, wanted a "
+                f"{type(field.default).__name__}."
+            )
+    return cls(**values)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value of JSON can stand for a field with this default."""
+    if default is None:
+        return not isinstance(value, dict)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
 
 
 def _as_tuples(value: Any) -> Any:

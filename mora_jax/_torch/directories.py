@@ -17,16 +17,33 @@ def check_new(directory: str | os.PathLike[str]) -> pathlib.Path:
     """
     path = pathlib.Path(directory).absolute()
     if os.path.lexists(path):
-        raise ValueError(f"{path} exists already; save to a new directory.")
+        raise exists_already(path)
     return path
+
+
+def exists_already(path: pathlib.Path) -> ValueError:
+    """What is raised where something lies at a path already."""
+    return ValueError(
+        f"{path} exists already, and is not overwritten: save to a new directory, or remove this "
+        f"one first, such as with shutil.rmtree({str(path)!r})."
+    )
 
 
 @contextlib.contextmanager
 def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory that gets its name when all is in it, and is gone where that fails."""
+    """A directory that gets its name when all is in it, and is gone where that fails.
+
+    Raises:
+      ValueError: where another program has taken the name in the meantime.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         new = pathlib.Path(scratch) / path.name
         new.mkdir()  # not the scratch itself, which nobody else may read
         yield new
-        new.rename(path)
+        try:
+            new.rename(path)
+        except OSError as error:
+            if os.path.lexists(path):  # saved by another program in the meantime
+                raise exists_already(path) from error
+            raise

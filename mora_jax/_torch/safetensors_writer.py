@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 #: What the format calls the dtypes that parameters have.
 _DTYPES = {
@@ -39,7 +39,11 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def write_tensors(
-    path: str | os.PathLike[str], shapes: Shapes, read: Callable[[str], np.ndarray]
+    path: str | os.PathLike[str],
+    shapes: Shapes,
+    read: Callable[[str], np.ndarray],
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file, holding one tensor at a time.
 
@@ -47,6 +51,7 @@ def write_tensors(
       path: of the file.
       shapes: name -> shape and dtype of every tensor, in the order to write them in.
       read: gives the tensor of a name.
+      metadata: beside the format that transformers asks for.
 
     Raises:
       TypeError: for a dtype that the format lacks.
@@ -60,7 +65,7 @@ def write_tensors(
     {'norm': array([1., 1.], dtype=float32)}
     """
     # "pt" is what transformers asks for.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in shapes:
         end = offset + size_of(shapes[name])
@@ -87,11 +92,31 @@ def write_tensors(
         raise ValueError(f"{path} reads back as {found}, not as {written}.")
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of a file's tensors, as the library reads them."""
-    with safe_open(path, "numpy") as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+def read_header(
+    path: str | os.PathLike[str], *, limit: int = 100_000_000
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of a file's tensors, as the library reads them; no tensor is read.
+
+    Args:
+      path: of the file.
+      limit: the most bytes that its header may have.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not safetensors, is damaged, or has a longer header.
+    """
+    with open(path, "rb") as start:
+        size = int.from_bytes(start.read(8), "little")
+    if size > limit:
+        raise ValueError(f"{path} has a header of {size:,} bytes; at most {limit:,} are expected.")
+    try:
+        with safe_open(path, "numpy") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()
+            }
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not safetensors, or is damaged: {error}") from error
 
 
 def shards(shapes: Shapes, limit: int) -> dict[str, list[str]]:

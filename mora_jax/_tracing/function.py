@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.paths import (
+    ADAPTER,
     flatten,
     is_adapter,
     join_path,
@@ -151,7 +152,15 @@ def _trace(
     def call(leaves: Any, *inputs: Any, **kwargs: Any) -> Any:
         return function(unflatten_like(leaves, params), *inputs, **kwargs)
 
-    return trace(call, dict(base), *inputs, **kwargs)
+    try:
+        return trace(call, dict(base), *inputs, **kwargs)
+    except KeyError as error:
+        if error.args != (ADAPTER,):
+            raise
+        raise ValueError(
+            f"the function reads params[...][{ADAPTER!r}]. The library keeps adapters under this "
+            "name, so rename the dict."
+        ) from error
 
 
 def _plan(traced: Traced, base: Mapping[str, Any], config: MoRAConfig) -> Plan:

@@ -18,10 +18,11 @@ from orbax.checkpoint import v1 as ocp
 from mora_jax._arrays.boxes import box_like, place_for, rebox, unbox
 from mora_jax._arrays.checksums import checksums
 from mora_jax._arrays.paths import flatten, last_name, list_paths, unflatten, unflatten_like
-from mora_jax._params.checks import check_finite, check_unadapted
+from mora_jax._params.checks import check_finite, check_sizes, check_unadapted
 from mora_jax._params.precision import loaded_dtypes, plan_with_dtypes
 from mora_jax._params.split import Params, split
 from mora_jax._plans.plan import Plan
+from mora_jax.checkpoint._limits import check_chunks, check_metadata
 from mora_jax.checkpoint._record import (
     Record,
     check_fits,
@@ -39,6 +40,7 @@ from mora_jax.checkpoint._versions import (
     find_saved,
     is_checkpoint,
     names_in,
+    new_unnamed,
     new_version,
     versions_of,
 )
@@ -149,7 +151,8 @@ def save_adapters(
     arrays = {p: {**shape_of(leaf), "checksum": sums[p]} for p, leaf in values.items()}
     custom: Any = to_custom(plan, base, arrays, metadata)
     if name is None:
-        ocp.save(path, unflatten(values), custom_metadata=custom)
+        with new_unnamed(path) as new:
+            ocp.save(new, unflatten(values), custom_metadata=custom)
         return 0
     with new_version(path) as version:
         ocp.save(path / str(version), unflatten(values), custom_metadata=custom)
@@ -193,11 +196,13 @@ def load_adapters(
     plan, leaves = record.plan, flatten(params)
     check_fits(path, record, leaves)
     check_unadapted(plan, leaves)
+    with_path_in_errors(path, lambda: check_sizes(plan, leaves))
     plain = plan.plain_paths()
     wanted = {plain[name]: leaf.shape for name, leaf in plan.adapter_leaves().items()}
     wanted |= dict(plan.also_train) | kernels_in(record)
     wanted |= check_statistics(path, saved.keys() - wanted.keys(), leaves)
     check_saved(path, wanted, saved, record.arrays)
+    with_path_in_errors(path, lambda: check_chunks(path))
     # Orbax wants to be told where arrays go: to their kernel's mesh, or where new arrays go.
     owners = {plain[leaf]: owner for leaf, owner in plan.adapter_owners().items()}
     anywhere = jnp.zeros(()).sharding
@@ -258,6 +263,7 @@ def _entry(path: epath.Path, name: str, version: int) -> SavedAdapters:
 
 def _read(path: epath.Path) -> tuple[Record, dict[str, Any]]:
     """What a checkpoint says of itself, and shape and dtype of the arrays that Orbax finds."""
+    with_path_in_errors(path, lambda: check_metadata(path))
     found = with_path_in_errors(path, lambda: ocp.metadata(path))
     record = from_custom(path, found.custom_metadata)
     return record, with_path_in_errors(path, lambda: flatten(found.metadata))

@@ -21,6 +21,7 @@ from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.checksums import checksums
 from mora_jax._arrays.paths import is_adapter, list_paths
 from mora_jax._plans.plan import Plan
+from mora_jax._text.json_reader import read_json
 
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ def from_custom(path: os.PathLike[str], custom: Any) -> Record:
     fields: dict[str, Any] = {}
     if record is not None or digest is not None:
         text, record = str(text), str(record)
-        fields = with_path_in_errors(path, lambda: dict(json.loads(record)))
+        fields = with_path_in_errors(path, lambda: dict(read_json(record)))
         if fields.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} has format {fields.get('format')!r} of a later mora_jax; this version "

@@ -8,7 +8,10 @@ library/poems/.3.is_being_saved/      claimed by a program that writes version 3
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +35,7 @@ def check_name(name: Any) -> None:
 def check_room(path: epath.Path, name: str | None) -> None:
     """Raises ValueError unless adapters, of this name or without one, can be saved at a path."""
     if name is None and path.exists():
-        raise ValueError(f"{path} exists already; save to a new directory.")
+        raise exists_already(path)
     if name is not None:
         check_name(name)
         for folder in (path, path / name):
@@ -40,6 +43,43 @@ def check_room(path: epath.Path, name: str | None) -> None:
                 raise ValueError(f"{folder} is a saved adapter itself, and cannot hold named ones.")
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"{folder} is a file, and cannot hold adapters.")
+
+
+def exists_already(path: epath.Path) -> ValueError:
+    """What is raised where something lies at a path already."""
+    return ValueError(
+        f"{path} exists already, and is not overwritten. Save to a new directory; or give a name, "
+        "save_adapters(..., name='mine'), which keeps every save as a version of it; or remove "
+        f"this one first, such as with shutil.rmtree({str(path)!r})."
+    )
+
+
+@contextlib.contextmanager
+def new_unnamed(path: epath.Path) -> Iterator[epath.Path]:
+    """Where to write what is to lie at a path, which it gets when it is whole.
+
+    Programs that save to one path would delete each other's files: each writes to a name of its
+    own, and one of them gets the path. The processes of one program write together, and a bucket
+    cannot rename directories: there it is the path itself.
+
+    Raises:
+      ValueError: where another program was faster.
+    """
+    if jax.process_count() > 1 or "://" in str(path):
+        yield path
+        return
+    own = path.parent / f".{path.name}.{uuid.uuid4().hex}.is_being_saved"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield own
+        try:
+            os.rename(own, path)
+        except OSError as error:
+            if path.exists():
+                raise exists_already(path) from error
+            raise
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def is_checkpoint(path: epath.Path) -> bool:

@@ -17,7 +17,7 @@ An optional module: it needs `pip install 'mora_jax[export]'`.
 from mora_jax._compat.extras import needs_extra
 from mora_jax._compat.renamed import renamed_names
 
-with needs_extra("export", "safetensors", "regex"):
+with needs_extra("export", "safetensors"):
     from mora_jax._torch.names import KernelName
     from mora_jax._torch.tensors import LLAMA, TensorName
     from mora_jax.export._lora import save_lora

@@ -13,11 +13,11 @@ import jax
 from flax import nnx
 
 from mora_jax._arrays.boxes import AdapterIds, AlsoTrained
-from mora_jax._arrays.paths import IDS, is_adapter, join_path, path_seed
+from mora_jax._arrays.paths import ADAPTER, IDS, is_adapter, join_path, path_seed
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.layer import AdapterSpec
 from mora_jax._plans.plan import Plan
-from mora_jax._product.per_example import check_ids
+from mora_jax._product.per_example import check_ids, ids_as_int32
 from mora_jax.nnx._guard import LayerPath
 from mora_jax.nnx._kernels import (
     Kernel,
@@ -107,6 +107,11 @@ def _key_of(
 def _add_adapter(path: str, kernel: Kernel, spec: AdapterSpec, key: jax.Array | None) -> None:
     """Makes a layer one of an adapted class, with a new adapter beside its kernel."""
     layer = kernel.layer
+    if hasattr(layer, ADAPTER):
+        raise ValueError(
+            f"a layer of class {type(layer).__name__} has an attribute {ADAPTER!r} of its own. The "
+            "library keeps the adapter under this name, so rename it."
+        )
     object.__setattr__(layer, "__class__", adapted_class(type(layer)))
     layer.mora = MoRA(spec, kernel.axes, kernel.shape, kernel=kernel.variable, key=key)
     layer.mora.layer_path, layer.mora.kernel_stacks = LayerPath(path), kernel.stacks
@@ -180,6 +185,7 @@ def set_adapter_ids(model: nnx.Module, adapter_ids: jax.Array | None) -> None:
         raise ValueError("the model has no adapters. Adapt it first: adapt(model, config).")
     if adapter_ids is not None:
         check_ids(adapter_ids)
+        adapter_ids = ids_as_int32(adapter_ids)  # without x64, JAX would wrap 64 bits around
     for path, spec in plan(model).items():
         mora = dict(layers)[path].mora
         if adapter_ids is None:

@@ -17,7 +17,7 @@ An optional module: it needs `pip install 'mora_jax[peft]'`.
 from mora_jax._compat.extras import needs_extra
 from mora_jax._compat.renamed import renamed_names
 
-with needs_extra("peft", "safetensors", "regex"):
+with needs_extra("peft", "safetensors"):
     from mora_jax._torch.names import KernelName
     from mora_jax._torch.tensors import LLAMA
     from mora_jax.peft._load import load_adapters

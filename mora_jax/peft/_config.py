@@ -3,9 +3,7 @@
 The fork writes PEFT's fields and two more, `use_mora` and `mora_type`. Fields that change what an
 adapter computes are read or refused by name; those that do not are passed over.
 
-Names of modules may be regular expressions, and a file may come from anyone: `re` would search for
-ever through some. The package regex finds the same and can be told when to give up; braces that it
-alone gives a meaning are refused.
+Names of modules may be regular expressions: `_patterns.py`. A file may come from anyone.
 """
 
 from __future__ import annotations
@@ -14,16 +12,17 @@ import dataclasses
 import json
 import math
 import pathlib
-import re
-from collections.abc import Mapping
-from typing import Any
-
-import regex
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 from mora_jax._schemes.base import Scheme
 from mora_jax._schemes.low_rank import LowRank
 from mora_jax._schemes.operators import check_rank
 from mora_jax._schemes.registry import scheme_from_mora_type
+from mora_jax._text.json_reader import read_json_file
+from mora_jax.peft._patterns import ModulePatterns, Modules, check_used
+
+T = TypeVar("T")
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -32,10 +31,12 @@ _PASSED_OVER = {
     "auto_mapping",
     "base_model_name_or_path",
     "ensure_weight_tying",
+    "eva_config",  # how the numbers started
     "fan_in_fan_out",  # how the base stores its weights
     "inference_mode",
     "layers_pattern",  # of layers_to_transform
     "megatron_core",
+    "merge_weights",  # of PEFT 0.2: when the base is merged, not with what
     "peft_version",
     "qalora_group_size",  # of use_qalora
     "revision",
@@ -45,12 +46,17 @@ _PASSED_OVER = {
 #: Ways to start an adapter that leave its base as it is; others (PiSSA, OLoRA) change its weights.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _LARGEST_RANK = 2**24
-#: What regex takes for a count of errors, and `re` as it stands.
-_FUZZY = re.compile(r"\{[^\d,}]")
-#: Seconds that a pattern may take for one name; those of real adapters take microseconds.
-_PATTERN_TIMEOUT_SECONDS = 0.1
-
-Modules = str | tuple[str, ...]
+#: Why a field with a value is refused; of other fields it is not known what they do.
+_REFUSED = {
+    "enable_lora": "it splits one fused projection into several",
+    "layer_replication": "it copies layers of the base",
+    "layers_to_transform": "it chooses layers by their numbers",
+    "lora_bias": "the adapter has biases",
+    "modules_to_save": "these modules are trained in full, and replace those of the base",
+    "target_parameters": "it adapts parameters that are no modules",
+    "trainable_token_indices": "rows of an embedding are trained in full",
+    "use_dora": "magnitudes are absolute in PEFT, and relative to the base's here",
+}
 
 
 def tensor_name(module: str, side: str) -> str:
@@ -87,6 +93,9 @@ class PeftConfig:
     rank_stabilized: bool = False
     base_model: str | None = None
     file: str = CONFIG
+    patterns: ModulePatterns = dataclasses.field(
+        default_factory=ModulePatterns, repr=False, compare=False
+    )
 
     def selects(self, module: str) -> bool:
         """Whether PEFT adapts the module of this name.
@@ -94,8 +103,9 @@ class PeftConfig:
         Raises:
           ValueError: as `rank_of` and `scheme_of` do: for a pattern that takes too long, by name.
         """
-        return self._names("target_modules", self.targets, module) and not self._names(
-            "exclude_modules", self.exclude, module
+        with_file = self._with_file
+        return with_file(self.patterns.names, "target_modules", self.targets, module) and (
+            not with_file(self.patterns.names, "exclude_modules", self.exclude, module)
         )
 
     def rank_of(self, module: str) -> int:
@@ -111,27 +121,22 @@ class PeftConfig:
             alpha *= math.sqrt(self.rank_of(module))
         return LowRank(alpha)
 
-    def _names(self, key: str, modules: Modules, module: str) -> bool:
-        if isinstance(modules, str):
-            return bool(modules) and self._matches(key, modules, module)
-        return ends_as(modules, module)
+    def check_used(self, modules: Collection[str]) -> None:
+        """Raises ValueError for a pattern of ranks or alphas that matches no adapted module."""
+        for key, values in (("rank_pattern", self.ranks), ("alpha_pattern", self.alphas)):
+            self._with_file(check_used, self.patterns, key, values, modules)
 
-    def _value(self, key: str, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    def _value(self, key: str, values: Mapping[str, Any], module: str, default: Any) -> Any:
         """The value of the first pattern that matches a module's name, as in PEFT."""
-        for pattern, value in patterns.items():
-            if self._matches(key, pattern_of(pattern).pattern, module):
-                return value
-        return patterns.get(module, default)
+        found = self._with_file(self.patterns.key_of, key, values, module)
+        return default if found is None else values[found]
 
-    def _matches(self, key: str, pattern: str, module: str) -> bool:
+    def _with_file(self, function: Callable[..., T], *args: Any) -> T:
+        """What a function returns, its errors with the file's name."""
         try:
-            return regex.fullmatch(pattern, module, timeout=_PATTERN_TIMEOUT_SECONDS) is not None
-        except TimeoutError as error:
-            raise ValueError(
-                f"{self.file}: {key} has the pattern {pattern!r:.200}, which takes longer than "
-                f"{_PATTERN_TIMEOUT_SECONDS} s for the name {module!r}: given up. Adapters name "
-                "modules by patterns that take microseconds; is the file from someone you trust?"
-            ) from error
+            return function(*args)
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}") from error
 
     def to_json(self) -> str:
         """The file's text, with the fields that every version of PEFT and the fork have."""
@@ -164,15 +169,12 @@ def read_config(path: pathlib.Path) -> PeftConfig:
       ValueError: naming the file and the field, where it is not what PEFT or the fork writes, or
         says something that this library does not compute.
     """
-    try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    fields = read_json_file(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}, not an object of fields.")
     try:
         return dataclasses.replace(_parse(fields), file=str(path))
-    except (ValueError, TypeError, re.error, regex.error, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -206,20 +208,29 @@ def _parse(fields: dict[str, Any]) -> PeftConfig:
     )
     if not config.targets:
         raise ValueError("target_modules is empty; it must name the adapted modules.")
-    for name, value in fields.items():
-        if name not in _PASSED_OVER and value not in (None, False, "", [], {}):
-            raise ValueError(f"{name}={value!r} is not supported.")
+    _check_rest(fields)
+    _add_patterns(config)
     return config
 
 
-def ends_as(names: tuple[str, ...], module: str) -> bool:
-    """Whether a list of `target_modules` names a module: by the end of its name."""
-    return any(module == name or module.endswith(f".{name}") for name in names)
+def _check_rest(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for fields that are not read, unless they change nothing."""
+    for name, value in fields.items():
+        if name not in _PASSED_OVER and value not in (None, False, "", [], {}):
+            why = f": {_REFUSED[name]}" if name in _REFUSED else ""
+            raise ValueError(f"{name}={value!r:.200} is not supported{why}.")
 
 
-def pattern_of(pattern: str) -> re.Pattern[str]:
-    """What a key of `rank_pattern` matches: the end of a module's name."""
-    return re.compile(rf"(.*\.)?({pattern})$")
+def _add_patterns(config: PeftConfig) -> None:
+    """Parses the patterns of every field, or raises ValueError."""
+    for name, modules in (
+        ("target_modules", config.targets),
+        ("exclude_modules", config.exclude),
+    ):
+        if isinstance(modules, str):
+            config.patterns.add(name, [modules])
+    config.patterns.add("rank_pattern", config.ranks)
+    config.patterns.add("alpha_pattern", config.alphas)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -249,26 +260,17 @@ def _dropout(value: Any) -> float:
 
 def _modules(name: str, value: Any) -> Modules:
     if isinstance(value, str):
-        _check_pattern(value)
         return value
     if not isinstance(value, list) or not all(isinstance(module, str) for module in value):
-        raise ValueError(f"{name} is {value!r}, neither names of modules nor an expression.")
+        raise ValueError(f"{name} is {value!r:.200}, neither names of modules nor an expression.")
     return tuple(value)
-
-
-def _check_pattern(pattern: str) -> None:
-    re.compile(pattern)  # what PEFT refuses
-    if _FUZZY.search(pattern):
-        raise ValueError(f"the pattern {pattern!r:.200} has braces that hold no number of times.")
-    regex.compile(pattern)
 
 
 def _patterns(name: str, value: Any, check: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is {value!r}, not an object of patterns.")
+        raise ValueError(f"{name} is {value!r:.200}, not an object of patterns.")
     for pattern, item in value.items():
-        _check_pattern(pattern_of(pattern).pattern)
-        check(f"{name}[{pattern!r}]", item)
+        check(f"{name}[{pattern!r:.200}]", item)
     return value

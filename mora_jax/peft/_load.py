@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,17 +15,24 @@ from jax.typing import DTypeLike
 
 from mora_jax._arrays.boxes import put_beside, unbox
 from mora_jax._arrays.paths import flatten, last_name, list_paths, unflatten_like
-from mora_jax._params.checks import check_unadapted
+from mora_jax._params.checks import check_sizes, check_unadapted
 from mora_jax._params.precision import loaded_dtypes
 from mora_jax._params.split import Params
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._plans.plan import Plan
 from mora_jax._torch.names import KernelName, TorchKernel, torch_kernels
+from mora_jax._torch.safetensors_writer import read_header
 from mora_jax._torch.tensors import LLAMA
 from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, read_config, tensor_name
+from mora_jax.peft._digest import check_digest, metadata_of
 
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+#: More than the header's entry of one tensor takes.
+_BYTES_OF_ENTRY = 1024
+
+#: Name -> (dtype, shape) of a file's tensors.
+Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def load_adapters(
@@ -59,37 +66,28 @@ def load_adapters(
     path = pathlib.Path(directory).absolute()
     leaves = flatten(params)
     check_unadapted(Plan(()), leaves)
-    config, tensors = read(path)
-    file = path / TENSORS
     kernels, left = torch_kernels(_shapes(leaves), names)
-    check_modules(file, tensors, config, kernels, left)
-    tensors = _widened(file, tensors, dtype)
-    layers, loaded, parents = [], {}, [kernel.rpartition("/")[0] for kernel in kernels]
-    for kernel, (axes, modules) in kernels.items():
-        chosen = [config.selects(module) for module in modules]
-        if not any(chosen):
-            continue
-        if not all(chosen):
-            outside = modules[chosen.index(False)]
-            raise ValueError(
-                f"{path / CONFIG}: target_modules leave out {outside!r}, but {kernel!r} is one "
-                "stack, which is adapted as a whole."
-            )
-        parent, _, name = kernel.rpartition("/")
-        alone = parents.count(parent) == 1  # or a layer by itself, beside others in one dict
-        layer_config = _layer_config(path, config, modules, tensors)
-        spec = AdapterSpec(
-            layer_config,
-            tuple(unbox(leaves[kernel]).shape),
-            axes,
-            tuple(range(len(axes.batch))),
-            name if alone else "",
-        )
-        layers.append((parent if alone else kernel, spec))
-        loaded[kernel] = _from_torch(file, spec, modules, tensors)
+    known = {module for kernel in kernels.values() for module in kernel.modules}
+    config, header = read_config_and_header(path, modules=len(known))
+    file = path / TENSORS
+    chosen = check_modules(file, header, config, known, left)
+    config.check_used(chosen)
+    dtypes = {name: _DTYPES[own] for name, (own, _) in header.items()}
+    dtypes = loaded_dtypes(dtypes, dtype, file)
+    specs = _specs(path, config, header, dtypes, chosen, _shapes(leaves), kernels)
     total = sum(int(np.prod(shape)) for shape in _shapes(leaves).values())
-    plan = Plan(tuple(layers), base_parameters=total)
+    plan = Plan(tuple((layer, spec) for layer, spec, _ in specs), base_parameters=total)
     check_unadapted(plan, leaves)
+    check_sizes(plan, leaves)
+    tensors = read_tensors(file)
+    schemes = {module: config.scheme_of(module) for module in chosen}
+    ranks = {module: config.rank_of(module) for module in chosen}
+    check_digest(file, metadata_of(schemes, ranks, config.dropout, tensors))
+    tensors = {name: tensor.astype(dtypes[name]) for name, tensor in tensors.items()}
+    loaded = {
+        kernel: _from_torch(file, spec, modules, tensors)
+        for kernel, (_, spec, modules) in zip(plan.kernel_paths(), specs, strict=True)
+    }
     owners, new = plan.adapter_owners(), {}
     for layer, _ in plan.layers:
         for name, leaf in plan.leaf_paths(layer).items():
@@ -98,11 +96,34 @@ def load_adapters(
     return unflatten_like(leaves | new, params), plan
 
 
-def _widened(
-    file: pathlib.Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None
-) -> dict[str, np.ndarray]:
-    dtypes = loaded_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, dtype, file)
-    return {name: tensor.astype(dtypes[name]) for name, tensor in tensors.items()}
+def _specs(
+    path: pathlib.Path,
+    config: PeftConfig,
+    header: Header,
+    dtypes: Mapping[str, str],
+    chosen: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    kernels: Mapping[str, TorchKernel],
+) -> list[tuple[str, AdapterSpec, tuple[str, ...]]]:
+    """(path, layout, modules) of every adapted layer; its tensors have the shapes they need."""
+    found, parents = [], [kernel.rpartition("/")[0] for kernel in kernels]
+    for kernel, (axes, modules) in kernels.items():
+        outside = [module for module in modules if module not in chosen]
+        if len(outside) == len(modules):
+            continue
+        if outside:
+            raise ValueError(
+                f"{path / CONFIG}: target_modules leave out {outside[0]!r}, but {kernel!r} is one "
+                "stack, which is adapted as a whole."
+            )
+        parent, _, name = kernel.rpartition("/")
+        alone = parents.count(parent) == 1  # or a layer by itself, beside others in one dict
+        layer_config = _layer_config(path, config, modules, dtypes)
+        batch = tuple(range(len(axes.batch)))
+        spec = AdapterSpec(layer_config, shapes[kernel], axes, batch, name if alone else "")
+        _check_shapes(path / TENSORS, spec, modules, header)
+        found.append((parent if alone else kernel, spec, modules))
+    return found
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -110,19 +131,16 @@ def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _layer_config(
-    path: pathlib.Path,
-    config: PeftConfig,
-    modules: tuple[str, ...],
-    tensors: Mapping[str, np.ndarray],
+    path: pathlib.Path, config: PeftConfig, modules: tuple[str, ...], dtypes: Mapping[str, str]
 ) -> LayerConfig:
     """What the modules of one kernel have in common."""
-    dtypes = {
-        str(tensors[name].dtype): name
+    held = {
+        dtypes[name]: name
         for module in modules
         for name in (tensor_name(module, "A"), tensor_name(module, "B"))
     }
-    if len(dtypes) > 1:
-        raise ValueError(f"{path / TENSORS}: one kernel's tensors differ in dtype: {dtypes}.")
+    if len(held) > 1:
+        raise ValueError(f"{path / TENSORS}: one kernel's tensors differ in dtype: {held}.")
     ranks = {config.rank_of(module): module for module in modules}
     schemes = {config.scheme_of(module): module for module in modules}
     if len(ranks) > 1 or len(schemes) > 1:
@@ -135,8 +153,26 @@ def _layer_config(
         scheme,
         cycle="groupings" if "groupings" in scheme.cycles else "auto",
         dropout=config.dropout,
-        dtype=next(iter(dtypes)),
+        dtype=next(iter(held)),
     )
+
+
+def _check_shapes(
+    file: pathlib.Path, spec: AdapterSpec, modules: tuple[str, ...], header: Header
+) -> None:
+    """Raises ValueError unless the tensors have the shapes that the config says."""
+    first, second = spec.scheme.peft_leaves
+    for name, side in {second: "B", first: "A"}.items():
+        rows, columns = spec.shapes[name][-2:]
+        for module in modules:
+            _, shape = header[tensor_name(module, side)]
+            if shape != (columns, rows):
+                raise ValueError(
+                    f"{file}: {tensor_name(module, side)!r} has shape {shape}; "
+                    f"{spec.scheme} of rank {spec.config.rank} on {spec.features[0]} -> "
+                    f"{spec.features[1]} features has {(columns, rows)}. "
+                    "Is the adapter of another model?"
+                )
 
 
 def _from_torch(
@@ -149,16 +185,7 @@ def _from_torch(
     first, second = spec.scheme.peft_leaves
     leaves = {}
     for name, side in {second: "B", first: "A"}.items():
-        rows, columns = spec.shapes[name][-2:]
         stack = [tensors[tensor_name(module, side)] for module in modules]
-        for module, tensor in zip(modules, stack, strict=True):
-            if tensor.shape != (columns, rows):
-                raise ValueError(
-                    f"{file}: {tensor_name(module, side)!r} has shape {tensor.shape}; "
-                    f"{spec.scheme} of rank {spec.config.rank} on {spec.features[0]} -> "
-                    f"{spec.features[1]} features has {(columns, rows)}. "
-                    "Is the adapter of another model?"
-                )
         leaves[name] = np.stack([tensor.T for tensor in stack]).reshape(spec.shapes[name])
     if first == second:
         for module in modules:
@@ -171,8 +198,12 @@ def _from_torch(
     return leaves
 
 
-def read(path: pathlib.Path) -> tuple[PeftConfig, dict[str, np.ndarray]]:
-    """The config, and the tensors in the file's dtypes, floating and finite.
+def read_config_and_header(path: pathlib.Path, *, modules: int) -> tuple[PeftConfig, Header]:
+    """The config, and what tensors there are; none of them is read.
+
+    Args:
+      path: the adapter's directory.
+      modules: how many the model has, each with two tensors at most.
 
     Raises:
       FileNotFoundError: where one of the two files is missing.
@@ -191,30 +222,42 @@ def read(path: pathlib.Path) -> tuple[PeftConfig, dict[str, np.ndarray]]:
         if not (path / name).is_file():
             raise FileNotFoundError(f"no adapter at {path}: there is no file {name}.")
     config, file = read_config(path / CONFIG), path / TENSORS
-    data = file.read_bytes()
+    with file.open("rb") as opened:
+        data = opened.read(9)
     # A zip of torch.save, or a pickle; safetensors may begin so too, with the size of its header.
     if data.startswith(b"PK\x03\x04") or (data[:1] == b"\x80" and data[8:9] != b"{"):
         raise ValueError(f"{file} is a pickle under another name, not safetensors: not read.")
-    try:
-        # Raw bytes, as framework="numpy" has no bfloat16 in every version.
-        entries = safetensors.deserialize(data)
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{file} is not safetensors, or is damaged: {error}") from error
-    return config, {name: _array(file, name, entry) for name, entry in entries}
+    header = read_header(file, limit=2**16 + 2 * modules * _BYTES_OF_ENTRY)
+    for name, (dtype, _) in header.items():
+        _check_dtype(file, name, dtype)
+    return config, header
 
 
-def _array(file: pathlib.Path, name: str, entry: Mapping[str, Any]) -> np.ndarray:
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
+def _check_dtype(file: pathlib.Path, name: str, dtype: str) -> None:
+    if dtype not in _DTYPES:
         raise ValueError(
-            f"{file}: {name!r} is {entry['dtype']}; an adapter's numbers are one of "
-            f"{', '.join(_DTYPES)}."
+            f"{file}: {name!r} is {dtype}; an adapter's numbers are one of {', '.join(_DTYPES)}."
         )
-    if dtype == "float64" and jnp.result_type(float) != dtype:
+    if dtype == "F64" and jnp.result_type(float) != "float64":
         raise ValueError(
             f"{file}: {name!r} is F64, which JAX holds only with jax_enable_x64; not narrowed."
         )
-    array = np.frombuffer(entry["data"], jnp.dtype(dtype)).reshape(entry["shape"])
+
+
+def read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors in the file's dtypes, floating and finite.
+
+    Raises:
+      ValueError: naming the tensor, where it is not finite.
+    """
+    # Raw bytes, as framework="numpy" has no bfloat16 in every version.
+    entries = safetensors.deserialize(file.read_bytes())
+    return {name: _array(file, name, entry) for name, entry in entries}
+
+
+def _array(file: pathlib.Path, name: str, entry: Mapping[str, Any]) -> np.ndarray:
+    dtype = jnp.dtype(_DTYPES[entry["dtype"]])
+    array = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
     if not np.isfinite(array).all():
         raise ValueError(f"{file}: {name!r} holds numbers that are not finite.")
     return array
@@ -222,13 +265,16 @@ def _array(file: pathlib.Path, name: str, entry: Mapping[str, Any]) -> np.ndarra
 
 def check_modules(
     file: pathlib.Path,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Collection[str],
     config: PeftConfig,
-    kernels: Mapping[str, TorchKernel],
+    known: Collection[str],
     left: Mapping[str, str],
-) -> None:
-    """Raises ValueError unless the tensors are those of the modules that the config adapts."""
-    known = {module for kernel in kernels.values() for module in kernel.modules}
+) -> set[str]:
+    """The modules that the config adapts.
+
+    Raises:
+      ValueError: unless the tensors are theirs.
+    """
     matches = {name: _TENSOR.fullmatch(name) for name in tensors}
     if odd := [name for name, match in matches.items() if match is None]:
         raise ValueError(
@@ -237,7 +283,7 @@ def check_modules(
             "saves with save_embedding_layers=False)."
         )
     present = {match[1]: name for name, match in matches.items() if match is not None}
-    if strange := present.keys() - known:
+    if strange := present.keys() - set(known):
         raise ValueError(
             f"{file}: {list_paths(present[module] for module in strange)}: the model has no such "
             f"modules. By names it has {list_paths(known) or 'none'}"
@@ -251,7 +297,8 @@ def check_modules(
             f"target_modules of {CONFIG} do not name; PEFT would leave them out without a word."
         )
     wanted = {tensor_name(module, side) for module in chosen for side in "AB"}
-    if missing := wanted - tensors.keys():
+    if missing := wanted.difference(tensors):
         raise ValueError(f"{file} lacks {list_paths(missing)}, which {CONFIG} speaks of.")
     if not chosen:
         raise ValueError(f"{file} holds no adapter.")
+    return chosen

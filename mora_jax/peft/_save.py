@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.paths import flatten, list_paths
@@ -25,15 +24,11 @@ from mora_jax._schemes.operators import square_rank
 from mora_jax._schemes.registry import MORA_TYPES
 from mora_jax._torch.directories import check_new, new_directory
 from mora_jax._torch.names import KernelName, torch_kernels
+from mora_jax._torch.safetensors_writer import write_tensors
 from mora_jax._torch.tensors import LLAMA
-from mora_jax.peft._config import (
-    CONFIG,
-    TENSORS,
-    PeftConfig,
-    ends_as,
-    pattern_of,
-    tensor_name,
-)
+from mora_jax.peft._config import CONFIG, TENSORS, PeftConfig, tensor_name
+from mora_jax.peft._digest import metadata_of
+from mora_jax.peft._patterns import ends_as
 
 _KNOWN = {str(scheme) for scheme in MORA_TYPES}
 
@@ -104,8 +99,9 @@ def save_adapters(
             raise ValueError(f"not saved: the adapter of {layer!r} is not finite.")
     others = {module for kernel in kernels.values() for module in kernel.modules} - layers.keys()
     config = config_for(schemes, ranks, others, layers=layers, dropout=_dropout(plan))
+    metadata = metadata_of(schemes, ranks, config.dropout, tensors)
     config = dataclasses.replace(config, base_model=base_model)
-    write(path, config.to_json(), tensors)
+    write(path, config.to_json(), tensors, metadata)
 
 
 def check_base_model(plan: Plan, base_model: str | None) -> None:
@@ -233,10 +229,11 @@ def _check_told_apart(config: PeftConfig, others: set[str], layers: Mapping[str,
             f"not saved: {list_paths(confused)} are not adapted, but their names end as those of "
             "adapted modules do, and PEFT tells them by their ends."
         )
-    for name in {*config.ranks, *config.alphas}:
-        pattern = pattern_of(name)
+    names = {*config.ranks, *config.alphas}
+    config.patterns.add("not saved: rank_pattern", names)
+    for name in names:
         for module in layers:
-            if module != name and pattern.match(module):
+            if module != name and config.patterns.ends("rank_pattern", name, module):
                 raise ValueError(
                     f"not saved: {module!r} (layer {layers[module]!r}) ends as {name!r} does, "
                     "which has another rank or alpha, and PEFT tells them by their ends."
@@ -254,8 +251,18 @@ def _usual(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return usual, {name: value for name, value in values.items() if value != usual}
 
 
-def write(path: pathlib.Path, config: str, tensors: dict[str, np.ndarray]) -> None:
+def write(
+    path: pathlib.Path,
+    config: str,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
     """Writes a directory that is either whole or not there."""
+    # By a writer of our own: the library puts several keys of metadata in any order.
+    shapes = {
+        name: jax.ShapeDtypeStruct(tensors[name].shape, tensors[name].dtype)
+        for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    }
     with new_directory(path) as new:
-        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        write_tensors(new / TENSORS, shapes, tensors.__getitem__, metadata=metadata)
         (new / CONFIG).write_text(config)

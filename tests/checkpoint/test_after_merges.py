@@ -1,5 +1,6 @@
 """Adapters that were trained after a merge belong to the base that it changed."""
 
+import dataclasses
 import json
 
 import jax
@@ -71,7 +72,7 @@ def test_plans_keep_their_merges_in_json(trained):
     *_, plan = trained
     assert mora_jax.Plan.from_json(plan.to_json()).merges == 1
     fields = json.loads(plan.to_json())
-    del fields["merges"]  # as version 0.1.0 wrote it
+    del fields["merges"], fields["digest"]  # as version 0.1.0 wrote it
     assert mora_jax.Plan.from_json(json.dumps(fields)).merges == 0
 
 
@@ -91,6 +92,6 @@ def test_files_for_peft_say_which_base(tmp_path, trained):
 
 def test_a_bank_has_one_base(trained):
     *_, params, plan = trained
-    first = mora_jax.Plan.from_json(plan.to_json().replace('"merges": 1', '"merges": 0'))
+    first = dataclasses.replace(plan, merges=0)
     with pytest.raises(ValueError, match="merged into 1 times, those in the bank to one of 0"):
         mora_jax.stack_adapters({"a": (params, first), "b": (params, plan)})

@@ -92,6 +92,37 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path):
         LlamaConfig.from_hf({**hugging_face, "attention_bias": True})
 
 
+MISTRAL = {"model_type": "mistral", "sliding_window": None}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_type": "granite"}, "model_type is 'granite', another model .*: llama, mistral"),
+        ({"model_type": "smollm3"}, "model_type is 'smollm3'"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"model_type": None}, "model_type is None"),
+        (MISTRAL | {"sliding_window": 4096}, "sliding_window is 4096, only None"),
+        ({"model_type": "mistral"}, "of a mistral lacks 'sliding_window'"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ({"layer_types": ["sliding_attention"]}, r"layer_types has \['sliding_attention'\]"),
+        ({"logits_scaling": 8.0}, "logits_scaling is 8.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"rms_norm_eps": ...}, "of a llama lacks 'rms_norm_eps'"),
+    ],
+)
+def test_models_that_are_no_llamas_are_refused_by_name(changed, said):
+    config = json.loads((BASE / "config.json").read_text()) | changed
+    with pytest.raises(ValueError, match=said):
+        LlamaConfig.from_hf({key: value for key, value in config.items() if value is not ...})
+
+
+def test_a_mistral_without_a_window_is_a_llama():
+    config = json.loads((BASE / "config.json").read_text())
+    assert LlamaConfig.from_hf(config | MISTRAL) == LlamaConfig.from_hf(config)
+
+
 @pytest.fixture
 def tiny_model(tmp_path):
     """A directory in Hugging Face's layout: the golden Llama and a tokenizer of characters."""

@@ -2,15 +2,18 @@
 
 import itertools
 import json
+import math
 import os
 import pickle
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save, save_file
 
 from helpers.peft_adapters import config_of, planned, stacked_base
 from mora_jax import LowRank, Sharing, peft
+from mora_jax._arrays.paths import flatten, unflatten
+from mora_jax._text.expressions import Expression
 
 
 def mutations(rng, config, tensors):
@@ -94,17 +97,132 @@ def mutations(rng, config, tensors):
         yield "nesting", b"[" * 100_000, whole, ""
 
 
-@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
-def test_a_pattern_that_would_take_for_ever_is_given_up(tmp_path, key):
+def saved(tmp_path, **changed):
+    """(base, directory of an adapter whose config was changed)."""
     base = stacked_base()
-    plan, params = planned(base, Sharing())
+    plan, params = planned(base, LowRank(2.0))
     peft.save_adapters(tmp_path / "adapter", params, plan)
     file = tmp_path / "adapter" / "adapter_config.json"
-    pattern = "(.|.)*[A-Z]"
-    value = {pattern: 4} if key == "rank_pattern" else pattern
-    file.write_text(json.dumps(config_of(tmp_path / "adapter") | {key: value}))
-    with pytest.raises(ValueError, match=rf"adapter_config\.json: {key} has the pattern .*\[A-Z\]"):
-        peft.load_adapters(tmp_path / "adapter", base)
+    file.write_text(json.dumps(config_of(tmp_path / "adapter") | changed))
+    return base, tmp_path / "adapter"
+
+
+#: `re` would take for ever to see that this matches no name.
+SLOW = "(.|.)*[A-Z]"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"target_modules": SLOW}, "which target_modules of adapter_config.json do not name"),
+        ({"rank_pattern": {SLOW: 2}}, r"json: rank_pattern has .* which matches none of the 6 ad"),
+        ({"alpha_pattern": {"up_prj": 2}}, r"'up_prj', which matches none .*Near it: .*up_proj'"),
+        (
+            {"rank_pattern": {"q_proj.x": 2}},
+            r"adapter_config\.json: rank_pattern has 'q_proj.x', which matches none",
+        ),
+        ({"target_modules": "a|" * 21_000}, "json: target_modules has .* takes too many steps"),
+        ({"target_modules": "(?:.*up_prj){0<=e<=1}"}, "braces that hold no number"),
+        ({"exclude_modules": ".*[[:digit:]]"}, "json: exclude_modules has .* a class with another"),
+        ({"rank_pattern": {"(?i)q_proj": 2}}, "rank_pattern has .* global flags not at the start"),
+        ({"rank_pattern": {f"q_proj{n}": 2 for n in range(5000)}}, "there are 5,000 patterns"),
+        ({"modules_to_save": ["lm_head"]}, "are trained in full, and replace those of the base"),
+        ({"layers_to_transform": [1]}, "it chooses layers by their numbers"),
+    ],
+    ids=range(11),
+)
+def test_what_a_config_says_of_modules_is_refused_by_name(tmp_path, changed, message):
+    base, folder = saved(tmp_path, **changed)
+    with pytest.raises(ValueError, match=message):
+        peft.load_adapters(folder, base)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"exclude_modules": SLOW},
+        {"target_modules": "all-linear"},
+        {"merge_weights": True, "enable_lora": None, "loftq_config": {}, "megatron_config": None},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"up_proj|.*\.down_proj": 2}},
+    ],
+    ids=range(5),
+)
+def test_what_changes_no_number_is_read(tmp_path, changed):
+    base, folder = saved(tmp_path, **changed)
+    _, plan = peft.load_adapters(folder, base)
+    assert {spec.scheme for spec in plan.values()} == {LowRank(2.0)}
+    assert len(plan) == 3
+
+
+def test_what_was_changed_after_it_was_saved_is_refused(tmp_path):
+    base, folder = saved(tmp_path, lora_alpha=3)
+    with pytest.raises(ValueError, match=r"damaged, .*scales .*If you changed them on purpose"):
+        peft.load_adapters(folder, base)
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file)
+    _, plan = peft.load_adapters(folder, base)
+    assert {spec.scheme for spec in plan.values()} == {LowRank(3.0)}
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    base, folder = saved(tmp_path)
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace('"r": 2', '"r": 3, "r": 2'))
+    with pytest.raises(ValueError, match=r"adapter_config\.json .*'r' occurs twice"):
+        peft.load_adapters(folder, base)
+
+
+def test_each_pattern_is_parsed_once(tmp_path, monkeypatch):
+    base = unflatten(
+        {
+            f"model/layers/{layer}/mlp/{name}/kernel": np.zeros((2, 3), np.float32)
+            for layer in range(40)
+            for name in "abcd"
+        }
+    )
+    layers = [path.removesuffix("/kernel") for path in flatten(base)]
+    plan, params = planned(base, LowRank(2.0), ranks=[(layer, 3) for layer in layers[::3]])
+    peft.save_adapters(tmp_path / "adapter", params, plan)
+    patterns, parse = [], Expression.__init__
+
+    def note(self, pattern):
+        patterns.append(pattern)
+        parse(self, pattern)
+
+    monkeypatch.setattr(Expression, "__init__", note)
+    _, loaded = peft.load_adapters(tmp_path / "adapter", base)
+    assert sorted(patterns) == sorted(config_of(tmp_path / "adapter")["rank_pattern"])
+    assert len(patterns) == len(set(patterns)) == 54
+    ranks = [spec.config.rank for spec in loaded.values()]
+    assert ranks == [spec.config.rank for spec in plan.values()]
+
+
+def test_an_adapter_many_times_its_model_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    base = unflatten({"layers/0/mlp/up_proj/kernel": np.zeros((2, 3), np.float32)})
+    monkeypatch.setattr("mora_jax.peft._load.read_tensors", None)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    rank, name = 2**21, "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    shapes = {name.format("A"): [rank, 2], name.format("B"): [3, rank]}
+    header, at = {}, 0
+    for key, shape in shapes.items():
+        header[key] = {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [at, at + 4 * math.prod(shape)],
+        }
+        at = header[key]["data_offsets"][1]
+    text = json.dumps(header).encode()
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)  # zeros, of no size on disk
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"has 10,485,760 trained numbers, and the base model has 6"
+    ):
+        peft.load_adapters(folder, base)
 
 
 @pytest.mark.parametrize("scheme", [Sharing(), LowRank(2.0)], ids=["mora", "lora"])

@@ -1,5 +1,8 @@
 """Configs and plans: which layers are chosen, what the plan says, what is refused."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +132,17 @@ def test_abstract_and_static_inputs():
         ({"exclude": "layers/upp"}, r"exclude='layers/upp' matches none.*'layers/up'"),
         ({"ranks": {"embedding": 4}}, r"ranks\['embedding'\].* matches none.*'embed'"),
         ({"schemes": {"x": "sharing"}}, r"schemes\['x'\].* matches none"),
+        (
+            {"targets": "attention/(query|valeu)"},
+            r"alternative 'valeu' matches none of the 7 layers.* Near it: .*'attention/value'",
+        ),
+        ({"targets": "embed|layers/upp"}, "alternative 'layers/upp' matches none.*'layers/up'"),
+        ({"exclude": "embed|heads"}, "exclude=.*alternative 'heads' matches none"),
+        ({"also_train": ".*/bias|nrm/scale"}, "alternative 'nrm/scale' .*parameters.*'norm/scale'"),
+        ({"ranks": {"layers/(up|dwn)": 4}}, "ranks.*alternative 'dwn' matches none"),
+        ({"targets": "embed", "ranks": {"layers/up": 4}}, r"\['layers/up'\] matches no layer that"),
+        ({"exclude": "embed", "schemes": {"embed": "sharing"}}, "no layer that is adapted.*excl"),
+        ({"ranks": {"layers/.*": 4, "layers/up": 8}}, "decides nothing: .*Put it before them"),
         ({"also_train": "norm/scales"}, r"also_train='norm/scales' matches none.*'norm/scale'"),
         ({"exclude": ".*"}, "leaves out every layer"),
         ({"targets": "("}, "no regular expression"),
@@ -179,11 +193,94 @@ def test_what_is_no_plan_is_refused(text):
         mora_jax.Plan.from_json(text)
 
 
-def test_axes_that_are_not_the_kernels_are_no_plan():
-    axes = mora_jax.KernelAxes((0,), (7,))
+#: Path of a key in the saved plan -> (what stands there, what is said).
+BAD = [
+    ((), [1], "it is \\[1\\]: wanted an object"),
+    (("format",), 2, "format is 2, this version reads 1"),
+    (("format",), None, "format is None: wanted a number"),
+    (("more",), 1, "more is not known"),
+    (("base_parameters",), ["a"], "base_parameters is \\['a'\\]: wanted a number"),
+    (("base_parameters",), -1, "base_parameters is -1"),
+    (("base_parameters",), 2.0, "base_parameters is 2.0"),
+    (("also_train",), [], "also_train is \\[\\]: wanted an object"),
+    (("also_train",), {"b": "complex64"}, "also_train.b is 'complex64': wanted a list"),
+    (("layers",), None, "layers is None"),
+    (("layers", "a"), 3, r"layers\['a'\] is 3"),
+    (("layers", "a", "kernel_name"), [0], r"layers\['a'\].kernel_name is \[0\]: wanted a text"),
+    (("layers", "a", "kernel_shape"), [3, True], r"layers\['a'\].kernel_shape is \[3, True\]"),
+    (("layers", "a", "kernel_shape"), [3, 2**70], "kernel_shape"),
+    (("layers", "a", "kernel_shape"), [0, 6], r"layers\['a'\] has no adapter: features must"),
+    (("layers", "a", "kernel_shape"), [3], "kernel_axes is .*below 1"),
+    (("layers", "a", "kernel_axes", "outputs"), [7], "kernel_axes is .*different axes below 2"),
+    (("layers", "a", "kernel_axes", "outputs"), [0], "wanted each of 2 axes once"),
+    (("layers", "a", "kernel_axes", "batch"), None, "batch is None"),
+    (("layers", "a", "adapter_batch_axes"), [0], "adapter_batch_axes is .*wanted 0 axes"),
+    (("layers", "a", "more"), 1, r"layers\['a'\].more is not known"),
+    (("layers", "a", "config", "rank"), "8", r"\['a'\].config.rank is '8'"),
+    (("layers", "a", "config", "rank"), 0, "rank must be a positive integer"),
+    (("layers", "a", "config", "dtype"), "int32", "must be floating"),
+    (("layers", "a", "config", "dtype"), 4, "config.dtype is 4: wanted a text"),
+    (("layers", "a", "config", "dropout"), "0", "config.dropout is '0'"),
+    (("layers", "a", "config", "dora"), 1, "config.dora is 1: wanted true or false"),
+    (("layers", "a", "config", "keep_sums"), "no", "config.keep_sums"),
+    (("layers", "a", "config", "cycle"), [[1]], "config.cycle is .*a scheme is an object"),
+    (("layers", "a", "config", "cycle"), {}, "config.cycle"),
+    (("layers", "a", "config", "scheme"), "sharing", "config.scheme is 'sharing'"),
+    (("layers", "a", "config", "scheme", "kind"), ["x"], "Unknown scheme"),
+    (("layers", "a", "config", "scheme", "shift"), "1", "shift is '1', wanted a int"),
+    (("layers", "a", "config", "scheme", "signs"), True, "signs is True"),
+]
+
+
+def a_plan():
+    axes = mora_jax.KernelAxes((0,), (1,))
     spec = mora_jax.AdapterSpec(LayerConfig(1, mora_jax.Sharing()), (3, 6), axes)
-    with pytest.raises(ValueError, match="not a plan: IndexError"):
-        mora_jax.Plan.from_json(mora_jax.Plan((("a", spec),)).to_json())
+    return mora_jax.Plan((("a", spec),))
+
+
+@pytest.mark.parametrize(("keys", "value", "said"), BAD)
+def test_a_key_of_a_saved_plan_that_cannot_be_is_named(keys, value, said):
+    fields = {"": json.loads(a_plan().to_json())}
+    del fields[""]["digest"]
+    place = fields
+    *parents, last = ("", *keys)
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    with pytest.raises(ValueError, match="not a plan: .*" + said):
+        mora_jax.Plan.from_json(json.dumps(fields[""]))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "nests too deeply"),
+        (a_plan().to_json().replace("[3, 6]", "[3, Infinity]"), "Infinity is not a number"),
+        (a_plan().to_json().replace('"rank": 1', '"rank": 1, "rank": 2'), "'rank' occurs twice"),
+        (None, "it is a NoneType"),
+    ],
+    ids=range(4),
+)
+def test_text_that_is_not_json_is_no_plan(text, said):
+    with pytest.raises(ValueError, match="not a plan: .*" + said):
+        mora_jax.Plan.from_json(text)
+
+
+def test_a_plan_that_was_changed_is_refused():
+    text = a_plan().to_json()
+    with pytest.raises(ValueError, match=r"damaged. If you changed the text on purpose, leave"):
+        mora_jax.Plan.from_json(text.replace('"rank": 1', '"rank": 2'))
+    fields = json.loads(text)
+    del fields["digest"]
+    assert mora_jax.Plan.from_json(json.dumps(fields)) == a_plan()
+
+
+def test_many_patterns_are_compiled_once(monkeypatch):
+    names = [f"layer_{index}" for index in range(700)]
+    config = mora_jax.MoRAConfig(ranks=dict.fromkeys(names, 4))
+    [config.choose(name) for name in names[::100]]
+    monkeypatch.setattr(re, "_compile", None, raising=False)  # `re`'s own, behind its cache of 512
+    assert {config.choose(name).rank for name in names[::100]} == {4}
 
 
 def test_a_cycle_that_cannot_go_on_is_an_error_at_once(inputs):

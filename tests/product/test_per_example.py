@@ -74,6 +74,20 @@ def test_who_has_none_is_the_base_and_who_is_unknown_is_no_number():
         np.testing.assert_array_equal(y, jnp.full((4, 4), 12.0))
 
 
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "uint32"])
+def test_ids_beyond_32_bits_are_no_other_adapters(dtype, float64):
+    x, kernel = jnp.ones((4, 6), "float32"), jnp.ones((6, 4), "float32")
+    bank, dims = {"matrix": jnp.ones((2, 3, 3), "float32")}, (((1,), (0,)), ((), ()))
+    beyond = 2**32 - 1 if dtype == "uint32" else 2**32 + 1
+    ids = np.array([1, 2**31 - 1, beyond, np.iinfo(dtype).max], dtype)
+    run = lambda ids: mora_jax.mora_dot_general(x, kernel, dims, bank, FAMILIES[0], adapter_ids=ids)
+    for y in (run(ids), jax.jit(run)(ids)):
+        np.testing.assert_array_equal(jnp.isfinite(y).all(1), [True, False, False, False])
+    with jax.enable_x64(False):
+        y = run(ids)  # NumPy's, which JAX would wrap around
+    np.testing.assert_array_equal(jnp.isfinite(y).all(1), [True, False, False, False])
+
+
 def check_mixed(bank, base, adapters, inputs, run, single):
     """A mixed batch is the single runs; `run` takes parameters and ids, `single` parameters."""
     names = [None if i < 0 else WORDS[i] for i in IDS]

@@ -1,0 +1,1 @@
+"""Text that may come from anyone: JSON and regular expressions, read within limits."""
