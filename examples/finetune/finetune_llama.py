@@ -113,7 +113,7 @@ def finetune(args: argparse.Namespace) -> dict[str, Any]:
     )
     with checkpoints, jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         first, state = 0, None
-        if (restored := checkpoints.restore(shapes, shardings)) is not None:
+        if (restored := checkpoints.restore(shapes, shardings, method.plan)) is not None:
             first, state, _ = restored
         if state is None or state.frozen is None:
             begun = make()

@@ -122,7 +122,7 @@ def run(
     with Checkpoints(epath.Path(trial.folder), run=trial.settings | of_run, keep=1,
                      keeps_base=bool(recipe.merges), say=tqdm.tqdm.write) as saved:  # fmt: skip
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
-        if (restored := saved.restore(jax.eval_shape(lambda: state), places)) is not None:
+        if (restored := saved.restore(jax.eval_shape(lambda: state), places, start)) is not None:
             first, found, plan = restored
             state = found if recipe.merges else found._replace(frozen=state.frozen)
             curve = [

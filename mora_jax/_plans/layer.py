@@ -181,10 +181,15 @@ class AdapterSpec:
         return self.kernel_axes.delta(self.batch_first(adapter), self.kernel_shape, self.scheme)
 
     def batch_first(self, adapter: Adapter) -> dict[str, jax.Array]:
-        """The adapter's leaves as [B..., rows, columns]."""
+        """The adapter's leaves as [B..., rows, columns], by their plain names.
+
+        Args:
+          adapter: its leaves, by their plain names or by those in the parameters.
+        """
         front = tuple(range(len(self.adapter_batch_axes)))
+        plain = {self.config.stored_name(name): name for name in self.leaves}
         return {
-            name: jnp.moveaxis(leaf, self.adapter_batch_axes, front)
+            plain.get(name, name): jnp.moveaxis(leaf, self.adapter_batch_axes, front)
             for name, leaf in adapter.items()
         }
 

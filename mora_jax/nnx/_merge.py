@@ -131,10 +131,9 @@ def merge_and_reset(
     params = flatten(result.params)
     for path, variable in parameters_of(model).items():
         variable.set_value(params[path])
-    names = before.renamed(result.plan)
-    if names:
+    if names := before.renamed(result.plan):
         optimizer.opt_state = rename_leaves(optimizer.opt_state, names)
-        state = rename_leaves(state, names)
+        state = jax.tree.map(_as_dict, optimizer.opt_state, is_leaf=_is_state)
     jax.tree.map(_set, state, result.opt_state, is_leaf=_is_variable)
     return result.report
 

@@ -28,8 +28,8 @@ def moments(state):
     found, others = {}, {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
         path = parameter_path(keys)
-        layer, _, name = path.rpartition("/mora/matrix_")
-        if name:  # which says the scheme
+        layer, found_in, _ = path.rpartition("/mora/matrix_")  # a scheme follows
+        if found_in:
             found.setdefault(layer, []).append(np.asarray(leaf))
         else:
             others[jax.tree_util.keystr(keys)] = np.asarray(leaf)
