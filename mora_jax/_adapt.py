@@ -130,7 +130,7 @@ def plan(
     layer   kernel   scheme     size  trained
     -----------------------------------------
     (root)  32 x 64  Sharing()  14    196
-    1 adapters in 1 kernels; 196 trained parameters, 9.28% of the base model's 2,112
+    1 adapter in 1 kernel; 196 trained parameters, 9.28% of the base model's 2,112
     """
     if isinstance(model, AdaptedFunction):
         found = _function.plan(model, *inputs, **kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax import lax
 
 from mora_jax._arrays.boxes import box_like
-from mora_jax._arrays.paths import ADAPTER, join_path
+from mora_jax._arrays.paths import ADAPTER, join_path, list_paths
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.layer import LayerConfig
 from mora_jax._product.axes import KernelAxes, einsum_axes, kernel_axes
@@ -44,7 +44,17 @@ IDS_OF_EXAMPLES: contextvars.ContextVar[jax.Array | None] = contextvars.ContextV
 )
 
 
-class MoRA(nn.Module):
+class _Uncaptured(nn.Module):
+    """A module of which `capture_intermediates` stores nothing: the base model does not have it."""
+
+    @nn.nowrap
+    def sow(self, *args: Any, **kwargs: Any) -> bool:
+        """Stores nothing."""
+        del args, kwargs
+        return False
+
+
+class MoRA(_Uncaptured):
     """A `dot_general` with an adapter of its own, for a layer's `dot_general_cls`.
 
     Parameters: `matrix` [B..., R, R] zeros, or for `LowRank` `a` [B..., I, rank] and `b`
@@ -102,7 +112,7 @@ class MoRA(nn.Module):
         )
 
 
-class Leaves(nn.Module):
+class Leaves(_Uncaptured):
     """The adapter of a layer that runs as a function of its kernel.
 
     Attributes:
@@ -115,13 +125,11 @@ class Leaves(nn.Module):
 
     @nn.compact
     def __call__(
-        self, kernel: jax.Array, axes: KernelAxes
-    ) -> tuple[dict[str, jax.Array], ExampleIds | None]:
-        """The adapter's leaves, and which of a bank's adapters each example has.
-
-        They are [B..., rows, columns], and of a bank [B..., adapters, rows, columns].
-        """
-        return _leaves(self, kernel, axes, self.kernel_name)
+        self, kernel: jax.Array, axes: KernelAxes, key: jax.Array | None = None
+    ) -> AdaptedView:
+        """The kernel with its adapter; `key` drops inputs of the adapter."""
+        adapter, examples = _leaves(self, kernel, axes, self.kernel_name)
+        return AdaptedView.of(kernel, adapter, axes, self.config, key, examples)
 
 
 def _leaves(
@@ -138,7 +146,21 @@ def _leaves(
         return unstack_bank(stored, rows, layer), ExampleIds(ids, layer)
     if (count := bank_size(stored, rows)) > 1:
         raise holds_bank(count, f"the parameters of the layer {layer!r}")
+    _check_there(module, layer, rows.keys() - stored.keys())
     return _make_leaves(module, kernel, axes, name), None
+
+
+def _check_there(module: nn.Module, layer: str, missing: Iterable[str]) -> None:
+    """Raises ValueError if the parameters of a call lack leaves of the layer's adapter."""
+    if missing and not module.is_mutable_collection("params"):
+        raise ValueError(
+            f"the parameters hold no adapter for the layer {layer!r} (nothing at "
+            f"{list_paths(join_path(*module.path, name) for name in missing)}). If they hold no "
+            "adapters at all, call params = attach(plan, params) first. If they do, the plan was "
+            "made by a call that does not run this layer: make it with "
+            "plan(model, *inputs, method=...) of one that runs every layer, or leave the layer out "
+            "with MoRAConfig.exclude."
+        )
 
 
 def _make_leaves(module: Any, kernel: jax.Array, axes: KernelAxes, name: str) -> dict[str, Any]:
@@ -195,7 +217,7 @@ def as_function(
     key = layer.make_rng(ADAPTER) if config.dropout and layer.has_rng(ADAPTER) else None
     scope: Any = layer.scope
     leaves = Leaves(config, name, parent=scope.push(ADAPTER, reuse=True))
-    adapter, examples = leaves(params[name], axes)
+    view = leaves(params[name], axes, key)
     alone = layer.clone(parent=None, name=None)
 
     def call(kernel, args, kwargs):
@@ -206,8 +228,7 @@ def as_function(
         traced = trace(call, params[name], args, kwargs)
     finally:
         RUNNING_AS_FUNCTION.reset(token)
-    kernel, *others = traced.arrays
-    return traced.run([AdaptedView.of(kernel, adapter, axes, config, key, examples), *others])
+    return traced.run([view, *traced.arrays[1:]])
 
 
 def _axes_of(layer: Any, kernel: jax.Array, args: tuple) -> KernelAxes:
