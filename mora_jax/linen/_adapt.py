@@ -24,7 +24,7 @@ from mora_jax.linen._layers import (
     kernel_name,
     uses_mora,
 )
-from mora_jax.linen._scopes import Adaptation, Chooser, has_mark, mark_fields, mark_scope
+from mora_jax.linen._scopes import Chooser, Marks, marks_of
 
 #: A number for every call in which examples have adapters of their own.
 _CALLS_WITH_IDS = itertools.count(1)
@@ -38,7 +38,7 @@ class AdaptedModule(nn.Module):
     # Long names, because the model's own fields and submodules share the namespace.
     mora_base: ClassVar[nn.Module]
     mora_chooser: ClassVar[Chooser]
-    mora_adaptation: ClassVar[Adaptation]
+    mora_marks: ClassVar[Marks]
 
     # Its class cannot be looked up by name: a copy in another process is adapted anew.
     @nn.nowrap
@@ -91,24 +91,25 @@ def _make_adapted(model: nn.Module, chooser: Chooser) -> nn.Module:
     adapted = type(cls.__name__, (cls, AdaptedModule), namespace)  # pyright: ignore
     # Set afterwards: flax would take a module in the namespace, being callable, for a method.
     adapted.mora_base, adapted.mora_chooser = model, chooser
-    adapted.mora_adaptation = adaptation = Adaptation.of(chooser)
+    adapted.mora_marks = marks = marks_of(chooser)
     # A name bound before flax's own `apply` and `init` enters the interception for functions given
     # as `method=`; the wrapped methods enter it for bound models and for use as a submodule.
     for name in _method_names(cls):
-        setattr(adapted, name, _intercepted(getattr(cls, name), adaptation))
-    adapted.__post_init__ = _marked_when_bound(cls.__post_init__, adaptation)
+        setattr(adapted, name, _intercepted(getattr(cls, name), chooser, marks))
+    adapted.__post_init__ = _marked_when_bound(cls.__post_init__, marks)
     return adapted(**_fields(model))
 
 
 def _marked_when_bound(
-    post_init: Callable[[nn.Module], None], adaptation: Adaptation
+    post_init: Callable[[nn.Module], None], marks: Marks
 ) -> Callable[[nn.Module], None]:
     """Flax binds a module, and the modules in its fields, when it is made."""
 
     @functools.wraps(post_init)
     def run(self):
         post_init(self)
-        mark_fields(self, **adaptation.marks())
+        if self.scope is not None:
+            dataclasses.replace(marks, depth=len(self.path)).put_on_all(self)
 
     return run
 
@@ -142,7 +143,7 @@ def entered(model: nn.Module, method: Any) -> Callable[..., Any]:
     """
     function = _as_function_of_module("__call__" if method is None else method)
     if isinstance(model, AdaptedModule):
-        function = _intercepted(function, model.mora_adaptation)
+        function = _intercepted(function, model.mora_chooser, model.mora_marks)
 
     def run(scope, *args, **kwargs):
         return function(model.clone(parent=scope, _deep_clone=True), *args, **kwargs)
@@ -159,15 +160,19 @@ def _as_function_of_module(method: Any) -> Callable[..., Any]:
     return lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)
 
 
-def _intercepted(method: Callable[..., Any], adaptation: Adaptation) -> Callable[..., Any]:
+def _intercepted(
+    method: Callable[..., Any], chooser: Chooser, marks: Marks
+) -> Callable[..., Any]:
     @functools.wraps(method)
     def enter(self, *args, **kwargs):
         root = self.path if self.scope is not None else ()
         ids = _adapter_ids(self, args, kwargs)
         # Ids are constants of what the model's own `nn.jit` traces, so each call has traces of its.
-        marks = {"mora_ids": 0 if ids is None else next(_CALLS_WITH_IDS)}
-        mark_scope(self, **marks)
-        intercept = functools.partial(_use_adapter, adaptation, len(root), marks)
+        call = 0 if ids is None else next(_CALLS_WITH_IDS)
+        own = dataclasses.replace(marks, others=(("mora_ids", call),), depth=len(root))
+        if self.scope is not None:
+            own.put_on(self.scope)
+        intercept = functools.partial(_use_adapter, chooser, own)
         token = IDS_OF_EXAMPLES.set(ids)
         try:
             with nn.intercept_methods(intercept):
@@ -190,16 +195,13 @@ def _adapter_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     return IDS_OF_EXAMPLES.get()
 
 
-def _use_adapter(
-    adaptation: Adaptation, depth: int, marks: dict[str, int], next_fun, args, kwargs, context
-):
+def _use_adapter(chooser: Chooser, marks: Marks, next_fun, args, kwargs, context):
     """Runs a chosen layer as a copy of itself, on the same scope, whose product is `MoRA`."""
-    layer, method, chooser = context.module, context.method_name, adaptation.chooser
-    if not has_mark(layer, adaptation.flag):  # under an `apply` of its own, with other parameters
+    layer, method = context.module, context.method_name
+    if not marks.are_on(layer):  # under an `apply` of its own, on parameters that it is handed
         return next_fun(*args, **kwargs)
-    path = join_path(*layer.path[depth:])
-    adaptation.mark(layer, path)
-    mark_scope(layer, **marks)
+    marks.enter(layer)
+    path = join_path(*layer.path[marks.depth :])
     if not is_adaptable(layer, method, chooser) or uses_mora(layer):
         return next_fun(*args, **kwargs)
     config = chooser.choose(path)

@@ -16,7 +16,7 @@ from flax.core import DenyList
 from mora_jax._arrays.paths import ADAPTER, join_path, list_paths, parameter_path
 from mora_jax._tracing.uses import Uses, find_uses, mark
 from mora_jax.linen._layers import Leaves, MoRA
-from mora_jax.linen._scopes import has_mark, mark_scope
+from mora_jax.linen._scopes import Marks
 
 #: Runs a model: (variables, inputs, mutable collections, flags of the scope) -> what it returns.
 Run = Callable[[Any, Any, Any, dict[str, Any]], Any]
@@ -60,11 +60,11 @@ def check_kernel_uses(
     )
 
 
-def mark_kernels(next_fun, args, kwargs, context):
+def mark_kernels(marks: Marks, next_fun, args, kwargs, context):
     """An interceptor for adapted layers: their kernels are marked, in place of an adapter."""
     module = context.module
-    if has_mark(module, "mora_plan"):
-        mark_scope(module, mora_path=join_path(*module.path))
+    if marks.are_on(module):
+        marks.enter(module)
     if context.method_name != "__call__" or not isinstance(module, MoRA | Leaves):
         return next_fun(*args, **kwargs)
     if isinstance(module, Leaves):

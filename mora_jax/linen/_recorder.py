@@ -24,7 +24,7 @@ from mora_jax._product.axes import KernelAxes, kernel_axes
 from mora_jax.linen._adapt import entered
 from mora_jax.linen._kernel_uses import AS_INIT, check_kernel_uses, mark_kernels
 from mora_jax.linen._layers import Leaves, MoRA, is_adaptable
-from mora_jax.linen._scopes import has_mark, mark_scope
+from mora_jax.linen._scopes import Marks
 
 #: The axes of a probe have sizes from here on; no model stacks as many layers.
 _PROBE_SIZE = 1_000_003
@@ -108,9 +108,16 @@ class Recorder:
         method = entered(model, method)
 
         def run(interceptor, variables, arrays, mutable, flags):
-            inputs, kwargs = restore(arrays)
-            with nn.intercept_methods(interceptor):
-                call = core.apply(method, mutable, flags | {"mora_plan": next(_TRACES)})
+            (inputs, kwargs), number = restore(arrays), next(_TRACES)
+            # Every module has traces of its own in the model's own `nn.jit`.
+            marks = Marks("mora_plan", lambda path: (number, path))
+
+            def marked(scope, *inputs, **kwargs):
+                marks.put_on(scope)
+                return method(scope, *inputs, **kwargs)
+
+            with nn.intercept_methods(functools.partial(interceptor, marks)):
+                call = core.apply(marked, mutable, flags)
                 return call(variables, *inputs, rngs=streams, **kwargs)
 
         def init(arrays):
@@ -123,14 +130,14 @@ class Recorder:
         shapes = flatten(variables.get("params", {}))
         return {path: unbox(leaf) for path, leaf in shapes.items()}
 
-    def _note(self, next_fun, args, kwargs, context):
+    def _note(self, marks: Marks, next_fun, args, kwargs, context):
         """The interceptor."""
         module, method = context.module, context.method_name
-        if not has_mark(module, "mora_plan"):
+        if not marks.are_on(module):
             self._note_nested(module, method)
             return next_fun(*args, **kwargs)
+        marks.enter(module)
         path = join_path(*module.path)
-        mark_scope(module, mora_path=path)
         self.kinds[path] = type(module).__name__
         if is_adaptable(module, method, self._chooser):
             self.linear[path] = None

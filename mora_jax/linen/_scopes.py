@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -34,73 +35,89 @@ class Chooser(Protocol):
         ...
 
 
-def mark_scope(module: nn.Module, **marks: Any) -> None:
-    """Sets flags of a bound module's scope. Scopes made below it from then on inherit them."""
-    if module.scope is not None:
-        module.scope.flags = freeze({**module.scope.flags, **marks})
-
-
-def mark_fields(module: nn.Module, **marks: Any) -> None:
-    """`mark_scope` of a module and of the bound modules in its fields, below it."""
-    if module.scope is None:
-        return
-    mark_scope(module, **marks)
-    depth = len(module.path)
-    for field in dataclasses.fields(module):
-        if field.name in ("parent", "name"):
-            continue
-        values = getattr(module, field.name, None)
-        for value in jax.tree.leaves(values, is_leaf=lambda value: isinstance(value, nn.Module)):
-            ours = isinstance(value, nn.Module) and value.scope is not None
-            # Others belong to a module around this one, and are lent.
-            if ours and len(value.path) > depth and value.path[:depth] == module.path:
-                mark_fields(value, **marks)
-
-
-def has_mark(module: nn.Module, name: str) -> bool:
-    """Whether a module is bound, to a scope that has this flag."""
-    return module.scope is not None and name in module.scope.flags
-
-
 @dataclasses.dataclass(frozen=True)
-class Adaptation:
-    """What one adapted model has chosen, and how its modules are told from others.
+class Marks:
+    """The flags of the scopes of one model's modules.
 
     Attributes:
-      chooser: the config or plan.
-      flag: the name of the flag that the scopes of the model's modules have.
-      below: path of a module -> a number for what is chosen in it and below it.
+      flag: the name of a flag that differs from module to module, where traces must.
+      below: path of a module, from the model's root -> the value of that flag.
+      others: further flags, the same for all.
+      depth: how many names the path of the model's root has.
     """
 
-    chooser: Chooser
     flag: str
-    below: Callable[[str], int]
+    below: Callable[[str], Any]
+    others: tuple[tuple[str, Any], ...] = ()
+    depth: int = 0
 
-    @classmethod
-    def of(cls, chooser: Chooser) -> Adaptation:
-        """The adaptation by this config or plan."""
-        return cls(chooser, f"mora_adapt_{hash(chooser)}", _below(chooser))
+    def at(self, scope: Any) -> dict[str, Any]:
+        """The flags of the scope of a module."""
+        own = self.below(join_path(*scope.path[self.depth :]))
+        return {self.flag: own, **dict(self.others)}
 
-    def marks(self, path: str = "") -> dict[str, int]:
-        """The flags of the scope of the module at `path`."""
-        return {self.flag: self.below(path)}
+    def are_on(self, module: nn.Module) -> bool:
+        """Whether a module is one of the model's."""
+        return module.scope is not None and self.flag in module.scope.flags
 
-    def mark(self, module: nn.Module, path: str) -> None:
-        """Marks a module that is about to run, so that `nn.jit` tells it from its like.
+    def enter(self, module: nn.Module) -> None:
+        """Marks a module that is about to run, and the modules in it.
 
         Raises:
-          ValueError: where `nn.jit` has looked at the module already.
+          ValueError: if `nn.jit` took it for another.
         """
         scope: Any = module.scope
-        marks = self.marks(path)
-        lifted = scope.debug_path[-1:] if hasattr(scope, "debug_path") else ()
-        if lifted and "jit(" in lifted[0] and scope.flags[self.flag] != marks[self.flag]:
+        jitted = "jit(" in "".join(scope.debug_path[-1:])
+        if jitted and scope.flags[self.flag] != self.at(scope)[self.flag]:
             raise ValueError(
-                f"the module at {path!r} is an argument of a function that `nn.jit` has traced. "
-                "Flax cannot tell such modules apart, so that one module's adapters would serve "
-                "another. Use nn.jit on the module's class or on its method."
+                f"nn.jit traces the module at {join_path(*module.path)!r} where Flax cannot tell "
+                "it from its like, so that the adapters of one would serve the other. Use nn.jit "
+                "on a class or a method of modules that are made in a compact method, use jax.jit "
+                "around the whole model, or leave nn.jit out."
             )
-        mark_scope(module, **marks)
+        self.put_on(scope)
+        for inner in _modules_in(module):
+            self.put_on(inner.scope)
+
+    def put_on_all(self, module: nn.Module) -> None:
+        """Marks a bound module, and all modules in it."""
+        self.put_on(module.scope)
+        for inner in _modules_in(module):
+            self.put_on_all(inner)
+
+    def put_on(self, scope: Any) -> None:
+        """Sets the flags of a scope, and of those that will be made in it."""
+        if not hasattr(scope, "mora_marks"):
+            # `nn.jit` looks at a module before any interceptor does.
+            scope.mora_marks, scope.push = {}, functools.partial(_push, scope)
+        scope.mora_marks[self.flag] = self
+        scope.flags = freeze({**scope.flags, **self.at(scope)})
+
+
+def _push(scope: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Scope.push`, with the marks of the scope on the one that it makes."""
+    inner = type(scope).push(scope, *args, **kwargs)
+    for marks in scope.mora_marks.values():
+        marks.put_on(inner)
+    return inner
+
+
+def _modules_in(module: nn.Module) -> Iterator[nn.Module]:
+    """The bound modules that a module holds: in its fields, and those that `setup` made."""
+    names = [field.name for field in dataclasses.fields(module)]
+    held = [getattr(module, name, None) for name in names if name not in ("parent", "name")]
+    held.append(getattr(getattr(module, "_state", None), "children", None))
+    depth = len(module.path)
+    for value in jax.tree.leaves(held, is_leaf=lambda value: isinstance(value, nn.Module)):
+        bound = isinstance(value, nn.Module) and value.scope is not None
+        # Others belong to a module around this one, and are lent.
+        if bound and len(value.path) > depth and value.path[:depth] == module.path:
+            yield value
+
+
+def marks_of(chooser: Chooser) -> Marks:
+    """The marks of a model that is adapted by this config or plan."""
+    return Marks(f"mora_adapt_{hash(chooser)}", _below(chooser))
 
 
 def _below(chooser: Chooser) -> Callable[[str], int]:
