@@ -40,19 +40,22 @@ class AdaptedModule(nn.Module):
     mora_chooser: ClassVar[Chooser]
     mora_marks: ClassVar[Marks]
 
-    # Its class cannot be looked up by name: a copy in another process is adapted anew.
+    # Its class cannot be looked up by name, so another process adapts the base anew.
     @nn.nowrap
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What `pickle` and its like rebuild the model from: base, config or plan, and fields."""
-        del protocol
+        if self.scope is not None:  # bound to variables: as any module
+            return super().__reduce_ex__(protocol)
         base = self.mora_base
         changed = {k: v for k, v in _fields(self).items() if v is not getattr(base, k)}
         return _rebuild, (base, self.mora_chooser, changed)
 
     @nn.nowrap
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """A model of the same class, equal to this one, over copies of its fields."""
-        return type(self)(**copy.deepcopy(_fields(self), memo))
+        """A copy of the same class, which equals this model."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
 
 def adapt(model: ModuleT, chooser: Chooser) -> ModuleT:
