@@ -39,32 +39,32 @@ def plan(
 #: How to reach what no interception of layers reaches.
 _AS_A_FUNCTION = (
     "adapt the model as a function of its parameters, mora_jax.adapt(lambda params, *inputs: "
-    "model.apply({'params': params}, *inputs), config)"
+    "model.apply({'params': params}, *inputs), config), or the FlaxPreTrainedModel itself where "
+    "this is the module of one"
 )
 
 
 def _check_reachable(config: MoRAConfig, noted: Recorder, base: Mapping[str, Any]) -> None:
     """Raises ValueError if the config speaks of layers that are there, but out of reach."""
-    kinds = noted.kinds | dict.fromkeys(noted.nested, "layer under an `apply` of its own")
+    matrices = sorted({path.rpartition("/")[0] for path, shape in base.items() if len(shape) > 1})
+    kinds = {path: noted.kinds.get(path, "a parameter") for path in matrices}
+    kinds |= dict.fromkeys(noted.nested, "under an `apply` of its own")
+    name = lambda path: f"{path or '(root)'} ({kinds[path]})"
     if not noted.linear:
-        matrices = {path.rpartition("/")[0] for path, shape in base.items() if len(shape) > 1}
-        others = [f"{path or '(root)'} ({kinds.get(path, 'a parameter')})" for path in matrices]
         raise ValueError(
-            f"the model has no linear layer to adapt. Its matrices are in: {list_paths(others)}. "
-            f"nn.Conv and nn.Embed are adapted where `targets` matches their paths; for the rest, "
-            f"{_AS_A_FUNCTION}."
+            f"the model has no linear layer to adapt. Its matrices are in "
+            f"{list_paths(map(name, kinds))}. nn.Conv and nn.Embed are adapted where `targets` "
+            f"matches their paths. To reach the others, {_AS_A_FUNCTION}."
         )
-    for name in ("targets", "ranks", "schemes"):
-        for field, pattern in config.patterns().items():
-            ours = field.partition("[")[0] == name
-            if not ours or any(matches(pattern, path) for path in noted.linear):
-                continue
-            if found := [path for path in kinds if path and matches(pattern, path)]:
-                seen = ", ".join(sorted({kinds[path] for path in found}))
-                raise ValueError(
-                    f"MoRAConfig.{field}={pattern!r} matches no layer that can be adapted here, "
-                    f"only {list_paths(found)} ({seen}). To adapt these, {_AS_A_FUNCTION}."
-                )
+    for field, pattern in config.patterns().items():
+        of_layers = field.partition("[")[0] in ("targets", "ranks", "schemes")
+        if not of_layers or any(matches(pattern, path) for path in noted.linear):
+            continue
+        if found := [path for path in kinds if matches(pattern, path)]:
+            raise ValueError(
+                f"MoRAConfig.{field}={pattern!r} matches no layer that can be adapted here, but "
+                f"{list_paths(map(name, found))}. To reach these, {_AS_A_FUNCTION}."
+            )
 
 
 def _check_layers_of(plan: Plan, noted: Recorder) -> None:

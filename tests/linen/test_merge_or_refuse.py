@@ -16,7 +16,6 @@ import pytest
 from flax import linen as nn
 
 import mora_jax
-from mora_jax._plans.plan import Plan
 
 WIDTH = 6
 NUMBER = int(os.environ.get("MORA_MODELS", "30"))
@@ -247,6 +246,8 @@ def assert_merged_or_refused(rng):
     try:
         plan = mora_jax.plan(model, x)
     except ValueError as error:
+        if "MoRAConfig.schemes" in str(error):  # the pattern has hit no layer
+            return False
         assert set(base.parts) & BAD.keys(), f"{base}: {error}"
         named = re.search(r"the layer '([^']*)' (multiplies by|has a kernel)", str(error))
         assert named, error
