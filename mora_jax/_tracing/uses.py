@@ -1,4 +1,4 @@
-"""What a traced function does with its parameters: which reach their layer, and what else reads one.
+"""What a traced function does with its parameters: who reads them, and as what.
 
 An adapter changes the products of one layer, while a merge changes the stored kernel. The two are
 the same where the layer multiplies by the stored kernel itself, and where nothing else reads it.
@@ -55,9 +55,7 @@ class Uses:
     others: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def find_uses(
-    function: Callable[[Any], Any], arguments: Any, paths: Mapping[int, str]
-) -> Uses:
+def find_uses(function: Callable[[Any], Any], arguments: Any, paths: Mapping[int, str]) -> Uses:
     """Traces a function of one tree, and follows the parameters in it.
 
     Args:

@@ -99,7 +99,7 @@ def _make_adapted(model: nn.Module, chooser: Chooser) -> nn.Module:
     # as `method=`; the wrapped methods enter it for bound models and for use as a submodule.
     for name in _method_names(cls):
         setattr(adapted, name, _intercepted(getattr(cls, name), chooser, marks))
-    adapted.__post_init__ = _marked_when_bound(cls.__post_init__, marks)
+    setattr(adapted, "__post_init__", _marked_when_bound(cls.__post_init__, marks))  # noqa: B010
     return adapted(**_fields(model))
 
 
@@ -163,9 +163,7 @@ def _as_function_of_module(method: Any) -> Callable[..., Any]:
     return lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)
 
 
-def _intercepted(
-    method: Callable[..., Any], chooser: Chooser, marks: Marks
-) -> Callable[..., Any]:
+def _intercepted(method: Callable[..., Any], chooser: Chooser, marks: Marks) -> Callable[..., Any]:
     @functools.wraps(method)
     def enter(self, *args, **kwargs):
         root = self.path if self.scope is not None else ()

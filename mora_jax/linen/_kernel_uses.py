@@ -22,7 +22,7 @@ from mora_jax.linen._scopes import Marks
 Run = Callable[[Any, Any, Any, dict[str, Any]], Any]
 
 #: How `init` runs a model: the mutable collections, and the flags of the scope.
-AS_INIT = DenyList("intermediates"), {"initializing": True}
+AS_INIT: tuple[Any, dict[str, Any]] = DenyList("intermediates"), {"initializing": True}
 
 
 def check_kernel_uses(
@@ -51,12 +51,17 @@ def check_kernel_uses(
     first = next(iter(wrong))
     others = wrong.keys() - {first}
     likewise = f" The same holds for {list_paths(others)}." if others else ""
+    # A kernel that is computed reaches no product as it is stored, so a function leaves it alone.
+    shared = set(uses.others) - uses.computed
+    as_function = (
+        ", or adapt the model as a function of its parameters, which follows kernels out of their "
+        "layers: mora_jax.adapt(lambda params, *inputs: model.apply({'params': params}, *inputs), "
+        "config)"
+    )
     raise ValueError(
         f"the layer {first!r} {wrong[first]}. There an adapter and its merge would differ: the "
         f"adapter acts on the layer's own product, a merge changes the stored kernel.{likewise} "
-        "Leave such layers out with MoRAConfig.exclude, or adapt the model as a function of its "
-        "parameters, which follows kernels everywhere: mora_jax.adapt(lambda params, *inputs: "
-        "model.apply({'params': params}, *inputs), config)."
+        f"Leave such layers out with MoRAConfig.exclude{as_function if shared else ''}."
     )
 
 
@@ -74,17 +79,14 @@ def mark_kernels(marks: Marks, next_fun, args, kwargs, context):
     return module.dot_general(lhs, mark(kernel, path), *others, **kwargs)
 
 
-def _find_uses(
-    run: Run, variables: Mapping[str, Any], inputs: Any, kernels: Iterable[str]
-) -> Uses:
+def _find_uses(run: Run, variables: Mapping[str, Any], inputs: Any, kernels: Iterable[str]) -> Uses:
     variables = {name: value for name, value in variables.items() if name != ADAPTER}
     # Some models do not go on with the inputs that they start with, such as a cache that takes one
     # token at a time, and some write into their parameters. They are run as they start.
     errors = []
-    for given, mutable, flags in (
-        (variables, DenyList(("params", "intermediates")), {}),
-        ({"params": variables["params"]}, *AS_INIT),
-    ):
+    as_apply: tuple[Any, dict[str, Any]] = DenyList(("params", "intermediates")), {}
+    starting = {"params": variables["params"]}
+    for given, (mutable, flags) in ((variables, as_apply), (starting, AS_INIT)):
         arguments, call = (given, inputs), _outputs_of(run, mutable, flags)
         try:
             return find_uses(call, arguments, _numbers(arguments, set(kernels)))

@@ -4,7 +4,6 @@ A model is a chain of parts, some plain, some in lifted transformations, some th
 what an adapter does not follow. MORA_MODELS sets how many are drawn: the whole run is of 250.
 """
 
-import functools
 import os
 import re
 
@@ -235,6 +234,14 @@ def kernels_of(params):
     return [path for path in flax.traverse_util.flatten_dict(params, sep="/") if "kernel" in path]
 
 
+def planned(model, x):
+    """(plan, None), or (None, why there is none)."""
+    try:
+        return mora_jax.plan(model, x), None
+    except ValueError as error:
+        return None, str(error)
+
+
 def assert_merged_or_refused(rng):
     """Returns whether the model was refused."""
     base, config = draw(rng)
@@ -243,14 +250,13 @@ def assert_merged_or_refused(rng):
     rest, mutable = {k: v for k, v in variables.items() if k != "params"}, list(variables)[1:]
     run = lambda model, params: model.apply({"params": params, **rest}, x, mutable=mutable)[0]
     model = mora_jax.adapt(base, config)
-    try:
-        plan = mora_jax.plan(model, x)
-    except ValueError as error:
-        if "MoRAConfig.schemes" in str(error):  # the pattern has hit no layer
+    plan, refusal = planned(model, x)
+    if refusal:
+        if "MoRAConfig.schemes" in refusal:  # the pattern has hit no layer
             return False
-        assert set(base.parts) & BAD.keys(), f"{base}: {error}"
-        named = re.search(r"the layer '([^']*)' (multiplies by|has a kernel)", str(error))
-        assert named, error
+        assert set(base.parts) & BAD.keys(), f"{base}: {refusal}"
+        named = re.search(r"the layer '([^']*)' (multiplies by|has a kernel)", refusal)
+        assert named, refusal
         assert any(path.startswith(named[1]) for path in kernels_of(variables["params"]))
         return True
     assert not set(base.parts) & BAD.keys(), f"{base} was not refused"
