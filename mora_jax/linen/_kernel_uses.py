@@ -102,7 +102,8 @@ def _find_uses(run: Run, variables: Mapping[str, Any], inputs: Any, kernels: Ite
 
 def _outputs_of(run: Run, mutable: Any, flags: dict[str, Any]) -> Callable[[Any], list[Any]]:
     def call(arguments):
-        outputs, changed = run(*arguments, mutable, flags)
+        variables, inputs = arguments
+        outputs, changed = run(variables, inputs, mutable, flags)
         kept = {name: value for name, value in changed.items() if name != "params"}
         return [leaf for leaf in jax.tree.leaves((outputs, kept)) if hasattr(leaf, "dtype")]
 
