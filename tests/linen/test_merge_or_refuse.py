@@ -17,9 +17,9 @@ from flax import linen as nn
 import mora_jax
 
 WIDTH = 6
-NUMBER = int(os.environ.get("MORA_MODELS", "30"))
+NUMBER = int(os.environ.get("MORA_MODELS", "12"))
 #: In one test, so that a failure names a few models.
-GROUP = 10
+GROUP = 4
 
 
 class Block(nn.Module):
