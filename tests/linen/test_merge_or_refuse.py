@@ -216,6 +216,8 @@ class Chain(nn.Module):
 def draw(rng):
     """A model and a config. One in three has a part that is refused."""
     parts = list(rng.choice(list(GOOD), rng.integers(1, 4)))
+    if set(parts) == {"nested"}:
+        parts.append("dense")
     if rng.random() < 1 / 3:
         parts.insert(rng.integers(len(parts) + 1), rng.choice(list(BAD)))
     config = {
