@@ -15,11 +15,11 @@ from mora_jax._arrays.paths import list_paths
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
 from mora_jax._tracing import function as _function
-from mora_jax._tracing import hugging_face as _hugging_face
 from mora_jax._tracing.function import AdaptedFunction
-from mora_jax._tracing.hugging_face import is_pretrained_model
+from mora_jax.linen import _hugging_face
 from mora_jax.linen import _plan as _linen_plan
 from mora_jax.linen._adapt import ModuleT
+from mora_jax.linen._hugging_face import is_pretrained_model
 from mora_jax.nnx import _adapt as _nnx_adapt
 from mora_jax.nnx._state import ModelT
 
@@ -135,7 +135,7 @@ def plan(
     layer   kernel   scheme     size  trained
     -----------------------------------------
     (root)  32 x 64  Sharing()  14    196
-    1 adapters in 1 kernels; 196 trained parameters, 9.28% of the base model's 2,112
+    1 adapter in 1 kernel; 196 trained parameters, 9.28% of the base model's 2,112
     """
     if isinstance(model, AdaptedFunction):
         found = _function.plan(model, *inputs, **kwargs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mora_jax._arrays.mesh import vary_alike
 
 
 def wide_dtype(dtype) -> np.dtype:
@@ -57,3 +59,20 @@ def holds_all(dtype, narrow) -> bool:
     # Of 8 bits some have no infinities, so that equal bits say nothing.
     wider = own.bits > other.bits and own.maxexp >= other.maxexp and own.minexp <= other.minexp
     return wider and own.nmant >= other.nmant
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` in a's dtype, accumulated and returned in at least float32."""
+    wide = wide_dtype(a.dtype)
+    return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=wide)
+
+
+def linear_transpose(
+    function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], y: jax.Array
+) -> jax.Array:
+    """The transpose of a linear function of arrays of this shape, summed in float32 or better."""
+    wide = wide_dtype(y.dtype)
+    # Inside `shard_map` what is differentiated must vary over devices as the gradient does.
+    zeros, wide_y = vary_alike((jnp.zeros(shape, wide), y.astype(wide)))
+    _, transpose = jax.vjp(lambda x: function(x).astype(wide), zeros)
+    return transpose(wide_y)[0].astype(y.dtype)

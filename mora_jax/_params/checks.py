@@ -103,9 +103,11 @@ def check_adapters(plan: Plan, leaves: Mapping[str, Any], *, count: int = 1) -> 
 def no_adapter(layer: str) -> ValueError:
     """What is raised where a model looks for an adapter and the parameters have none."""
     return ValueError(
-        f"the parameters have no adapter for the layer {layer!r}. Are they the base model's? "
-        "Add new adapters, params = mora_jax.attach(plan, params), or load saved ones with "
-        "mora_jax.checkpoint.load_adapters, and adapt the model with the plan that comes with them."
+        f"the parameters have no adapter for the layer {layer!r}. If they have none at all, add "
+        "new ones, params = mora_jax.attach(plan, params), or load saved ones with "
+        "mora_jax.checkpoint.load_adapters. If they have some, the plan was made by a call that "
+        "does not run this layer: make it with plan(model, *inputs, method=...) of one that runs "
+        "every layer, or leave the layer out with MoRAConfig.exclude."
     )
 
 

@@ -51,10 +51,20 @@ def plan_table(
     trained = sum(spec.parameters for _, spec in layers)
     trained += sum(math.prod(shape) for _, shape in also_train)
     total = (
-        f"{adapters:,} adapters in {len(layers):,} kernels; {trained:,} trained parameters, "
+        f"{_count(adapters, 'adapter')} in {_count(len(layers), 'kernel')}; "
+        f"{_count(trained, 'trained parameter')}, "
         f"{trained / max(base_parameters, 1):.2%} of the base model's {base_parameters:,}"
     )
     return "\n".join([*table(rows), total, *_reasons(unadapted)])
+
+
+def _count(number: int, what: str) -> str:
+    """A number of things, as one writes it.
+
+    >>> _count(1, "adapter"), _count(2_000, "adapter")
+    ('1 adapter', '2,000 adapters')
+    """
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _rows_of_layers(

@@ -23,8 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mora_jax._arrays.dtypes import summable, wide_dtype
-from mora_jax._arrays.mesh import vary_alike
+from mora_jax._arrays.dtypes import linear_transpose, product, summable, wide_dtype
 
 Adapter = Mapping[str, jax.Array]
 
@@ -234,13 +233,13 @@ class Scheme:
         blocks = self.blocks(in_features, out_features, z.shape[-1])
         lead = z.shape[: z.ndim - 1 - len(blocks)]
         compress = functools.partial(self.compress, size=z.shape[-1], out_features=out_features)
-        return _transpose(compress, (*lead, in_features), z)
+        return linear_transpose(compress, (*lead, in_features), z)
 
     def decompress_transpose(self, dy: jax.Array, size: int, in_features: int) -> jax.Array:
         """The transpose of `decompress`: [..., O] -> [..., R] or [..., N, R]."""
         blocks = self.blocks(in_features, dy.shape[-1], size)
         decompress = functools.partial(self.decompress, out_features=dy.shape[-1])
-        return _transpose(decompress, (*dy.shape[:-1], *blocks, size), dy)
+        return linear_transpose(decompress, (*dy.shape[:-1], *blocks, size), dy)
 
     def blocks(self, in_features: int, out_features: int, size: int) -> tuple[int, ...]:
         """(N,) where `compress` gives [..., N, R], else ()."""
@@ -336,23 +335,6 @@ class Scheme:
         """LoRA's alpha, of schemes that are LoRA; None for all others."""
         del rank
         return None
-
-
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b` in a's dtype, accumulated and returned in at least float32."""
-    wide = wide_dtype(a.dtype)
-    return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=wide)
-
-
-def _transpose(
-    function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], y: jax.Array
-) -> jax.Array:
-    """The transpose of a linear function of arrays of this shape, summed in float32 or better."""
-    wide = wide_dtype(y.dtype)
-    # Inside `shard_map` what is differentiated must vary over devices as the gradient does.
-    zeros, wide_y = vary_alike((jnp.zeros(shape, wide), y.astype(wide)))
-    _, transpose = jax.vjp(lambda x: function(x).astype(wide), zeros)
-    return transpose(wide_y)[0].astype(y.dtype)
 
 
 @functools.lru_cache(maxsize=4096)

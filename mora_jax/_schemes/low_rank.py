@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from mora_jax._arrays.dtypes import summable
-from mora_jax._schemes.base import Adapter, Leaf, Scheme, Work, product
+from mora_jax._arrays.dtypes import product, summable
+from mora_jax._schemes.base import Adapter, Leaf, Scheme, Work
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

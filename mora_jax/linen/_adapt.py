@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextvars
+import copy
 import dataclasses
 import functools
 import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from flax import linen as nn
-from flax.core import freeze
 from jax import lax
 
 from mora_jax._arrays.paths import ADAPTER, IDS, flatten, is_adapter, join_path, list_paths
-from mora_jax._plans.layer import LayerConfig
 from mora_jax.linen._layers import (
     ADAPTED_WHEN_NAMED,
     IDS_OF_EXAMPLES,
@@ -26,26 +24,12 @@ from mora_jax.linen._layers import (
     kernel_name,
     uses_mora,
 )
-
-#: The number of the trace that a plan is being made by; 0 where none is.
-TRACE: contextvars.ContextVar[int] = contextvars.ContextVar("TRACE", default=0)
+from mora_jax.linen._scopes import Chooser, Marks, marks_of
 
 #: A number for every call in which examples have adapters of their own.
 _CALLS_WITH_IDS = itertools.count(1)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-class Chooser(Protocol):
-    """What `adapt` asks about each layer; a `MoRAConfig` or a `Plan` answers."""
-
-    def choose(self, path: str) -> LayerConfig | None:
-        """The config of the layer at `path`, or None where it is left alone."""
-        ...
-
-    def trains(self, path: str) -> bool:
-        """Whether the parameter at `path` is trained in full."""
-        ...
 
 
 class AdaptedModule(nn.Module):
@@ -54,6 +38,24 @@ class AdaptedModule(nn.Module):
     # Long names, because the model's own fields and submodules share the namespace.
     mora_base: ClassVar[nn.Module]
     mora_chooser: ClassVar[Chooser]
+    mora_marks: ClassVar[Marks]
+
+    # Its class cannot be looked up by name, so another process adapts the base anew.
+    @nn.nowrap
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What `pickle` and its like rebuild the model from: base, config or plan, and fields."""
+        if self.scope is not None:  # bound to variables: as any module
+            return super().__reduce_ex__(protocol)
+        base = self.mora_base
+        changed = {k: v for k, v in _fields(self).items() if v is not getattr(base, k)}
+        return _rebuild, (base, self.mora_chooser, changed)
+
+    @nn.nowrap
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy of the same class, which equals this model."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
 
 def adapt(model: ModuleT, chooser: Chooser) -> ModuleT:
@@ -93,11 +95,33 @@ def _make_adapted(model: nn.Module, chooser: Chooser) -> nn.Module:
     adapted = type(cls.__name__, (cls, AdaptedModule), namespace)  # pyright: ignore
     # Set afterwards: flax would take a module in the namespace, being callable, for a method.
     adapted.mora_base, adapted.mora_chooser = model, chooser
+    adapted.mora_marks = marks = marks_of(chooser)
     # A name bound before flax's own `apply` and `init` enters the interception for functions given
     # as `method=`; the wrapped methods enter it for bound models and for use as a submodule.
     for name in _method_names(cls):
-        setattr(adapted, name, _intercepted(getattr(cls, name), chooser))
+        setattr(adapted, name, _intercepted(getattr(cls, name), chooser, marks))
+    setattr(adapted, "__post_init__", _marked_when_bound(cls.__post_init__, marks))  # noqa: B010
     return adapted(**_fields(model))
+
+
+def _marked_when_bound(
+    post_init: Callable[[nn.Module], None], marks: Marks
+) -> Callable[[nn.Module], None]:
+    """Flax binds a module, and the modules in its fields, when it is made."""
+
+    @functools.wraps(post_init)
+    def run(self):
+        post_init(self)
+        if self.scope is not None:
+            dataclasses.replace(marks, depth=len(self.path)).put_on_all(self)
+
+    return run
+
+
+def _rebuild(base: nn.Module, chooser: Chooser, changed: dict[str, Any]) -> nn.Module:
+    """An adapted model from what it was adapted from, and the fields that differ from that."""
+    model = adapt(base, chooser)
+    return model.clone(**changed) if changed else model
 
 
 def _method_names(cls: type[nn.Module]) -> list[str]:
@@ -111,22 +135,48 @@ def _method_names(cls: type[nn.Module]) -> list[str]:
     return sorted(names)
 
 
-def _intercepted(method: Callable[..., Any], chooser: Chooser) -> Callable[..., Any]:
-    mark = hash(chooser)
+def entered(model: nn.Module, method: Any) -> Callable[..., Any]:
+    """A function (scope, *inputs) that runs a method of a model, adapted or not.
 
+    `flax.core.init` and `flax.core.apply` take it. They pass by an `init` or an `apply` that the
+    model has of its own.
+
+    Args:
+      model: the model, unbound.
+      method: as for `Module.init`.
+    """
+    function = _as_function_of_module("__call__" if method is None else method)
+    if isinstance(model, AdaptedModule):
+        function = _intercepted(function, model.mora_chooser, model.mora_marks)
+
+    def run(scope, *args, **kwargs):
+        return function(model.clone(parent=scope, _deep_clone=True), *args, **kwargs)
+
+    return run
+
+
+def _as_function_of_module(method: Any) -> Callable[..., Any]:
+    """A function of a bound module and inputs, of what flax takes for a `method`."""
+    if inspect.ismethod(method) and isinstance(method.__self__, nn.Module):
+        method = method.__name__
+    if not isinstance(method, str):
+        return method
+    return lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)
+
+
+def _intercepted(method: Callable[..., Any], chooser: Chooser, marks: Marks) -> Callable[..., Any]:
     @functools.wraps(method)
     def enter(self, *args, **kwargs):
         root = self.path if self.scope is not None else ()
-        intercept = functools.partial(_use_adapter, chooser, len(root))
         ids = _adapter_ids(self, args, kwargs)
         if self.scope is None and method.__name__ == "apply":
             _check_chosen(chooser, args[0] if args else kwargs.get("variables"))
         # Ids are constants of what the model's own `nn.jit` traces, so each call has traces of its.
-        marks = {"mora_adapt": mark, "mora_plan": TRACE.get(), "mora_ids": _mark_of(ids)}
-        mark_scope(self, **marks)
-        if self.scope is None and inspect.isfunction(function := kwargs.get("method")):
-            # `apply` with a function that calls submodules, past all that is wrapped here.
-            kwargs["method"] = _marking(function, marks)
+        call = 0 if ids is None else next(_CALLS_WITH_IDS)
+        own = dataclasses.replace(marks, others=(("mora_ids", call),), depth=len(root))
+        if self.scope is not None:
+            own.put_on(self.scope)
+        intercept = functools.partial(_use_adapter, chooser, own)
         token = IDS_OF_EXAMPLES.set(ids)
         try:
             with nn.intercept_methods(intercept):
@@ -135,19 +185,6 @@ def _intercepted(method: Callable[..., Any], chooser: Chooser) -> Callable[..., 
             IDS_OF_EXAMPLES.reset(token)
 
     return enter
-
-
-def _mark_of(ids: Any) -> int:
-    return 0 if ids is None else next(_CALLS_WITH_IDS)
-
-
-def _marking(function: Callable[..., Any], marks: dict[str, int]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def run(module, *args, **kwargs):
-        mark_scope(module, **marks)
-        return function(module, *args, **kwargs)
-
-    return run
 
 
 def _adapter_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -175,12 +212,15 @@ def _check_chosen(chooser: Chooser, variables: Any) -> None:
         )
 
 
-def _use_adapter(chooser, depth, next_fun, args, kwargs, context):
+def _use_adapter(chooser: Chooser, marks: Marks, next_fun, args, kwargs, context):
     """Runs a chosen layer as a copy of itself, on the same scope, whose product is `MoRA`."""
     layer, method = context.module, context.method_name
+    if not marks.are_on(layer):  # under an `apply` of its own, on parameters that it is handed
+        return next_fun(*args, **kwargs)
+    marks.enter(layer)
+    path = join_path(*layer.path[marks.depth :])
     if not is_adaptable(layer, method, chooser) or uses_mora(layer):
         return next_fun(*args, **kwargs)
-    path = join_path(*layer.path[depth:])
     config = chooser.choose(path)
     if config is None:
         return next_fun(*args, **kwargs)
@@ -192,17 +232,15 @@ def _use_adapter(chooser, depth, next_fun, args, kwargs, context):
     if layer.dot_general_cls is not None:
         base_dot = layer.dot_general_cls()
     product = functools.partial(MoRA, config, base_dot, name=ADAPTER)
-    return layer.clone(parent=layer.scope, dot_general_cls=product)(*args, **kwargs)
+    twin = layer.clone(parent=layer.scope, dot_general_cls=product)
+    # What the call returns is captured once, by the layer itself.
+    object.__setattr__(twin, "sow", functools.partial(_sow_but, method, twin.sow))
+    return twin(*args, **kwargs)
 
 
-def mark_scope(module: nn.Module, **marks: int) -> None:
-    """Keeps apart, in the trace cache of `nn.jit`, what differs by interception alone.
-
-    That cache knows nothing of interceptors, but a scope's flags are part of its keys, by hash.
-    Scopes made below this one inherit them.
-    """
-    if module.scope is not None:
-        module.scope.flags = freeze({**module.scope.flags, **marks})
+def _sow_but(method: str, sow: Callable[..., bool], col: str, name: str, *args, **kwargs) -> bool:
+    """A module's `sow`, apart from what `capture_intermediates` stores of a method."""
+    return (col, name) != ("intermediates", method) and sow(col, name, *args, **kwargs)
 
 
 def _fields(model: nn.Module) -> dict[str, Any]:

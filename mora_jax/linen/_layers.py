@@ -48,7 +48,17 @@ IDS_OF_EXAMPLES: contextvars.ContextVar[jax.Array | None] = contextvars.ContextV
 )
 
 
-class MoRA(nn.Module):
+class _Uncaptured(nn.Module):
+    """A module of which `capture_intermediates` stores nothing: the base model does not have it."""
+
+    @nn.nowrap
+    def sow(self, *args: Any, **kwargs: Any) -> bool:
+        """Stores nothing."""
+        del args, kwargs
+        return False
+
+
+class MoRA(_Uncaptured):
     """A `dot_general` with an adapter of its own, for a layer's `dot_general_cls`.
 
     Parameters: `matrix` [B..., R, R] zeros, or for `LowRank` `a` [B..., I, rank] and `b`
@@ -106,7 +116,7 @@ class MoRA(nn.Module):
         )
 
 
-class Leaves(nn.Module):
+class Leaves(_Uncaptured):
     """The adapter of a layer that runs as a function of its kernel.
 
     Attributes:
@@ -119,13 +129,11 @@ class Leaves(nn.Module):
 
     @nn.compact
     def __call__(
-        self, kernel: jax.Array, axes: KernelAxes
-    ) -> tuple[dict[str, jax.Array], ExampleIds | None]:
-        """The adapter's leaves, and which of a bank's adapters each example has.
-
-        They are [B..., rows, columns], and of a bank [B..., adapters, rows, columns].
-        """
-        return _leaves(self, kernel, axes, self.kernel_name)
+        self, kernel: jax.Array, axes: KernelAxes, key: jax.Array | None = None
+    ) -> AdaptedView:
+        """The kernel with its adapter; `key` drops inputs of the adapter."""
+        adapter, examples = _leaves(self, kernel, axes, self.kernel_name)
+        return AdaptedView.of(kernel, adapter, axes, self.config, key, examples)
 
 
 def _leaves(
@@ -211,7 +219,7 @@ def as_function(
     key = layer.make_rng(ADAPTER) if config.dropout and layer.has_rng(ADAPTER) else None
     scope: Any = layer.scope
     leaves = Leaves(config, name, parent=scope.push(ADAPTER, reuse=True))
-    adapter, examples = leaves(params[name], axes)
+    view = leaves(params[name], axes, key)
     alone = layer.clone(parent=None, name=None)
 
     def call(kernel, args, kwargs):
@@ -222,8 +230,7 @@ def as_function(
         traced = trace(call, params[name], args, kwargs)
     finally:
         RUNNING_AS_FUNCTION.reset(token)
-    kernel, *others = traced.arrays
-    return traced.run([AdaptedView.of(kernel, adapter, axes, config, key, examples), *others])
+    return traced.run([view, *traced.arrays[1:]])
 
 
 def _axes_of(layer: Any, kernel: jax.Array, args: tuple) -> KernelAxes:

@@ -7,20 +7,24 @@ are parameters of sizes found nowhere else, show where the axes of stacked layer
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import core
 from flax import linen as nn
 
 from mora_jax._arrays.boxes import unbox
 from mora_jax._arrays.paths import ADAPTER, flatten, join_path
 from mora_jax._plans.layer import AdapterSpec, LayerConfig
 from mora_jax._product.axes import KernelAxes, kernel_axes
-from mora_jax.linen._adapt import TRACE, mark_scope
+from mora_jax.linen._adapt import entered
+from mora_jax.linen._kernel_uses import AS_INIT, check_kernel_uses, mark_kernels
 from mora_jax.linen._layers import PROBES, Leaves, MoRA, is_adaptable
+from mora_jax.linen._scopes import Marks
 
 #: The axes of a probe have sizes from here on; no model stacks as many layers.
 _PROBE_SIZE = 1_000_003
@@ -67,14 +71,19 @@ class Recorder:
     Attributes:
       linear: paths of the layers that can have an adapter, in the model's order.
       adapted: path -> layer, of those that have one.
+      kinds: path -> name of its class, of every module.
+      nested: paths of layers that run under an `apply` of their own, on parameters that the model
+        hands them.
       without_stream: paths of layers that ask for dropout and get no random numbers.
     """
 
     def __init__(self, chooser: Any):
         self._chooser = chooser
-        self._number = next(_TRACES)
+        self._running: list[str] = []
         self.linear: dict[str, None] = {}
         self.adapted: dict[str, Noted] = {}
+        self.kinds: dict[str, str] = {}
+        self.nested: dict[str, None] = {}
         self.without_stream: set[str] = set()
 
     def trace(
@@ -86,38 +95,73 @@ class Recorder:
         rngs: Any,
         method: Any,
     ) -> dict[str, Any]:
-        """Runs the model's `init` on shapes; gives path -> shape of its parameters and probes."""
+        """Runs the model's `init` on shapes; gives path -> shape of its parameters and probes.
 
-        def init(inputs, kwargs):
-            # Nothing is drawn from these keys: only shapes come out.
-            streams = rngs if isinstance(rngs, Mapping) else {"params": jax.random.key(0)}
-            streams = {ADAPTER: jax.random.key(0), **streams}
-            token = TRACE.set(self._number)
-            try:
-                with nn.intercept_methods(self._note):
-                    return model.init(streams, *inputs, method=method, **kwargs)
-            finally:
-                TRACE.reset(token)
+        Raises:
+          ValueError: for adapted layers whose kernel is not the stored one, or read elsewhere.
+        """
+        # Nothing is drawn from these keys: only shapes come out.
+        streams = rngs if isinstance(rngs, Mapping) else {"params": jax.random.key(0)}
+        streams = {ADAPTER: jax.random.key(0), **streams}
+        arrays, restore = _arrays_of((inputs, kwargs))
 
-        shapes = flatten(_eval_shape(init, inputs, kwargs).get("params", {}))
+        method = entered(model, method)
+
+        def run(interceptor, variables, arrays, mutable, flags):
+            (inputs, kwargs), number = restore(arrays), next(_TRACES)
+            # Every module has traces of its own in the model's own `nn.jit`.
+            marks = Marks("mora_plan", lambda path: (number, path))
+
+            def marked(scope, *inputs, **kwargs):
+                marks.put_on(scope)
+                return method(scope, *inputs, **kwargs)
+
+            with nn.intercept_methods(functools.partial(interceptor, marks)):
+                call = core.apply(marked, mutable, flags)
+                return call(variables, *inputs, rngs=streams, **kwargs)
+
+        def init(arrays):
+            return run(self._note, {}, arrays, *AS_INIT)[1]
+
+        variables = jax.eval_shape(init, arrays)
+        kernels = {join_path(path, layer.kernel_name): path for path, layer in self.adapted.items()}
+        if kernels:
+            check_kernel_uses(functools.partial(run, mark_kernels), variables, arrays, kernels)
+        shapes = flatten(variables.get("params", {}))
         return {path: unbox(leaf) for path, leaf in shapes.items()}
 
-    def _note(self, next_fun, args, kwargs, context):
+    def _note(self, marks: Marks, next_fun, args, kwargs, context):
         """The interceptor."""
-        module = context.module
-        mark_scope(module, mora_plan=self._number)
-        if is_adaptable(module, context.method_name, self._chooser):
-            self.linear[join_path(*module.path)] = None
-        if context.method_name == "__call__" and isinstance(module, Leaves):
-            kernel, axes = args
+        module, method = context.module, context.method_name
+        if not marks.are_on(module):
+            self._note_nested(module, method)
+            return next_fun(*args, **kwargs)
+        marks.enter(module)
+        path = join_path(*module.path)
+        self.kinds[path] = type(module).__name__
+        if is_adaptable(module, method, self._chooser):
+            self.linear[path] = None
+        if method == "__call__" and isinstance(module, Leaves):
+            kernel, axes = args[:2]
             self._note_adapter(module, kernel, Noted(axes, module.config, module.kernel_name))
-        if context.method_name == "__call__" and isinstance(module, MoRA):
+        if method == "__call__" and isinstance(module, MoRA):
             _, kernel, dimension_numbers = args[:3]
             noted = Noted(kernel_axes(kernel, dimension_numbers), module.config)
-            path = self._note_adapter(module, kernel, noted)
+            layer = self._note_adapter(module, kernel, noted)
             if module.config.dropout and not module.has_rng(ADAPTER):
-                self.without_stream.add(path)
-        return next_fun(*args, **kwargs)
+                self.without_stream.add(layer)
+        self._running.append(path)
+        try:
+            return next_fun(*args, **kwargs)
+        finally:
+            self._running.pop()
+
+    def _note_nested(self, module: nn.Module, method: str) -> None:
+        """Notes a layer that is not of the model's tree, by the module that runs it."""
+        if module.scope is None or not is_adaptable(module, method, self._chooser):
+            return
+        own = module.path or (module.name or type(module).__name__,)
+        self.nested[join_path(*self._running[-1:], *own)] = None
 
     def _note_adapter(self, module: Any, kernel: Any, noted: Noted) -> str:
         path = join_path(*module.path[:-1])
@@ -154,19 +198,17 @@ def _axes_of(probe_shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, 
     return tuple(axis for axis in range(len(probe_shape)) if axis not in own), own
 
 
-def _eval_shape(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`jax.eval_shape` that leaves alone what is no array, such as `deterministic=True`."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
+def _arrays_of(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """The arrays of a tree, or their shapes, and the tree with others in their place.
+
+    What is no array stays, such as `deterministic=True`.
+    """
+    leaves, structure = jax.tree.flatten(tree)
     abstract = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
 
-    def call(arrays):
+    def restore(arrays):
         arrays = iter(arrays)
-        merged = (
-            next(arrays) if is_array else leaf
-            for leaf, is_array in zip(leaves, abstract, strict=True)
-        )
-        return function(*structure.unflatten(merged))
+        pairs = zip(leaves, abstract, strict=True)
+        return structure.unflatten(next(arrays) if array else leaf for leaf, array in pairs)
 
-    return jax.eval_shape(
-        call, [leaf for leaf, is_array in zip(leaves, abstract, strict=True) if is_array]
-    )
+    return [leaf for leaf, array in zip(leaves, abstract, strict=True) if array], restore

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mora_jax
-from mora_jax._tracing.hugging_face import _is_deterministic
+from mora_jax.linen._hugging_face import _is_deterministic
 
 IDS = jnp.arange(8)[None]
 
