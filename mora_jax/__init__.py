@@ -3,9 +3,6 @@
 Jiang et al., "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning", arXiv 2405.12130.
 """
 
-import importlib
-from typing import Any
-
 from mora_jax._adapt import adapt, plan
 from mora_jax._analysis.allocate import Allocation, LayerScore, allocate
 from mora_jax._analysis.projection import LayerProjection, ProjectionReport, project_to_lora
@@ -102,11 +99,9 @@ __all__ = [
     "unmerge_losses",
 ]
 
-#: Imported where they are asked for: some need an extra.
-_MODULES = {"checkpoint", "export", "linen", "nnx", "peft", "quantized", "sharding"}
-
-_renamed = renamed_names(__name__, {"Projected": ("LayerProjection", LayerProjection)})
-
-
-def __getattr__(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name}") if name in _MODULES else _renamed(name)
+__getattr__ = renamed_names(
+    __name__,
+    {"Projected": ("LayerProjection", LayerProjection)},
+    # Some of these need an extra.
+    inner={"checkpoint", "export", "linen", "nnx", "peft", "quantized", "sharding"},
+)

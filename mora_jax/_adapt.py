@@ -76,7 +76,7 @@ def adapt(model: Any, config_or_plan: MoRAConfig | Plan, *, key: jax.Array | Non
     """
     if not isinstance(config_or_plan, MoRAConfig | Plan):
         raise TypeError(
-            f"adapt(model, config_or_plan): expected a MoRAConfig or a Plan, got a "
+            f"adapt(model, config_or_plan): expected a MoRAConfig or a Plan, got "
             f"{type(config_or_plan).__name__}."
         )
     if isinstance(model, AdaptedFunction):

@@ -93,7 +93,7 @@ MISTAKES = {
     ),
     "adapt: swapped": (
         lambda: mora_jax.adapt(CONFIG, BASE),
-        ["adapt(model, config_or_plan)", "got a Linen"],
+        ["adapt(model, config_or_plan)", "got Linen"],
     ),
     "adapt: twice": (lambda: mora_jax.adapt(MODEL, CONFIG), ["adapted already", "base model"]),
     "adapt: twice, NNX": (

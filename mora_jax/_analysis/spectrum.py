@@ -129,7 +129,7 @@ def spectrum(params: Params, plan: Plan, *, threshold: float = 0.1) -> SpectrumR
     >>> model = mora_jax.adapt(nn.Dense(6), mora_jax.MoRAConfig(rank=1, scheme="truncation"))
     >>> plan = mora_jax.plan(model, jax.ShapeDtypeStruct((1, 3), "float32"))
     >>> params = {"kernel": jnp.eye(3, 6), "bias": jnp.zeros(6)}
-    >>> params["mora"] = {"matrix_sharing": jnp.diag(jnp.array([0.05, 0.3, 0.4]))}
+    >>> params["mora"] = {"matrix_truncation": jnp.diag(jnp.array([0.05, 0.3, 0.4]))}
     >>> report = mora_jax.spectrum(params, plan)
     >>> print(report)
     layer      norm    of base  largest  > 0.1  effective rank

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -53,10 +54,20 @@ def renamed_argument(old: str, new: str) -> Callable[[T], T]:
     return decorate
 
 
-def renamed_names(module: str, names: dict[str, tuple[str, Any]]) -> Callable[[str], Any]:
-    """A `__getattr__` for a module some of whose names have changed: old -> (new, the object)."""
+def renamed_names(
+    module: str, names: dict[str, tuple[str, Any]], inner: Collection[str] = ()
+) -> Callable[[str], Any]:
+    """A `__getattr__` for a module.
+
+    Args:
+      module: its name.
+      names: names that have changed: old -> (new, the object).
+      inner: modules in it that are imported where they are asked for.
+    """
 
     def get(name: str) -> Any:
+        if name in inner:
+            return importlib.import_module(f"{module}.{name}")
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         new, value = names[name]

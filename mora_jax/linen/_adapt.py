@@ -70,26 +70,27 @@ def adapt(model: ModuleT, chooser: Chooser) -> ModuleT:
         raise TypeError("the model is adapted already; adapt the base model instead.")
     if model.scope is not None:
         raise ValueError("the model is bound to variables; adapt it before binding.")
-    # Plans are equal whatever their merges, and so are the models, for jit; their plans are not.
-    key = (id(model), chooser, getattr(chooser, "merges", 0))
+    key = (id(model), chooser)
     adapted = _ADAPTED.get(key)
     if adapted is None:
         adapted = _ADAPTED[key] = _make_adapted(model, chooser)
+    # Plans are equal whatever their merges, so that jit finds its code again; the last one counts.
+    type(adapted).mora_chooser = chooser
     return adapted  # pyright: ignore[reportReturnType]
 
 
 # The value holds its base model, so the id in the key cannot be given to another while it lives.
-_ADAPTED: weakref.WeakValueDictionary[tuple[int, Chooser, int], nn.Module] = (
+_ADAPTED: weakref.WeakValueDictionary[tuple[int, Chooser], AdaptedModule] = (
     weakref.WeakValueDictionary()
 )
 
 
-def _make_adapted(model: nn.Module, chooser: Chooser) -> nn.Module:
+def _make_adapted(model: nn.Module, chooser: Chooser) -> AdaptedModule:
     cls = type(model)
     namespace = {
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
-        "__hash__": lambda self: hash((id(self.mora_base), self.mora_chooser)),
+        "__hash__": lambda self: hash(type(self)),
         "__eq__": _same_fields,
     }
     adapted = type(cls.__name__, (cls, AdaptedModule), namespace)  # pyright: ignore
@@ -252,10 +253,7 @@ def _fields(model: nn.Module) -> dict[str, Any]:
 
 
 def _same_fields(self: nn.Module, other: object) -> bool:
-    """Equality by base, config and fields: a clone with another dtype is another model."""
+    """Equality by class and fields: a clone with another dtype is another model."""
     if self is other:
         return True
-    if not (isinstance(self, AdaptedModule) and isinstance(other, AdaptedModule)):
-        return False
-    alike = self.mora_base is other.mora_base and self.mora_chooser == other.mora_chooser
-    return alike and _fields(self) == _fields(other)
+    return type(self) is type(other) and _fields(self) == _fields(other)  # pyright: ignore

@@ -176,8 +176,9 @@ def check_bank():
     params = mora_jax.attach(plan, {"up": {"kernel": kernel}})
     bank = mora_jax.stack_adapters({"one": (params, plan)}, capacity=2)
     matrix = jax.device_put(numbers(4, 4), jax.devices()[1])
-    bank = bank.add("two", {"up": {"mora": {"matrix_sharing": matrix}}}, plan)
-    np.testing.assert_array_equal(bank.select("two")["up"]["mora"]["matrix_sharing"], matrix)
+    (name,) = params["up"]["mora"]
+    bank = bank.add("two", {"up": {"mora": {name: matrix}}}, plan)
+    np.testing.assert_array_equal(bank.select("two")["up"]["mora"][name], matrix)
 
 
 def check_split_adapters():
@@ -268,8 +269,9 @@ def check_export(kind, folder):
     config = LayerConfig(1, SCHEMES["sharing"])
     spec = mora_jax.AdapterSpec(config, (4, 6, 8), mora_jax.KernelAxes((1,), (2,), (0,)), (0,))
     plan = mora_jax.Plan((("layers/mlp/up_proj", spec),))
-    layer = {"kernel": numbers(4, 6, 8), "mora": {"matrix_sharing": numbers(4, *[spec.size] * 2)}}
-    places = {"kernel": P("fsdp", None, "tensor"), "mora": {"matrix_sharing": P("fsdp")}}
+    name = config.stored_name("matrix")
+    layer = {"kernel": numbers(4, 6, 8), "mora": {name: numbers(4, *[spec.size] * 2)}}
+    places = {"kernel": P("fsdp", None, "tensor"), "mora": {name: P("fsdp")}}
     placed = jax.tree.map(lambda x, p: jax.device_put(x, NamedSharding(mesh, p)), layer, places)
     files = {}
     for name, leaves in {"one": layer, "many": placed}.items():

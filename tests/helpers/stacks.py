@@ -18,7 +18,7 @@ def stacked(scheme, seed=0):
     spec = mora_jax.AdapterSpec(config, (OUTPUTS, STACK, INPUTS), axes, (1,))
     plan = mora_jax.Plan((("layers", spec),))
     adapter = random_adapter(INPUTS, OUTPUTS, RANK, scheme, seed, batch=(STACK,))
-    adapter = {name: jnp.moveaxis(leaf, 0, 1) for name, leaf in adapter.items()}
+    adapter = {config.stored_name(k): jnp.moveaxis(leaf, 0, 1) for k, leaf in adapter.items()}
     return plan, {"layers": {"kernel": jnp.zeros(spec.kernel_shape), "mora": adapter}}
 
 

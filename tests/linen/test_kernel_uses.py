@@ -192,7 +192,7 @@ def test_a_method_that_the_plan_has_not_seen_says_so():
     model, _, adapted = planned(Agent(), X, params=params)
     with pytest.raises(ValueError, match=r"no adapter for the layer 'critic'.*method="):
         model.apply({"params": adapted}, X, method="value")
-    with pytest.raises(ValueError, match=r"no adapter for the layer 'encoder'.*call .*attach"):
+    with pytest.raises(ValueError, match=r"no adapter for the layer 'encoder'.*mora_jax.attach"):
         model.apply({"params": params}, X)
     model, plan, adapted = planned(Agent(), X, params=params, method=Agent.both)
     assert sorted(plan) == ["actor", "critic", "encoder"]
