@@ -1,6 +1,7 @@
 """Runs the tests or an example in an environment of its own: Python 3.11 or newer, nothing else.
 
-    python3 run.py test                      # all tests, two files at a time; or pytest's arguments
+    python3 run.py test                      # the tests, two files at a time; or pytest's arguments
+    python3 run.py test -m slow -n 2         # those that take ten seconds or more
     python3 run.py quickstart                # an example; without a name, lists them all
     python3 run.py memorize --method lora    # further arguments go to it
 

@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tokenizers import Tokenizer, models
 
 import mora_jax
@@ -18,6 +19,7 @@ from llama.model import Llama
 from mora_jax import checkpoint
 
 
+@pytest.mark.slow
 def test_the_example_prints_and_draws_saved_adapters(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / "llama_type1" / "base", folder)

@@ -9,6 +9,9 @@ import pytest
 
 from helpers.files import ROOT
 
+#: Run by `python3 run.py test -m slow`.
+pytestmark = pytest.mark.slow
+
 
 def run(script, *arguments):
     path = ROOT / "examples" / "benchmarks" / script

@@ -137,10 +137,15 @@ def tiny_model(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--method", "mora", "--scheme", "rotation", "--remat"],
         ["--method", "mora", "--remora-every", "100"],
-        ["--method", "lora"],
-        ["--method", "fft"],
+        *(
+            pytest.param(flags, marks=pytest.mark.slow)
+            for flags in (
+                ["--method", "mora", "--scheme", "rotation", "--remat"],
+                ["--method", "lora"],
+                ["--method", "fft"],
+            )
+        ),
     ],
     ids=lambda flags: " ".join(flags[1:]),
 )
@@ -168,6 +173,7 @@ def test_the_main_job_in_miniature(tiny_model, tmp_path, monkeypatch, capsys, fl
         assert "ResetReport(layers=7, moments=14, counts=1)" in printed
 
 
+@pytest.mark.slow
 def test_an_allocation_has_the_parameters_of_half_the_rank_and_compiles_once(
     tiny_model, tmp_path, capsys
 ):

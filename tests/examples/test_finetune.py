@@ -139,6 +139,7 @@ def run(out, *flags):
     return finetune_llama.finetune(parse_args([*map(str, (*flags, "--out", out))]))
 
 
+@pytest.mark.slow
 def test_the_script_in_miniature_goes_on_where_it_stopped(flags, tmp_path, capsys):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     summary = run(whole, *flags)

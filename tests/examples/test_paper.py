@@ -26,6 +26,9 @@ from paper import (
 )
 from paper.results import Results
 
+#: Run by `python3 run.py test -m slow`.
+pytestmark = pytest.mark.slow
+
 SHORT = {
     "rank": 1, "steps": 2, "evaluate_at": 1, "merge_every": 1, "warmup": 0, "batch": 2,
     "length": 16, "held_out": 4, "save_every": 100, "text": ROOT / "LICENSE",

@@ -46,6 +46,7 @@ def test_the_search_for_a_rate_follows_the_best_until_it_lies_inside(tmp_path):
     assert json.loads(results.path.read_text())["setting"] == {"seed": 0}
 
 
+@pytest.mark.slow
 def test_two_programs_write_one_file_and_steps_are_timed(tmp_path):
     one, other = (Results(tmp_path / "runs.json", {"seed": 0}) for _ in range(2))
     one.add({"method": "MoRA", "rate": 1, "seed": 0, "cost": 4.0})
@@ -61,6 +62,7 @@ def test_two_programs_write_one_file_and_steps_are_timed(tmp_path):
     assert cells in table(timed, COST)
 
 
+@pytest.mark.slow
 def test_steps_that_are_timed_are_compiled_anew(tmp_path):
     flags = {"pairs": 4, "characters": 2, "steps": 1, "batch": 4, "methods": "LoRA 8"}
     flags |= {"warmup": 0, "minutes": 0}
@@ -104,6 +106,7 @@ def test_where_nothing_is_finite_smaller_rates_are_tried_and_then_it_is_said(tmp
     assert [run["seed"] for run in ends.best("MoRA")] == [1]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_told_and_seeds_differ_in_length(tmp_path, monkeypatch):
     """Rows of two lengths, one method: two programs. At an absurd rate nothing is measured."""
     todo = iter([(1e30, 0), (1e-3, 0), (1e-3, 1), None])

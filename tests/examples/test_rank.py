@@ -3,8 +3,13 @@
 import itertools
 import json
 
+import pytest
+
 import mora_jax
 from paper import rank
+
+#: Run by `python3 run.py test -m slow`.
+pytestmark = pytest.mark.slow
 
 MERGES = 3
 

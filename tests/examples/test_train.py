@@ -75,6 +75,7 @@ def finish(*processes):
     return printed[0][0], json.loads(printed[0][0].splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_two_processes_save_on_four_devices_for_two_and_for_one(whole, environment, tmp_path):
     def pair(out, *flags):
         with socket.socket() as free:
@@ -106,6 +107,7 @@ def test_two_processes_save_on_four_devices_for_two_and_for_one(whole, environme
         np.testing.assert_allclose([*found.values()], [*whole.values()], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(environment, tmp_path):
     script = EXAMPLES / "benchmarks" / "kill.py"
     flags = ("--kills", "2", "--steps", "60", "--", *FLAGS, "--remora-every", "100")

@@ -6,6 +6,9 @@ import pytest
 
 from integration import fuzz_files
 
+#: Run by `python3 run.py test -m slow`.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):

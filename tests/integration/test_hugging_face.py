@@ -12,6 +12,9 @@ import pytest
 import mora_jax
 from helpers.arrays import assert_same_bits, perturb
 
+#: Run by `python3 run.py test -m slow`.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llama():

@@ -8,6 +8,9 @@ import pytest
 
 from helpers.third_party import check
 
+#: Run by `python3 run.py test -m slow`.
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.usefixtures("optimized")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own future

@@ -47,6 +47,7 @@ def test_the_switch_is_found_wherever_it_is_given(args, kwargs, off):
     assert _is_deterministic(Layer(), args, kwargs) is off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "encoder and decoder"])
 def test_dropout_in_training_alone(kind):
     with warnings.catch_warnings():

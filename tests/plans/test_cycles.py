@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 import mora_jax
 from helpers.arrays import random_adapter
@@ -62,6 +63,7 @@ def span_of_all_shifts(features, size):
     return int(np.linalg.matrix_rank(span @ span.T, hermitian=True))  # as that of the span
 
 
+@pytest.mark.slow
 def test_rank_accumulates_over_merges():
     in_features, out_features, rank, merges = 512, 768, 8, 10
     size = mora_jax.square_rank(in_features, out_features, rank, mora_jax.Sharing())
