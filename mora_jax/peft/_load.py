@@ -121,7 +121,7 @@ def _specs(
         layer_config = _layer_config(path, config, modules, dtypes)
         batch = tuple(range(len(axes.batch)))
         spec = AdapterSpec(layer_config, shapes[kernel], axes, batch, name if alone else "")
-        _check_shapes(path / TENSORS, spec, modules, header)
+        _check_tensors(path / TENSORS, spec, modules, header)
         found.append((parent if alone else kernel, spec, modules))
     return found
 
@@ -134,13 +134,6 @@ def _layer_config(
     path: pathlib.Path, config: PeftConfig, modules: tuple[str, ...], dtypes: Mapping[str, str]
 ) -> LayerConfig:
     """What the modules of one kernel have in common."""
-    held = {
-        dtypes[name]: name
-        for module in modules
-        for name in (tensor_name(module, "A"), tensor_name(module, "B"))
-    }
-    if len(held) > 1:
-        raise ValueError(f"{path / TENSORS}: one kernel's tensors differ in dtype: {held}.")
     ranks = {config.rank_of(module): module for module in modules}
     schemes = {config.scheme_of(module): module for module in modules}
     if len(ranks) > 1 or len(schemes) > 1:
@@ -153,14 +146,18 @@ def _layer_config(
         scheme,
         cycle="groupings" if "groupings" in scheme.cycles else "auto",
         dropout=config.dropout,
-        dtype=next(iter(held)),
+        dtype=dtypes[tensor_name(modules[0], "A")],
     )
 
 
-def _check_shapes(
+def _check_tensors(
     file: pathlib.Path, spec: AdapterSpec, modules: tuple[str, ...], header: Header
 ) -> None:
-    """Raises ValueError unless the tensors have the shapes that the config says."""
+    """Raises ValueError unless the tensors have one dtype, and the shapes that the config says."""
+    names = [tensor_name(module, side) for module in modules for side in "AB"]
+    held = {header[name][0]: name for name in names}
+    if len(held) > 1:
+        raise ValueError(f"{file}: one kernel's tensors differ in dtype: {held}.")
     first, second = spec.scheme.peft_leaves
     for name, side in {second: "B", first: "A"}.items():
         rows, columns = spec.shapes[name][-2:]
