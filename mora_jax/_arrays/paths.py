@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.core import FrozenDict
 
 #: The name under which a layer holds its adapter.
 ADAPTER = "mora"
@@ -171,6 +172,10 @@ def _note_keys(tree: Mapping[Any, Any], prefix: str, keys: dict[str, Any]) -> No
             _note_keys(value, path, keys)
 
 
+#: What holds parameters by name.
+_DICTS = (dict, nnx.State, FrozenDict)
+
+
 def rename_leaves(tree: Any, names: Mapping[str, str]) -> Any:
     """Any pytree, with leaves of the parameters in it under other names.
 
@@ -183,10 +188,11 @@ def rename_leaves(tree: Any, names: Mapping[str, str]) -> Any:
     """
 
     def rename(node: Any, prefix: str = "", kind: type = dict) -> Any:
-        if not isinstance(node, Mapping):
+        if not isinstance(node, _DICTS):
             return node if jax.tree_util.all_leaves([node]) else rename_leaves(node, names)
         # A State and a FrozenDict have plain dicts within, which they show as their own kind.
-        own = dict if type(node) is kind else type(node)
+        plain = type(node) is kind or isinstance(node, dict)
+        own = dict if plain else type(node)
         items = {}
         for key, value in node.items():
             path = join_path(prefix, escape(str(key)))
@@ -195,7 +201,7 @@ def rename_leaves(tree: Any, names: Mapping[str, str]) -> Any:
             items[key if new is None else new] = value
         return own(items)  # pyright: ignore[reportCallIssue]
 
-    return jax.tree.map(rename, tree, is_leaf=lambda node: isinstance(node, Mapping))
+    return jax.tree.map(rename, tree, is_leaf=lambda node: isinstance(node, _DICTS))
 
 
 def _rename_variable(value: Any, name: str | None) -> Any:

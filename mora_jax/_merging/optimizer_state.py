@@ -36,7 +36,7 @@ from mora_jax._arrays.paths import (
 )
 from mora_jax._arrays.places import Places, constrain, places_of
 from mora_jax._params.attach import new_adapters
-from mora_jax._params.freeze import AMBIGUOUS_STARTS, OwnStart, adapters_of_freeze_base
+from mora_jax._params.freeze import AMBIGUOUS_STARTS, OwnStart, is_of_freeze_base
 from mora_jax._params.split import Params
 from mora_jax._plans.plan import Plan
 
@@ -215,10 +215,12 @@ def _check_start_at_zero(opt_state: Any, owners: set[KeyPath]) -> None:
         state = _at(opt_state, owner)
         name, place = type(state).__name__, jax.tree_util.keystr(owner)
         ours = type(state).__module__.startswith("optax")
-        marked = any(isinstance(node, OwnStart) for node in _above(opt_state, owner))
+        above = [*_above(opt_state, owner)]
+        marked = any(isinstance(node, OwnStart) for node in above)
+        known = any(map(is_of_freeze_base, above)) and not marked
         if ours and name in _START_AT_ZERO:
             continue
-        if ours and name in AMBIGUOUS_STARTS and adapters_of_freeze_base(owner) and not marked:
+        if ours and name in AMBIGUOUS_STARTS and known:
             continue
         why = "does not start at zero" if marked else "may start elsewhere than at zero"
         raise ValueError(

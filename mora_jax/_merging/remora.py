@@ -191,7 +191,7 @@ def _restarted(
         indices = [int(moment.place) for moment in pruning]
     resetting = {str(index): state[index] for index in indices}
     begin = {str(index): start[index] for index in indices if index in start}
-    places = places_of(changing), places_of(resetting)
+    places, plan = (places_of(changing), places_of(resetting)), plan.before_merges()
     restart = _restart_donating if donate else _restart
     changed, anew = restart(changing, resetting, key, plan, places, rounding, pruning, begin)
     return changed, {int(index): leaf for index, leaf in anew.items()}

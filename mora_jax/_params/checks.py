@@ -16,6 +16,7 @@ from mora_jax._arrays.checksums import all_finite
 from mora_jax._arrays.paths import ADAPTER, is_adapter, join_path, last_name, list_paths
 from mora_jax._plans.config import MoRAConfig
 from mora_jax._plans.plan import Plan
+from mora_jax._product.dora import MAGNITUDE
 from mora_jax._product.per_example import bank_size, holds_bank
 
 #: Trained numbers that a file may have beside any model, and how many of each of the model's.
@@ -115,6 +116,13 @@ def other_adapter(
     layer: str, there: Iterable[str], wanted: Iterable[str], scheme: Any
 ) -> ValueError:
     """What is raised where a model or a plan has another scheme than the parameters."""
+    there, wanted = set(there), set(wanted)
+    if there ^ wanted == {MAGNITUDE}:
+        has = "no magnitude, and the model asks for one" if MAGNITUDE in wanted else "a magnitude"
+        return ValueError(
+            f"the adapter of the layer {layer!r} has {has}: adapt the model with the same "
+            "dora= as the parameters were made with, or with their plan."
+        )
     return ValueError(
         f"the parameters hold an adapter of another scheme for the layer {layer!r}: "
         f"{list_paths(there)}, and {scheme} looks for {list_paths(wanted)}. After merge_and_reset "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mora_jax._arrays.paths import KeyPath, flatten, is_adapter, list_paths, unflatten_like
+from mora_jax._arrays.paths import flatten, is_adapter, list_paths, unflatten_like
 from mora_jax._params.checks import check_plan
 from mora_jax._plans.plan import Plan
 
@@ -23,6 +22,10 @@ AMBIGUOUS_STARTS = {
 
 #: The group that adapters are in.
 _GROUP = "adapter"
+
+
+class FrozenState(NamedTuple):
+    """The state of what `freeze_base` freezes: nothing. It tells the state from others."""
 
 
 class OwnStart(NamedTuple):
@@ -103,12 +106,11 @@ def _place(path: str) -> str:
     return path.rpartition("/")[0] if is_adapter(path) else path
 
 
-def adapters_of_freeze_base(keys: KeyPath) -> bool:
-    """Whether a place in an optimizer state lies in the adapters' group of `freeze_base`."""
-    return any(
-        getattr(group, "key", None) == _GROUP and getattr(field, "name", None) == "inner_states"
-        for field, group in itertools.pairwise(keys)
-    )
+def is_of_freeze_base(state: Any) -> bool:
+    """Whether a node of an optimizer state is one that `freeze_base` made."""
+    groups = getattr(state, "inner_states", None)
+    frozen = groups.get("frozen") if isinstance(groups, dict) and _GROUP in groups else None
+    return isinstance(getattr(frozen, "inner_state", None), FrozenState)
 
 
 def _with_start(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -162,4 +164,4 @@ def _set_to_zero() -> optax.GradientTransformation:
         same = update.shape == param.shape
         return jnp.zeros_like(update) if same else jnp.zeros(param.shape, update.dtype)
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformation(lambda params: FrozenState(), update)

@@ -205,7 +205,6 @@ def _check_matches(name: str, pattern: Pattern, kind: str, paths: Sequence[str])
             f"MoRAConfig.{name}={pattern!r} matches {where}. Near it: "
             f"{list_near(str(pattern), paths)}."
         )
-    # What is nested in another alternative is only seen where that one matches something.
     for part, alone in alternatives(pattern):
         if not any(matches(alone, path) for path in paths):
             raise ValueError(

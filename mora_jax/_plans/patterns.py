@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mora_jax._arrays.paths import readable
-from mora_jax._text.expressions import Expression
+from mora_jax._text.expressions import Alternation, Expression
 
 Pattern = str | Callable[[str], bool]
 
@@ -55,11 +55,11 @@ _compiled = functools.lru_cache(maxsize=2**14)(re.compile)
 def alternatives(pattern: Pattern) -> Iterator[tuple[str, str]]:
     """(alternative, the pattern with this one alone), for what stands between the `|` of a pattern.
 
-    Alternatives that are repeated, empty or only looked at are left out, and those of patterns
-    with rarer syntax.
+    Where one stands in a branch of another, that branch is alone too. Alternatives that are
+    repeated, empty or only looked at are left out, and those of patterns with rarer syntax.
 
     >>> list(alternatives("head|.*/(query|value)"))
-    [('query', 'head|.*/(query)'), ('value', 'head|.*/(value)'), ('head', 'head'),
+    [('query', '.*/(query)'), ('value', '.*/(value)'), ('head', 'head'),
      ('.*/(query|value)', '.*/(query|value)')]
     """
     if not isinstance(pattern, str):
@@ -70,7 +70,22 @@ def alternatives(pattern: Pattern) -> Iterator[tuple[str, str]]:
         return
     for one in found:
         for part in filter(None, one.parts):
-            yield part, pattern[: one.start] + part + pattern[one.end :]
+            yield part, _alone(pattern, one, part, found)
+
+
+def _alone(pattern: str, one: Alternation, part: str, others: Iterable[Alternation]) -> str:
+    """The pattern with a part in place of an alternation, and the branches around it alone."""
+    text, start, end = part, one.start, one.end
+    around = [of for of in others if of.start <= start and end <= of.end and of is not one]
+    for outer in sorted(around, key=lambda of: of.end - of.start):
+        begin = outer.start
+        for branch in outer.parts:
+            if begin <= start and end <= begin + len(branch):
+                text = pattern[begin:start] + text + pattern[end : begin + len(branch)]
+                break
+            begin += len(branch) + 1
+        start, end = outer.start, outer.end
+    return pattern[:start] + text + pattern[end:]
 
 
 def check_pattern(pattern: Pattern) -> None:

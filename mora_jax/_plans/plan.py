@@ -35,7 +35,8 @@ class Plan(Mapping[str, AdapterSpec]):
       also_train: (path, shape) of every parameter trained in full beside the adapters.
       base_parameters: how many numbers the base model has.
       merges: how often adapters were merged into the base by `merge_and_reset`; then they belong to
-        the base as it is now, not to the pretrained one. Plans are not compared by it.
+        the base as it is now, not to the pretrained one. Plans are compared by whether they were:
+        a count would have jit compile anew after each merge.
       unadapted: (path, why) of every other layer, and of other parameters that are matrices. It is
         printed; plans are not compared by it, and it is not saved.
     """
@@ -45,6 +46,10 @@ class Plan(Mapping[str, AdapterSpec]):
     base_parameters: int = 0
     merges: int = dataclasses.field(default=0, compare=False, kw_only=True)
     unadapted: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+    _merged: bool = dataclasses.field(init=False, repr=False, default=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "_merged", self.merges > 0)
 
     def __getitem__(self, path: str) -> AdapterSpec:
         for layer, spec in self.layers:
@@ -97,12 +102,13 @@ class Plan(Mapping[str, AdapterSpec]):
         return {name: join_path(prefix, spec.config.stored_name(name)) for name in spec.shapes}
 
     def renamed(self, other: Plan) -> dict[str, str]:
-        """Path of an adapter's leaf -> its path in another plan of these layers, where it differs.
+        """Path of an adapter's leaf -> its path in another plan of these layers.
 
-        They differ where the schemes do.
+        They differ where the schemes do; nothing where none does.
         """
-        pairs = zip(self.plain_paths(), other.plain_paths(), strict=True)
-        return {old: new for old, new in pairs if old != new}
+        old, new = [*self.plain_paths()], [*other.plain_paths()]
+        # All of them, so that a path that ends in another one is not taken for it.
+        return {} if old == new else dict(zip(old, new, strict=True))
 
     def plain_paths(self) -> dict[str, str]:
         """Path of every adapter's leaf -> the same without the scheme: its name in files."""
@@ -129,6 +135,10 @@ class Plan(Mapping[str, AdapterSpec]):
     def kernel_paths(self) -> tuple[str, ...]:
         """Path of every adapted kernel."""
         return tuple(join_path(path, spec.kernel_name) for path, spec in self.layers)
+
+    def before_merges(self) -> Plan:
+        """The plan as one of a base that was never merged into: for what does not depend on it."""
+        return dataclasses.replace(self, merges=0) if self.merges else self
 
     def advance(self) -> Plan:
         """The plan after a merge: every layer with the next scheme of its cycle."""

@@ -156,7 +156,7 @@ def _is_like(value: Any, default: Any) -> bool:
     """Whether a value of JSON can stand for a field with this default."""
     if default is None:
         return not isinstance(value, dict)
-    if isinstance(default, float):
+    if isinstance(default, int | float) and not isinstance(default, bool):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is type(default)
 

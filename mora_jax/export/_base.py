@@ -120,7 +120,7 @@ def _files(base: pathlib.Path) -> list[pathlib.Path]:
                 "say which of them count. Is the download whole?"
             )
         return []
-    index = read_json_file(base / _INDEX, limit=2**23)
+    index = read_json_file(base / _INDEX, limit=2**26)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise ValueError(f"{base / _INDEX} has no weight_map of names to files.")

@@ -108,7 +108,9 @@ def _check_sizes(config: Mapping[str, Any], shapes: Shapes) -> None:
 def _sizes(config: Mapping[str, Any], shapes: Shapes) -> dict[str, tuple[int, str]]:
     """Field -> (what the tensors say of it, how they say it)."""
     found: dict[str, tuple[int, str]] = {}
-    if embedding := _only(shapes, EMBEDDING):
+    # Some models have embeddings of a width of their own.
+    own_width = {"word_embed_proj_dim", "embedding_size"} & config.keys()
+    if (embedding := _only(shapes, EMBEDDING)) and not own_width:
         found["hidden_size"] = shapes[embedding].shape[1], _described(embedding, shapes)
     layers = [re.match(r"(?:.*\.)?layers\.(\d+)\.", name) for name in shapes]
     numbers = {match[0]: int(match[1]) for match in layers if match}

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from flax import linen as nn
 from jax import lax
 
-from mora_jax._arrays.paths import ADAPTER, IDS, flatten, is_adapter, join_path, list_paths
+from mora_jax._arrays.paths import ADAPTER, IDS, escape, join_path, list_paths
+from mora_jax._plans.plan import Plan
 from mora_jax.linen._layers import (
     ADAPTED_WHEN_NAMED,
     IDS_OF_EXAMPLES,
+    USED_LAYERS,
     MoRA,
     as_function,
     is_adaptable,
@@ -70,11 +73,12 @@ def adapt(model: ModuleT, chooser: Chooser) -> ModuleT:
         raise TypeError("the model is adapted already; adapt the base model instead.")
     if model.scope is not None:
         raise ValueError("the model is bound to variables; adapt it before binding.")
-    key = (id(model), chooser)
+    # The same model whatever the merges, so that jit finds its code again; the last plan counts.
+    as_new = chooser.before_merges() if isinstance(chooser, Plan) else chooser
+    key = (id(model), as_new)
     adapted = _ADAPTED.get(key)
     if adapted is None:
-        adapted = _ADAPTED[key] = _make_adapted(model, chooser)
-    # Plans are equal whatever their merges, so that jit finds its code again; the last one counts.
+        adapted = _ADAPTED[key] = _make_adapted(model, as_new)
     type(adapted).mora_chooser = chooser
     return adapted  # pyright: ignore[reportReturnType]
 
@@ -170,8 +174,6 @@ def _intercepted(method: Callable[..., Any], chooser: Chooser, marks: Marks) -> 
     def enter(self, *args, **kwargs):
         root = self.path if self.scope is not None else ()
         ids = _adapter_ids(self, args, kwargs)
-        if self.scope is None and method.__name__ == "apply":
-            _check_chosen(chooser, args[0] if args else kwargs.get("variables"))
         # Ids are constants of what the model's own `nn.jit` traces, so each call has traces of its.
         call = 0 if ids is None else next(_CALLS_WITH_IDS)
         own = dataclasses.replace(marks, others=(("mora_ids", call),), depth=len(root))
@@ -180,12 +182,40 @@ def _intercepted(method: Callable[..., Any], chooser: Chooser, marks: Marks) -> 
         intercept = functools.partial(_use_adapter, chooser, own)
         token = IDS_OF_EXAMPLES.set(ids)
         try:
-            with nn.intercept_methods(intercept):
+            with nn.intercept_methods(intercept), _all_used(self, chooser, args, kwargs):
                 return method(self, *args, **kwargs)
         finally:
             IDS_OF_EXAMPLES.reset(token)
 
     return enter
+
+
+@contextlib.contextmanager
+def _all_used(
+    model: nn.Module, chooser: Chooser, args: tuple, kwargs: dict[str, Any]
+) -> Iterator[None]:
+    """Raises ValueError after a call on parameters with adapters in layers that it leaves alone."""
+    variables = args[0] if args else kwargs.get("variables")
+    params = None
+    if model.scope is None and isinstance(variables, Mapping):
+        params = variables.get("params")
+    layers = _layers_with_adapters(params)
+    unchosen = {layer for layer in layers if chooser.choose(layer) is None}
+    if not unchosen:
+        yield
+        return
+    token = USED_LAYERS.set(used := set())
+    try:
+        yield
+    finally:
+        USED_LAYERS.reset(token)
+    # A MoRADense uses its own, whatever the model was adapted with.
+    if unused := unchosen - used:
+        raise ValueError(
+            f"the parameters have adapters in layers that the model leaves alone: "
+            f"{list_paths(unused)}. Adapt the base model with the plan that made the parameters: "
+            "model = mora_jax.adapt(base_model, plan)."
+        )
 
 
 def _adapter_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -200,17 +230,13 @@ def _adapter_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     return IDS_OF_EXAMPLES.get()
 
 
-def _check_chosen(chooser: Chooser, variables: Any) -> None:
-    """Raises ValueError where layers have adapters that the model would not use."""
-    params = variables.get("params") if isinstance(variables, Mapping) else None
-    leaves = flatten(params) if isinstance(params, Mapping) else {}
-    layers = {f"/{path}".partition(f"/{ADAPTER}/")[0][1:] for path in leaves if is_adapter(path)}
-    if unused := [layer for layer in layers if chooser.choose(layer) is None]:
-        raise ValueError(
-            f"the parameters have adapters in layers that the model leaves alone: "
-            f"{list_paths(unused)}. Adapt the base model with the plan that made the parameters: "
-            "model = mora_jax.adapt(base_model, plan)."
-        )
+def _layers_with_adapters(params: Any, prefix: str = "") -> Iterator[str]:
+    """Paths of the layers that have an adapter in a tree of parameters."""
+    for name, value in params.items() if isinstance(params, Mapping) else ():
+        if name == ADAPTER:
+            yield prefix
+        else:
+            yield from _layers_with_adapters(value, join_path(prefix, escape(str(name))))
 
 
 def _use_adapter(chooser: Chooser, marks: Marks, next_fun, args, kwargs, context):

@@ -48,6 +48,12 @@ IDS_OF_EXAMPLES: contextvars.ContextVar[jax.Array | None] = contextvars.ContextV
 )
 
 
+#: Paths of the layers that have used their adapter, where a call notes them.
+USED_LAYERS: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar(
+    "USED_LAYERS", default=None
+)
+
+
 class _Uncaptured(nn.Module):
     """A module of which `capture_intermediates` stores nothing: the base model does not have it."""
 
@@ -144,6 +150,8 @@ def _leaves(
     _, in_features, out_features = axes.sizes(kernel.shape)
     shapes = module.config.shapes(in_features, out_features)
     rows = {name: shape[0] for name, shape in shapes.items()}
+    if (used := USED_LAYERS.get()) is not None:
+        used.add(layer)
     names = {name: module.config.stored_name(name) for name in rows}
     _check_stored(module, layer, set(names.values()))
     found = {name: module.get_variable("params", stored) for name, stored in names.items()}

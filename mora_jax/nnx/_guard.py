@@ -129,9 +129,9 @@ class _Guarded:
     @property
     def _raw_value(self):
         raise ValueError(
-            f"the forward pass reads {self._mora_path}, the kernel of an adapted layer, outside "
-            "that layer. It would see the kernel without its delta now, and with it after a "
-            f"merge. {_REMEDY}"
+            f"a method or a traced function reads {self._mora_path}, the kernel of an adapted "
+            "layer, outside that layer. It would see the kernel without its delta now, and with it "
+            f"after a merge. To look at it, take flax.nnx.state(model). {_REMEDY}"
         )
 
     @_raw_value.setter
@@ -172,7 +172,7 @@ def _is_in_a_method(frame: FrameType | None) -> bool:
 
 
 def _is_method(code: CodeType, frame: FrameType) -> bool:
-    if not code.co_argcount or code.co_name == "__init__":
+    if not code.co_argcount or code.co_name == "__init__" or "." not in code.co_qualname:
         return False
     module = frame.f_locals.get(code.co_varnames[0])
     if not isinstance(module, nnx.Module):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mora_jax._arrays.boxes import MoRAParam, box_like, place_for
@@ -102,9 +103,9 @@ class MoRA(nnx.Module):
         """
         stored = {name: self.config.stored_name(name) for name in names}
         there = {
-            variable.get_metadata(NAME, name)
+            variable.get_metadata(NAME, name) if isinstance(variable, MoRAParam) else name
             for name, variable in vars(self).items()
-            if isinstance(variable, MoRAParam)
+            if isinstance(variable, nnx.Variable | jax.Array | np.ndarray) and name != IDS
         }
         if there != set(stored.values()):
             path = self.layer_path.path

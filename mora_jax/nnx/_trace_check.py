@@ -175,25 +175,35 @@ def _inner(equation: Any, inputs: Sequence[Origin | None]) -> Sequence[Origin | 
     params, name = equation.params, equation.primitive.name
     if name == "cond":
         found = [_follow(branch.jaxpr, inputs[1:]) for branch in params["branches"]]
-        return [of[0] if len(set(of)) == 1 else None for of in zip(*found, strict=True)]
+        return [_the_same(of) for of in zip(*found, strict=True)]
     if name == "while":
         consts = params["cond_nconsts"], params["body_nconsts"]
         carry = inputs[sum(consts) :]
         _follow(params["cond_jaxpr"].jaxpr, [*inputs[: consts[0]], *carry])
-        return _follow(params["body_jaxpr"].jaxpr, [*inputs[consts[0] : sum(consts)], *carry])
+        after = _follow(params["body_jaxpr"].jaxpr, [*inputs[consts[0] : sum(consts)], *carry])
+        return [_the_same(pair) for pair in zip(carry, after, strict=True)]
     if name == "scan":
         consts, carries = scan_parts(params)
         lead = consts + carries
         elements = [None if of is None else of.element() for of in inputs[lead:]]
         outputs = _follow(params["jaxpr"].jaxpr, [*inputs[:lead], *elements])
         stacked = [None if of is None else of.stack() for of in outputs[carries:]]
-        return [*outputs[:carries], *stacked]
+        kept = zip(inputs[consts:lead], outputs[:carries], strict=True)
+        return [*map(_the_same, kept), *stacked]
     for field in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if (inner := params.get(field)) is not None:
             inner = getattr(inner, "jaxpr", inner)
             if len(inner.invars) == len(inputs) and len(inner.outvars) == len(equation.outvars):
                 return _follow(inner, inputs)
     return None
+
+
+def _the_same(origins: Sequence[Origin | None]) -> Origin | None:
+    """What several branches, or the rounds of a loop, agree on."""
+    if len(set(origins)) == 1:
+        return origins[0]
+    kernel = next(origin for origin in origins if origin is not None)
+    raise _used_elsewhere(kernel.path, "takes it in one branch or round and not in another")
 
 
 def _check_use(origin: Origin | None, path: str) -> None:

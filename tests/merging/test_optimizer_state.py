@@ -206,3 +206,17 @@ def test_an_nnx_optimizer_of_adapters_and_more_says_what_to_do():
     for make in (optax.adam, optax.yogi):
         tx = mora_jax.freeze_base(make(1e-3), mora_jax.plan(model))
         assert merge_and_reset(model, nnx.Optimizer(model, tx, wrt=MoRAParam)).moments == 2
+
+
+def test_a_partition_of_ones_own_is_not_taken_for_freeze_base():
+    plan, params = adapted()
+    labels = mora_jax.trainable_mask(params, plan)
+    labels = jax.tree.map(lambda trained: "adapter" if trained else "frozen", labels)
+    groups = {"adapter": optax.yogi(1e-2), "frozen": optax.set_to_zero()}
+    tx = optax.partition(groups, labels)
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="may start elsewhere than at zero"):
+        mora_jax.merge_and_reset(params, state, plan)
+    mora_jax.merge_and_reset(
+        params, mora_jax.freeze_base(optax.adam(1e-2), plan).init(params), plan
+    )

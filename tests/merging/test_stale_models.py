@@ -112,9 +112,8 @@ def test_a_cycle_that_keeps_its_scheme_keeps_its_compiled_step():
     after = restarted(params, plan)
     np.testing.assert_allclose(step(after.params), before, rtol=1e-5)
     assert len(traces) == 1
-    assert hash(mora_jax.adapt(model.mora_base, after.plan)) == hash(
-        mora_jax.adapt(model.mora_base, plan)
-    )
+    planned = mora_jax.adapt(model.mora_base, plan)
+    assert mora_jax.adapt(model.mora_base, after.plan) is planned
     assert (plan.merges, after.plan.merges, after.plan.advance().merges) == (0, 1, 2)
     assert mora_jax.plan(mora_jax.adapt(model.mora_base, after.plan), X).merges == 1
 
@@ -181,3 +180,74 @@ def test_states_of_nnx_restart_as_trees():
     nnx.update(model, after.params)
     with pytest.raises(ValueError, match=NNX_OTHER):
         model(X)
+
+
+def test_a_plan_that_goes_through_jit_keeps_that_its_base_was_merged_into():
+    _, _, plan, params = started(Layers(), {"scheme": "rotation"})
+    step = jax.jit(lambda state: state)
+    assert step({"params": params, "plan": plan})["plan"].merges == 0
+    after = restarted(params, plan)
+    assert step({"params": after.params, "plan": after.plan})["plan"].merges == 1
+    assert after.plan != plan
+
+
+def test_plain_dicts_of_another_scheme_are_refused_by_nnx():
+    model = mora_jax.adapt(Nnx(nnx.Rngs(0)), config())
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=mora_nnx.MoRAParam)
+    mora_nnx.merge_and_reset(model, optimizer)
+    plain = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    other = mora_jax.adapt(Nnx(nnx.Rngs(0)), config())
+    nnx.update(other, plain)
+    with pytest.raises(ValueError, match=NNX_OTHER):
+        other(X)
+
+
+class Nested(nn.Module):
+    """A layer, and one in a block, whose path ends in the other's."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="up")(Block(name="block")(x))
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="up")(x)
+
+
+def test_a_path_that_ends_in_another_is_not_renamed_with_it():
+    base = Nested()
+    model = mora_jax.adapt(base, config(schemes={"block/up": "truncation"}))
+    plan = mora_jax.plan(model, X)
+    params = mora_jax.attach(plan, base.init(jax.random.key(0), X)["params"])
+    after = restarted(params, plan)
+    mora_jax.adapt(base, after.plan).apply({"params": after.params}, X)
+    assert [*after.params["block"]["up"]["mora"]] == ["matrix_truncation"]
+    assert [*after.params["up"]["mora"]] == ["matrix_sharing_signs_1"]
+
+
+class WithDense(nn.Module):
+    """A layer with an adapter of its own, and one without."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="b")(mora_jax.MoRADense(8, rank=1, name="a")(x))
+
+
+def test_layers_with_adapters_of_their_own_stand_in_an_adapted_model():
+    base = WithDense()
+    model = mora_jax.adapt(base, config(targets="b"))
+    params = model.init(jax.random.key(0), X)["params"]
+    assert [*mora_jax.plan(model, X)] == ["a", "b"]
+    model.apply({"params": params}, X)
+    with pytest.raises(ValueError, match="leaves alone: 'c'"):
+        model.apply({"params": params | {"c": params["b"]}}, X)
+
+
+def test_doras_magnitude_is_named():
+    run, _, _, params = started(Layers(), {"dora": True})
+    with pytest.raises(ValueError, match=r"'up' has a magnitude: .*same dora="):
+        run(mora_jax.adapt(Layers(), config()), params)

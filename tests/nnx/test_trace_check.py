@@ -45,6 +45,12 @@ class UsesInALoop(Base):
         return jax.lax.fori_loop(0, 3, lambda _, x: x + kernel.sum(), self.layer(x))
 
 
+class TakesInOneBranch(Base):
+    def __call__(self, x):
+        kernel = self.kernel_of()
+        return self.layer(x) @ jax.lax.cond(x.sum() > 0, jnp.zeros_like, lambda k: k, kernel).T
+
+
 def planned(kind, *inputs, **kwargs):
     return mora_jax.plan(mora_jax.adapt(kind(nnx.Rngs(0)), CONFIG), *inputs, **kwargs)
 
@@ -57,7 +63,11 @@ def test_kernels_that_keep_to_their_layer_are_taken(kind):
 
 @pytest.mark.parametrize(
     ("kind", "how"),
-    [(Returns, "returns it"), (UsesInALoop, "has it in 'reduce_sum'")],
+    [
+        (Returns, "returns it"),
+        (UsesInALoop, "has it in 'reduce_sum'"),
+        (TakesInOneBranch, "takes it in one branch"),
+    ],
 )
 def test_kernels_that_are_used_elsewhere_are_refused(kind, how):
     with pytest.raises(ValueError, match=f"'layer/kernel', the kernel of an adapted.*{how}"):

@@ -136,6 +136,7 @@ def test_abstract_and_static_inputs():
             {"targets": "attention/(query|valeu)"},
             r"alternative 'valeu' matches none of the 7 layers.* Near it: .*'attention/value'",
         ),
+        ({"targets": "embed|attention/(query|valeu)"}, "alternative 'valeu' matches none"),
         ({"targets": "embed|layers/upp"}, "alternative 'layers/upp' matches none.*'layers/up'"),
         ({"exclude": "embed|heads"}, "exclude=.*alternative 'heads' matches none"),
         ({"also_train": ".*/bias|nrm/scale"}, "alternative 'nrm/scale' .*parameters.*'norm/scale'"),
