@@ -179,6 +179,9 @@ _DICTS = (dict, nnx.State, FrozenDict)
 def rename_leaves(tree: Any, names: Mapping[str, str]) -> Any:
     """Any pytree, with leaves of the parameters in it under other names.
 
+    After `merge_and_reset` the names of adapters say their next schemes. Parameters and optimizer
+    states come back with them; other trees follow, `rename_leaves(tree, old.renamed(new))`.
+
     Args:
       tree: parameters, an optimizer's state, shardings: dicts of parameters at any depth.
       names: path of a leaf of the parameters -> its new path in the same dict.
