@@ -233,6 +233,7 @@ def check_restart(plan, params, whole):
     trainable, frozen = mora_jax.split(params, plan)
     state = optimizer.init(trainable)
     before = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    before = mora_jax.rename_leaves(before, plan.renamed(plan.advance()))
     params, state, *_ = mora_jax.merge_and_reset(
         params, state, plan, donate=True, optimizer=optimizer
     )
