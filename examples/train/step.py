@@ -182,11 +182,12 @@ def step_by_plan(
     """`make_step` for each plan that ReMoRA comes to; `shardings` have the names of `plan`."""
 
     @functools.cache
-    def step_for(current: mora_jax.Plan | None) -> Callable:
+    def make(current: mora_jax.Plan | None) -> Callable:
         names = {} if plan is None or current is None else plan.renamed(current)
         return make_step(optimizer, schedule, mora_jax.rename_leaves(shardings, names))
 
-    return step_for
+    # A step does not depend on merges that the base has behind it.
+    return lambda current: make(current and current.before_merges())
 
 
 def _shifted(shift: jax.Array | None):

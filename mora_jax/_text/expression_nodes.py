@@ -6,6 +6,7 @@ integers. Each node answers: beginning at one of these places, where can a match
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -41,14 +42,14 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Node:
+class Node(abc.ABC):
     """A part of a pattern. It matches texts of at least `shortest` characters."""
 
     shortest: int
 
+    @abc.abstractmethod
     def ends(self, run: Run, starts: int) -> int:
         """Where matches end that begin at one of these places; at least one is given."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,6 +19,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from mora_jax._tracing.interpreter import scan_parts
+
 #: Marks the kernel of a layer where the layer multiplies by it; it is the identity. Its parameter
 #: `path` is the path of the kernel among the parameters.
 KERNEL_OF_LAYER = Primitive("mora_kernel_of_layer")
@@ -130,10 +132,7 @@ class _Walk:
         return jnp.issubdtype(new, np.floating) and not rounded
 
     def _scan(self, params: Mapping[str, Any], inputs: list[str | None]) -> list[str | None]:
-        if "num_consts" in params:
-            consts, carries = params["num_consts"], params["num_carry"]
-        else:
-            consts, carries = (len(part) for part in params["ft_in"].elts[:2])
+        consts, carries = scan_parts(params)
         outputs = self.run(params["jaxpr"].jaxpr, inputs)
         carried = self._carried(inputs[consts : consts + carries], outputs[:carries], "scan")
         return [*carried, *outputs[carries:]]

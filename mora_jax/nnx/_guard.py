@@ -29,10 +29,14 @@ _STATIC = {"dtype", "itemsize", "nbytes", "ndim", "sharding", "size", "weak_type
 
 _EAGER = get_opaque_trace_state(convention="nnx")
 
-_REMEDY = (
+LEAVE_OUT = (
     "Leave the layer out with MoRAConfig.exclude, or adapt the model as a function of its "
-    "parameters, mora_jax.adapt(function, config), which takes such a model as it is. "
-    "Between steps, nnx.state(model) has the numbers and nnx.update(model, state) changes them."
+    "parameters, mora_jax.adapt(function, config), which takes such a model as it is."
+)
+
+_REMEDY = (
+    f"{LEAVE_OUT} Between steps, nnx.state(model) has the numbers and nnx.update(model, state) "
+    "changes them."
 )
 
 

@@ -19,6 +19,7 @@ from jax.interpreters import ad, batching, mlir
 
 from mora_jax._arrays.paths import join_path
 from mora_jax._tracing.interpreter import scan_parts, trace
+from mora_jax.nnx._guard import LEAVE_OUT
 
 _CHECKING: contextvars.ContextVar[bool] = contextvars.ContextVar("checking", default=False)
 
@@ -214,10 +215,7 @@ def _check_use(origin: Origin | None, path: str) -> None:
         )
 
 
-_REMEDY = (
-    "A merged model would compute something else. Leave the layer out with MoRAConfig.exclude, or "
-    "adapt the model as a function of its parameters, mora_jax.adapt(function, config)."
-)
+_REMEDY = f"A merged model would compute something else. {LEAVE_OUT}"
 
 
 def _used_elsewhere(path: str, how: str) -> ValueError:

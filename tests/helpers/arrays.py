@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+from mora_jax.nnx import MoRAParam
 
 
 def random_adapter(in_features, out_features, rank, scheme, seed=0, dtype="float32", batch=()):
@@ -21,6 +24,15 @@ def perturb(tree, seed=0, scale=0.1):
     return jax.tree.map(
         lambda leaf: leaf + jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype), tree
     )
+
+
+def draw_adapters(model):
+    """An adapted NNX model, whose adapters now hold normal random numbers."""
+    state = nnx.state(model, MoRAParam)
+    keys = iter(jax.random.split(jax.random.key(2), 100))
+    draw = lambda leaf: 0.1 * jax.random.normal(next(keys), leaf.shape)
+    nnx.update(model, jax.tree.map(draw, state))
+    return model
 
 
 def assert_same_bits(first, second):

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import mora_jax
+from helpers.arrays import draw_adapters
 from mora_jax import nnx as mora_nnx
 from mora_jax._product.axes import KernelAxes
 
@@ -101,15 +102,6 @@ def adapted(base, targets=".*", **config):
     return mora_jax.adapt(base, config)
 
 
-def draw(model):
-    state = nnx.state(model, mora_nnx.MoRAParam)
-    keys = iter(jax.random.split(jax.random.key(2), 100))
-    nnx.update(
-        model, jax.tree.map(lambda leaf: 0.1 * jax.random.normal(next(keys), leaf.shape), state)
-    )
-    return model
-
-
 RUNS = {
     "eager": lambda model, ids: model(ids),
     "jit": nnx.jit(lambda model, ids: model(ids)),
@@ -157,7 +149,7 @@ def test_a_function_of_a_model_is_refused_when_it_is_traced():
 
 def test_the_same_models_run_where_the_kernel_is_left_out():
     base = TiedHead(nnx.Rngs(0))
-    model = draw(adapted(base, "out"))
+    model = draw_adapters(adapted(base, "out"))
     y = model(IDS)
     assert jnp.abs(y - base(IDS)).max() > 1e-3
     np.testing.assert_allclose(mora_nnx.merge(model)(IDS), y, atol=1e-5)
@@ -183,7 +175,7 @@ def test_wrappers_that_normalise_a_kernel_are_refused(wrapper):
     wanted = f"'normed/layer_instance' stands in the {wrapper.__name__} at 'normed'"
     with pytest.raises(ValueError, match=wanted):
         adapted(base)
-    model = draw(adapted(base, "out"))
+    model = draw_adapters(adapted(base, "out"))
     np.testing.assert_allclose(mora_nnx.merge(model)(x), model(x), atol=1e-5)
 
 

@@ -7,25 +7,16 @@ import pytest
 from flax import nnx
 
 import mora_jax
+from helpers.arrays import draw_adapters
 from mora_jax import nnx as mora_nnx
 from mora_jax._product.axes import KernelAxes
-
-
-def draw(model):
-    """Gives every adapter numbers."""
-    state = nnx.state(model, mora_nnx.MoRAParam)
-    keys = iter(jax.random.split(jax.random.key(2), 100))
-    nnx.update(
-        model, jax.tree.map(lambda leaf: 0.1 * jax.random.normal(next(keys), leaf.shape), state)
-    )
-    return model
 
 
 def test_the_layer_is_a_linear_layer(optimized):
     layer = mora_nnx.MoRALinear(6, 4, rank=1, scheme="sharing", rngs=nnx.Rngs(0))
     plain, x = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
     np.testing.assert_array_equal(layer(x), plain(x))
-    y = draw(layer)(x)
+    y = draw_adapters(layer)(x)
     np.testing.assert_allclose(mora_nnx.merge(layer)(x), y, atol=1e-6)
     assert not jnp.allclose(y, plain(x))
 
@@ -33,7 +24,10 @@ def test_the_layer_is_a_linear_layer(optimized):
 def test_masks_of_dropout_differ_from_call_to_call():
     config = mora_jax.MoRAConfig(rank=1, scheme="sharing", dropout=0.5)
     for base in (Own(6, 4, rngs=nnx.Rngs(0)), nnx.Linear(6, 4, rngs=nnx.Rngs(0))):
-        model, x = draw(mora_jax.adapt(base, config, key=jax.random.key(0))), jnp.ones((20, 6))
+        model, x = (
+            draw_adapters(mora_jax.adapt(base, config, key=jax.random.key(0))),
+            jnp.ones((20, 6)),
+        )
         assert (model(x) != model(x)).any()
 
 
@@ -95,7 +89,7 @@ class Own(nnx.Linear):
 
 def test_a_layer_that_ignores_its_field_is_adapted_all_the_same():
     base, x = Own(6, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6))
-    model = draw(mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, scheme="sharing")))
+    model = draw_adapters(mora_jax.adapt(base, mora_jax.MoRAConfig(rank=1, scheme="sharing")))
     merged = mora_nnx.merge(model)
     assert jnp.abs(model(x) - base(x)).max() > 0.05
     np.testing.assert_allclose(model(x), merged(x), atol=1e-6)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import mora_jax
+from helpers.arrays import draw_adapters
 from mora_jax import nnx as mora_nnx
 from mora_jax.nnx._stacks import Stacked
 
@@ -28,15 +29,6 @@ def through(stack, x, axis):
     return run(x, stack)
 
 
-def draw(model):
-    state = nnx.state(model, mora_nnx.MoRAParam)
-    keys = iter(jax.random.split(jax.random.key(2), 100))
-    nnx.update(
-        model, jax.tree.map(lambda leaf: 0.1 * jax.random.normal(next(keys), leaf.shape), state)
-    )
-    return model
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 def test_as_many_layers_as_heads(axis):
     base, x = stacked(attention, axis), jax.random.normal(jax.random.key(1), (1, 3, WIDTH))
@@ -44,7 +36,7 @@ def test_as_many_layers_as_heads(axis):
     plan = mora_jax.plan(model)
     assert {spec.kernel_axes.batch for spec in plan.values()} == {(axis,)}
     assert mora_jax.plan(mora_jax.adapt(base, plan)) == plan
-    y = through(draw(model), x, axis)
+    y = through(draw_adapters(model), x, axis)
     assert jnp.abs(y - through(base, x, axis)).max() > 1e-3
     np.testing.assert_allclose(through(mora_nnx.merge(model), x, axis), y, atol=1e-5)
 
@@ -58,7 +50,7 @@ def test_what_nothing_tells_is_said_in_the_config(axis):
         mora_jax.adapt(base, CONFIG)
     axes = [mora_jax.KernelAxes((1,), (2,), (0,)), mora_jax.KernelAxes((0,), (2,), (1,))][axis]
     config = mora_jax.MoRAConfig(rank=1, scheme="sharing", kernels={"kernel": axes})
-    model = draw(mora_jax.adapt(base, config))
+    model = draw_adapters(mora_jax.adapt(base, config))
     plan = mora_jax.plan(model)
     assert plan[""].kernel_axes == axes
     assert mora_jax.plan(mora_jax.adapt(base, plan)) == plan
